@@ -1,0 +1,97 @@
+"""Entry point of ``resnet-bk``: reads the arguments, runs one command, turns mistakes into one clear line."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from resnet_bk.cli.bench import BenchCommand
+from resnet_bk.cli.env import EnvCommand
+from resnet_bk.cli.eval import EvalCommand
+from resnet_bk.cli.generate import GenerateCommand
+from resnet_bk.cli.plan import PlanCommand
+from resnet_bk.cli.report import ReportCommand
+from resnet_bk.cli.train import TrainCommand
+from resnet_bk.errors import UserError
+
+Command = (
+    Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[TrainCommand, tyro.conf.subcommand("train")]
+    | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+    | Annotated[GenerateCommand, tyro.conf.subcommand("generate")]
+    | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
+    | Annotated[EnvCommand, tyro.conf.subcommand("env")]
+)
+
+DESCRIPTION = """A language model whose cost grows as O(N): plan its memory, train it, measure it.
+
+Start with `resnet-bk plan --preset seed`, then `resnet-bk train --preset seed --out runs/first`.
+"""
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = parse(arguments)
+        command.run()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) left; point stdout elsewhere so that the exit flush stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Reads the arguments of one command.
+
+    Raises:
+        UserError: they do not fit; the message names the argument and the help to read.
+        SystemExit: ``--help`` or ``--version`` was asked for and printed.
+    """
+    if list(arguments) == ["--version"]:
+        from resnet_bk import __version__
+
+        print(f"resnet-bk {__version__}")
+        raise SystemExit(EXIT_OK)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(  # type: ignore[no-any-return]  # tyro types a union as Any
+                Command,  # type: ignore[arg-type]
+                prog="resnet-bk",
+                description=DESCRIPTION,
+                args=list(arguments),
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue(), arguments)) from None
+
+
+def _one_line(complaint: str, arguments: Sequence[str]) -> str:
+    """Tyro's framed complaint as one line; what follows its first inner rule repeats the help text."""
+    lines = []
+    for line in complaint.splitlines():
+        inner = line.strip("│╭╮╰╯ ")
+        if lines and re.fullmatch("─+", inner):
+            break
+        if inner and not line.startswith(("╭", "╰")):
+            lines.append(inner)
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    text = " ".join(lines).rstrip(".") or "the arguments could not be read"
+    return f"{text}; see `{' '.join(['resnet-bk', command]).strip()} --help`"
