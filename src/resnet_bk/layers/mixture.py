@@ -1,0 +1,69 @@
+"""A top-1 mixture of experts with Gumbel-softmax routing."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_bk.ops.moe import chosen_expert, gumbel_noise, load_balancing_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a mixture routed its tokens: the balancing loss (scalar) and each expert's share of them, ``(E,)``."""
+
+    balancing_loss: Tensor
+    expert_load_E: Tensor
+
+
+class MixtureOfExperts(nn.Module):
+    """D -> I -> D experts, one per token, chosen by a router in float32.
+
+    While training, Gumbel noise is added to the router's logits and the choice is the largest of
+    softmax((logits + noise) / temperature). The output is the chosen expert's, unscaled; its gradient reaches the
+    router straight through the chosen probability. (The full straight-through estimator would run every expert on
+    every token to get the others' gradients.) In evaluation there is no noise.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, intermediate_size: int, num_experts: int, router_temperature: float
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.router_temperature = router_temperature
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+
+    def forward(self, x_BND: Tensor, real_BN: Tensor | None) -> tuple[Tensor, Routing]:
+        """Each token through its expert; ``real_BN`` False keeps padding out of the routing statistics."""
+        x_TD = x_BND.flatten(0, 1)
+        logits_TE = self._router_logits(x_TD)
+        noisy_TE = logits_TE + gumbel_noise(logits_TE) if self.training else logits_TE
+        expert_T = noisy_TE.argmax(-1)
+        compute_dtype = torch.get_autocast_dtype(x_TD.device.type) if _autocast(x_TD) else x_TD.dtype
+        mixed_TD = chosen_expert(
+            x_TD.to(compute_dtype), expert_T, self.up.to(compute_dtype), self.down.to(compute_dtype)
+        )
+        if self.training:
+            probability_T = F.softmax(noisy_TE / self.router_temperature, dim=-1)
+            probability_T1 = probability_T.gather(1, expert_T.unsqueeze(1))
+            mixed_TD = mixed_TD * (1 + probability_T1 - probability_T1.detach()).to(mixed_TD.dtype)
+        return mixed_TD.view_as(x_BND), self._routing(logits_TE, expert_T, real_BN)
+
+    def _router_logits(self, x_TD: Tensor) -> Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            return F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
+
+    def _routing(self, logits_TE: Tensor, expert_T: Tensor, real_BN: Tensor | None) -> Routing:
+        weight_T = torch.ones_like(logits_TE[:, 0]) if real_BN is None else real_BN.flatten().to(logits_TE.dtype)
+        count = weight_T.sum().clamp(min=1)
+        load_E = torch.zeros_like(logits_TE[0]).index_add(0, expert_T, weight_T) / count
+        probabilities_TE = F.softmax(logits_TE, dim=-1) * (weight_T * (weight_T.numel() / count)).unsqueeze(1)
+        return Routing(balancing_loss=load_balancing_loss(probabilities_TE, load_E), expert_load_E=load_E.detach())
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)

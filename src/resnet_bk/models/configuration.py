@@ -1,0 +1,121 @@
+"""The model's configuration."""
+
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, Self
+
+from transformers import PreTrainedConfig
+
+from resnet_bk.models.matching import match_total_parameters, total_parameters
+from resnet_bk.models.presets import PRESETS
+
+Mixer = Literal["bk", "attention"]
+
+
+class ResNetBKConfig(PreTrainedConfig):
+    """What a ResNet-BK language model is made of; a Hugging Face configuration.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of a token's vector.
+        num_layers: number of blocks.
+        num_experts: experts per block, one of which each token uses.
+        intermediate_size: width inside an expert.
+        mixer: how tokens mix: ``"bk"`` (resolvent diagonal) or ``"attention"`` (the Transformer baseline).
+        num_bk_heads: independent chains of the bk mixer.
+        num_attention_heads: heads of the attention mixer; must divide hidden_size into even parts.
+        causal: False lets tokens read the future: for encoders and for reproducing the seed, not for a language
+            model.
+        max_position_embeddings: length of a learned position table; None for no table and no limit.
+        tie_word_embeddings: the head reuses the embedding.
+        router_temperature: of the Gumbel-softmax in training.
+        router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
+        bk_h0: constant part of the Hamiltonian's diagonal.
+        bk_hopping: product of the Hamiltonian's off-diagonals, >= 0.
+        bk_energy: initial energy E of a single head (more heads are spread over the band).
+        bk_eta: initial eta > 0, the resolvent's distance from the real axis.
+        bk_grad: ``"exact"``, or ``"blend"`` for the seed's analytic rule.
+        bk_blend: share of 1/G^2 in that rule, from 0 to 1.
+        rope_theta: base of the rotary positions of the attention mixer.
+        layer_norm_eps: of every LayerNorm.
+        initializer_range: standard deviation of the embeddings at the start.
+        use_cache: return the recurrent state for decoding.
+    """
+
+    model_type: ClassVar[str] = "resnet_bk"
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 30_000
+    hidden_size: int = 64
+    num_layers: int = 4
+    num_experts: int = 4
+    intermediate_size: int = 128
+    mixer: Mixer = "bk"
+    num_bk_heads: int = 1
+    num_attention_heads: int = 4
+    causal: bool = True
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool = False
+    router_temperature: float = 1.0
+    router_aux_loss_coef: float = 0.01
+    bk_h0: float = -2.0
+    bk_hopping: float = 1.0
+    bk_energy: float = 0.0
+    bk_eta: float = 1.0
+    bk_grad: Literal["exact", "blend"] = "exact"
+    bk_blend: float = 0.5
+    rope_theta: float = 10_000.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        positive = ("vocab_size", "hidden_size", "num_layers", "num_experts", "intermediate_size")
+        for name in (*positive, "num_bk_heads", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number of at least 1")
+        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}; give at least 1, or None for no table"
+            )
+        if self.mixer == "attention" and self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even width; "
+                "change num_attention_heads"
+            )
+        for name in ("bk_eta", "router_temperature", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("bk_hopping", "router_aux_loss_coef", "layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.bk_blend <= 1:
+            raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """A named size, with some fields changed.
+
+        If ``mixer`` is changed and ``intermediate_size`` is not given, the experts' width is chosen so that the total
+        number of parameters stays that of the preset's own mixer with the same overrides: models to compare.
+
+        Raises:
+            ValueError: the preset is unknown, or a field is.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        if unknown := set(overrides) - {field.name for field in fields(cls)}:
+            raise ValueError(f"there is no configuration field {', '.join(sorted(unknown))}; see ResNetBKConfig")
+        config = cls(**{**PRESETS[name], **overrides})
+        own_mixer = PRESETS[name].get("mixer", cls.mixer)
+        if config.mixer != own_mixer and "intermediate_size" not in overrides:
+            original = cls(**{**PRESETS[name], **overrides, "mixer": own_mixer})
+            config.intermediate_size = match_total_parameters(config, total_parameters(original))
+        return config

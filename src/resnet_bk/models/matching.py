@@ -1,0 +1,41 @@
+"""Equal total parameters for models that differ in the mixer."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from resnet_bk.models.configuration import ResNetBKConfig
+
+
+def total_parameters(config: "ResNetBKConfig") -> int:
+    """Number of parameters of the model that ``config`` describes, without building it."""
+    hidden, experts = config.hidden_size, config.num_experts
+    moe = hidden * experts + 2 * experts * hidden * config.intermediate_size
+    norm = 2 * hidden
+    if config.mixer == "bk":
+        block = moe + norm + 3 * hidden * config.num_bk_heads + 2 * config.num_bk_heads
+    else:
+        block = moe + 2 * norm + 4 * hidden * hidden
+    positions = (config.max_position_embeddings or 0) * hidden
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return embeddings + positions + config.num_layers * block + norm
+
+
+def match_total_parameters(config: "ResNetBKConfig", target: int) -> int:
+    """The expert width (intermediate_size) that brings ``config`` closest to ``target`` parameters.
+
+    A multiple of 8 where that is within 1%, since matrix units like those, else any width.
+
+    Raises:
+        ValueError: even experts of width 1 exceed the target by more than 1%.
+    """
+    per_width = 2 * config.num_experts * config.hidden_size * config.num_layers
+    rest = total_parameters(config) - per_width * config.intermediate_size
+    exact = (target - rest) / per_width
+    for granularity in (8, 1):
+        width = max(granularity, granularity * round(exact / granularity))
+        if abs(rest + per_width * width - target) <= 0.01 * target:
+            return width
+    raise ValueError(
+        f"a {config.mixer} model of {target:,} parameters does not exist at hidden_size {config.hidden_size} "
+        f"and num_layers {config.num_layers}; give intermediate_size yourself"
+    )

@@ -1,0 +1,350 @@
+"""The Hugging Face model: embedding, blocks, final norm, head."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from resnet_bk.layers import BKBlock, BKMixer, CausalAttention, MixerBlock, MixtureOfExperts
+from resnet_bk.layers.mixture import Routing
+from resnet_bk.layers.padding import Padding
+from resnet_bk.models.cache import ResNetBKCache, ResolventLayer
+from resnet_bk.models.configuration import ResNetBKConfig
+from resnet_bk.ops.loss import cross_entropy, shift_targets
+
+
+@dataclass
+class ResNetBKModelOutput(ModelOutput):
+    """Output of the model without its head.
+
+    ``last_hidden_state`` is (B, N, D) after the final norm. ``router_aux_loss`` is the mean balancing loss of the
+    layers, a scalar; ``expert_load`` is (layers, experts), the share of tokens that each expert got.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: ResNetBKCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+@dataclass
+class ResNetBKCausalLMOutput(ModelOutput):
+    """Output of the language model.
+
+    ``cross_entropy`` is the mean over the targets in nats. ``loss`` is the same in evaluation mode; in training mode
+    it adds ``router_aux_loss_coef`` times ``router_aux_loss``. ``logits`` is (B, N, V).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: ResNetBKCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    cross_entropy: Tensor | None = None
+    router_aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+class ResNetBKPreTrainedModel(PreTrainedModel):
+    """What both models share: how weights start, and what ``transformers`` may do with them."""
+
+    config_class = ResNetBKConfig
+    config: ResNetBKConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("BKBlock", "MixerBlock")
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Embeddings and the head at initializer_range; every other matrix at 1/sqrt(fan in), and those that write
+        # to the residual stream smaller by the root of their number, so that its variance is of order 1 at any depth.
+        residual = 1 / math.sqrt(2 * self.config.num_layers)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MixtureOfExperts):
+            init.normal_(module.up, std=self.config.hidden_size**-0.5)
+            init.normal_(module.down, std=self.config.intermediate_size**-0.5 * residual)
+        elif isinstance(module, BKMixer):
+            init.copy_(module.energy, module.initial_energies())
+            init.copy_(module.raw_eta, module.initial_raw_eta())
+            init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
+        elif isinstance(module, CausalAttention):
+            init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+class ResNetBKModel(ResNetBKPreTrainedModel):
+    """Embedding, blocks and final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__(config)
+        if not config.causal:
+            warnings.warn(
+                "causal=False: every token reads the tokens to its right, so a next-token loss of this model is a "
+                "leak of its own targets and not skill",
+                stacklevel=2,
+            )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
+        )
+        self.layers = nn.ModuleList(_block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ResNetBKCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> ResNetBKModelOutput:
+        """Hidden states of ``input_ids`` ``(B, N)``.
+
+        ``attention_mask`` ``(B, past + N)`` is 0 for padding, on either side, and covers the cached tokens too.
+
+        Raises:
+            ValueError: the inputs do not fit the model; the message names the mend.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        x_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = x_BND.shape[1]
+        cache = self._cache(past_key_values, use_cache)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
+        if position_ids is None:
+            position_ids = _positions(key_mask_BK, past_length, x_BND)
+        if self.embed_positions is not None:
+            self._check_positions(past_length + length)
+            x_BND = x_BND + self.embed_positions(position_ids)
+        padding = _padding(key_mask_BK, length)
+
+        all_hidden_states = [x_BND] if output_hidden_states else []
+        routings: list[Routing] = []
+        for index, block in enumerate(self.layers):
+            layer = None if cache is None else cache.layers[index]
+            x_BND, routing = _run_block(block, x_BND, padding, position_ids, key_mask_BK, layer)
+            routings.append(routing)
+            if output_hidden_states:
+                all_hidden_states.append(x_BND)
+        return ResNetBKModelOutput(
+            last_hidden_state=self.norm(x_BND),
+            past_key_values=cache,
+            hidden_states=tuple(all_hidden_states) or None,
+            router_aux_loss=torch.stack([routing.balancing_loss for routing in routings]).mean(),
+            expert_load=torch.stack([routing.expert_load_E for routing in routings]),
+        )
+
+    def _cache(self, past_key_values: ResNetBKCache | None, use_cache: bool | None) -> ResNetBKCache | None:
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if not self.config.causal:
+            if past_key_values is not None or use_cache:
+                raise ValueError("a bidirectional model (causal=False) has no decoding state; pass use_cache=False")
+            return None
+        if past_key_values is None and wanted:
+            return ResNetBKCache(self.config)
+        return past_key_values
+
+    def _check_positions(self, length: int) -> None:
+        limit = self.config.max_position_embeddings
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens are more than this model's position table of {limit}; "
+                "use shorter sequences, or a model with max_position_embeddings=None"
+            )
+
+
+class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
+    """The language model. With ``mixer="attention"`` it is the Transformer baseline."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # transformers' own form
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__(config)
+        self.model = ResNetBKModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        if not config.causal:
+            self.generation_config.use_cache = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.lm_head and not self.config.tie_word_embeddings:
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ResNetBKCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> ResNetBKCausalLMOutput:
+        """Logits, and a loss if targets are given.
+
+        Args:
+            input_ids: ``(B, N)``.
+            attention_mask: ``(B, past + N)``, 0 for padding on either side.
+            labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
+            shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
+            logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
+        """
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        targets_BN = shift_targets(labels) if labels is not None else shift_labels
+        if targets_BN is not None and logits_to_keep:
+            raise ValueError("a loss needs every position; leave logits_to_keep at 0")
+        hidden_BND = _positions_to_keep(output.last_hidden_state, attention_mask, logits_to_keep)
+        logits_BNV = self.lm_head(hidden_BND)
+        nats = None if targets_BN is None else cross_entropy(logits_BNV, targets_BN)
+        loss = nats
+        if nats is not None and self.training:
+            loss = nats + self.config.router_aux_loss_coef * output.router_aux_loss
+        return ResNetBKCausalLMOutput(
+            loss=loss,
+            logits=logits_BNV,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            cross_entropy=None if nats is None else nats.detach(),
+            router_aux_loss=output.router_aux_loss,
+            expert_load=output.expert_load,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As ``transformers`` does it, but positions follow the mask, which is right for padding on either side."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if inputs.get("attention_mask") is not None:
+            inputs["position_ids"] = None
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = ResNetBKCache(self.config)
+
+
+def _block(config: ResNetBKConfig) -> nn.Module:
+    moe = MixtureOfExperts(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_experts=config.num_experts,
+        router_temperature=config.router_temperature,
+    )
+    if config.mixer == "bk":
+        mixer = BKMixer(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_bk_heads,
+            h0=config.bk_h0,
+            hopping=config.bk_hopping,
+            energy=config.bk_energy,
+            eta=config.bk_eta,
+            causal=config.causal,
+            grad=config.bk_grad,
+            blend=config.bk_blend,
+        )
+        return BKBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=mixer, moe=moe)
+    attention = CausalAttention(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        rope_theta=config.rope_theta,
+        causal=config.causal,
+    )
+    return MixerBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=attention, moe=moe)
+
+
+def _run_block(
+    block: nn.Module,
+    x_BND: Tensor,
+    padding: Padding | None,
+    position_ids_BN: Tensor,
+    key_mask_BK: Tensor | None,
+    layer: ResolventLayer | DynamicLayer | None,
+) -> tuple[Tensor, Routing]:
+    """One block, reading and replacing what its cache layer remembers."""
+    if isinstance(block, BKBlock):
+        x_BND, state_BH, routing = block(x_BND, padding, None if layer is None else layer.state_BH)
+        if layer is not None:
+            layer.advance(state_BH, x_BND.shape[1])
+        return x_BND, routing
+    past = (layer.keys, layer.values) if layer is not None and layer.get_seq_length() else None
+    x_BND, (keys, values), routing = block(x_BND, padding, position_ids_BN, key_mask_BK, past)
+    if layer is not None:
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return x_BND, routing
+
+
+def _mask_with_padding(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:
+    """The mask over all keys, or None if no token of it is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_keys:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, {num_keys}), cached tokens included"
+        )
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+def _positions(key_mask_BK: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
+    """Each token's number among the real tokens of its row."""
+    length = x_BND.shape[1]
+    if key_mask_BK is None:
+        return torch.arange(past_length, past_length + length, device=x_BND.device).unsqueeze(0)
+    return (key_mask_BK.bool().long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+
+
+def _padding(key_mask_BK: Tensor | None, length: int) -> Padding | None:
+    if key_mask_BK is None or bool(key_mask_BK[:, -length:].all()):
+        return None
+    return Padding.from_mask(key_mask_BK[:, -length:])
+
+
+def _positions_to_keep(hidden_BND: Tensor, attention_mask: Tensor | None, logits_to_keep: int) -> Tensor:
+    if not logits_to_keep:
+        return hidden_BND
+    if logits_to_keep == 1 and attention_mask is not None:
+        return Padding.from_mask(attention_mask[:, -hidden_BND.shape[1] :]).last_real(hidden_BND)
+    return hidden_BND[:, -logits_to_keep:]

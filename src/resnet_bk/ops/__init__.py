@@ -1,0 +1,6 @@
+"""Pure functions on tensors: the resolvent operators, the mixture of experts and the loss."""
+
+from resnet_bk.ops.bk import bk_core as bk_core
+from resnet_bk.ops.bk import bk_tunnel as bk_tunnel
+
+__all__ = ["bk_core", "bk_tunnel"]

@@ -1,0 +1,242 @@
+"""The public BK-Core functions: they check their arguments, choose a backend, and call one operator."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resnet_bk.ops.bk import operators, reference
+
+Backend = Literal["auto", "reference", "torch"]
+Gradient = Literal["exact", "blend"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChoice:
+    """Which implementation an operator runs on a device, and why."""
+
+    name: str
+    reason: str
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends there are, fastest first. Both are plain torch and run on every device."""
+    return ("torch", "reference")
+
+
+def choose_backend(device: torch.device) -> BackendChoice:
+    """What ``backend="auto"`` means on ``device``."""
+    return BackendChoice(
+        name="torch",
+        reason=f"the ratio sweep in plain torch, vectorised over rows and heads, runs on {device.type}",
+    )
+
+
+def bk_core(
+    v: Tensor,
+    z: complex | Tensor,
+    *,
+    h0: float | Tensor = -2.0,
+    hopping: float | Tensor = 1.0,
+    causal: bool = True,
+    grad: Gradient = "exact",
+    blend: float = 0.5,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Diagonal of the resolvent (H - z)^-1 of tridiagonal Hamiltonians, in O(N).
+
+    H has the diagonal ``h0 + v_i`` and off-diagonal products ``hopping``. The causal form gives
+    [(H_{<=i} - z)^-1]_ii, the resolvent of the chain cut at i, which depends on tokens up to i only; the
+    bidirectional one gives [(H - z)^-1]_ii, which reads the future.
+
+    Args:
+        v: potential, real ``(B, N, H)``: rows, tokens, heads (independent chains).
+        z: complex energy E + i eta with eta > 0: a Python number, or a complex ``(H,)`` tensor, whose values are not
+            read (that would wait for the device), so parametrise eta to be positive.
+        h0: constant part of the diagonal, a float or real ``(H,)``.
+        hopping: products b_i c_i >= 0 of the off-diagonals: a float, real ``(H,)``, or real ``(B, N-1, H)`` for each
+            bond. With ``initial_state``, ``(B, N, H)``, where the first joins the state to the first token.
+        causal: False for the bidirectional form.
+        grad: ``"exact"`` for the adjoint, all of dG_jj/dv_i = -G_ji G_ij, with gradients of every input.
+            ``"blend"`` for the analytic rule dL/dv_i = -Re[conj(g_i) ((1 - blend) G_ii^2 + blend / G_ii^2)] with g the
+            gradient that torch hands to G; z and h0 follow it, ``hopping`` and ``initial_state`` must not require a
+            gradient. |1 / G^2| is bounded at 1e6.
+        blend: share of the inverse in the analytic rule, from 0 to 1.
+        initial_state: complex ``(B, H)``, the final state of the preceding tokens (causal form only).
+        output_final_state: also return the state after the last token, which is the last l (causal form only).
+        backend: ``"auto"``, ``"torch"`` (the ratio sweep) or ``"reference"`` (the definition in complex128).
+
+    Returns:
+        G, complex ``(B, N, H)``: complex128 for float64 input, complex64 for every other; and, if asked, the final
+        state, complex ``(B, H)``.
+
+    Raises:
+        ValueError: a shape, dtype or value does not fit; the message names the mend.
+    """
+    _check_sequence("v", v)
+    _check_choices(grad=grad, backend=backend)
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend is {blend}; it is a share, give a number from 0 to 1")
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError("states belong to the causal form; leave them out or set causal=True")
+    real_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    complex_dtype = torch.complex128 if v.dtype == torch.float64 else torch.complex64
+    batch_size, length, heads = v.shape
+
+    shift = _diagonal_shift(v, z, h0, complex_dtype)
+    bonds = _bonds(v, hopping, real_dtype, has_state=initial_state is not None)
+    if initial_state is None:
+        state = torch.zeros(batch_size, heads, dtype=complex_dtype, device=v.device)
+    else:
+        _check_state(initial_state, v, complex_state=True)
+        state = initial_state.to(complex_dtype)
+    if grad == "blend":
+        _check_blend_inputs(bonds, state)
+
+    potential = v.to(real_dtype)
+    if length == 0:
+        result = potential + shift
+    elif backend == "reference":
+        result = _reference(potential, shift, bonds, state, causal, blend if grad == "blend" else None)
+    else:
+        share = float(blend) if grad == "blend" else None
+        result = (
+            operators.bk_causal(potential, shift, bonds, state, share)
+            if causal
+            else operators.bk_bidirectional(potential, shift, bonds, share)
+        )
+    if not output_final_state:
+        return result
+    return result, result[:, -1] if length else state
+
+
+def bk_tunnel(
+    w: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log l of the causal chain in the tunnelling regime: real energy below the band, bonds 1.
+
+    With u_i = h0 + v_i - E >= 2 everything is real and 0 < l_i <= 1, without any eta. The argument is the gap
+    w = u - 2, never u, which loses a small w to rounding: with m = 1 - l,
+
+        log l_i = -log1p(w_i + m_{i-1}),   m_i = (w_i + m_{i-1}) / (1 + w_i + m_{i-1}).
+
+    For constant w, l tends to exp(-kappa) with cosh kappa = 1 + w/2: a memory of about w^(-1/2) tokens.
+
+    Args:
+        w: gap, real ``(B, N, H)``, w >= 0 (not checked: reading values would wait for the device).
+        initial_state: m = 1 - l of the preceding token, real ``(B, H)``; before a first token m is 1. The state is m
+            and not l because 1 - l loses a small m to rounding.
+        output_final_state: also return m after the last token.
+        backend: ``"auto"``, ``"torch"`` (the recurrence) or ``"reference"`` (the determinants in float64).
+
+    Returns:
+        log l, real ``(B, N, H)``: float64 for float64 input, float32 for every other; and, if asked, the final m,
+        real ``(B, H)``.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the mend.
+    """
+    _check_sequence("w", w)
+    _check_choices(grad="exact", backend=backend)
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    batch_size, length, heads = w.shape
+    if initial_state is None:
+        state = torch.ones(batch_size, heads, dtype=dtype, device=w.device)
+    else:
+        _check_state(initial_state, w, complex_state=False)
+        state = initial_state.to(dtype)
+    gap = w.to(dtype)
+    if length == 0:
+        log_l = gap
+    elif backend == "reference":
+        log_l = reference.bk_tunnel_reference(gap, state).to(dtype)
+    else:
+        log_l = operators.bk_tunnel(gap, state)
+    if not output_final_state:
+        return log_l
+    return log_l, -torch.expm1(log_l[:, -1]) if length else state
+
+
+def _reference(
+    potential: Tensor, shift: Tensor, bonds: Tensor, state: Tensor, causal: bool, blend: float | None
+) -> Tensor:
+    if blend is not None:
+        raise ValueError("the reference differentiates its own definition; use grad='exact' or another backend")
+    if causal:
+        return reference.bk_causal_reference(potential, shift, bonds, state).to(shift.dtype)
+    return reference.bk_bidirectional_reference(potential, shift, bonds).to(shift.dtype)
+
+
+def _diagonal_shift(v: Tensor, z: complex | Tensor, h0: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """h0 - z for each head, contiguous ``(H,)``."""
+    heads = v.shape[2]
+    if isinstance(z, Tensor):
+        if not z.is_complex() or z.shape not in ((heads,), ()):
+            raise ValueError(f"z is {_describe(z)}; give a Python complex or a complex tensor of shape ({heads},)")
+        energy = z.to(device=v.device, dtype=dtype)
+    else:
+        if complex(z).imag <= 0:
+            raise ValueError(f"Im z is {complex(z).imag}; the resolvent needs Im z > 0, for example z=1j")
+        energy = torch.tensor(complex(z), dtype=dtype, device=v.device)
+    if isinstance(h0, Tensor) and (h0.is_complex() or h0.shape not in ((heads,), ())):
+        raise ValueError(f"h0 is {_describe(h0)}; give a float or a real tensor of shape ({heads},)")
+    base = h0.to(v.device) if isinstance(h0, Tensor) else float(h0)
+    return (base - energy).to(dtype).expand(heads).contiguous()
+
+
+def _bonds(v: Tensor, hopping: float | Tensor, dtype: torch.dtype, *, has_state: bool) -> Tensor:
+    """Bonds as the operators take them: ``(H,)``, or the one to the left of each site, ``(B, N, H)``."""
+    batch_size, length, heads = v.shape
+    if not isinstance(hopping, Tensor):
+        if not float(hopping) >= 0:
+            raise ValueError(f"hopping is {hopping}; products b c of the off-diagonals must be >= 0")
+        return torch.full((heads,), float(hopping), dtype=dtype, device=v.device)
+    if hopping.is_complex():
+        raise ValueError(f"hopping is {_describe(hopping)}; it must be real")
+    if hopping.shape in ((heads,), ()):
+        return hopping.to(device=v.device, dtype=dtype).expand(heads).contiguous()
+    inner = (batch_size, max(length - 1, 0), heads)
+    if has_state and hopping.shape == v.shape:
+        return hopping.to(dtype).contiguous()
+    if hopping.shape != inner or has_state:
+        wanted = f"{tuple(v.shape)}, the first bond joining the state" if has_state else f"{inner}"
+        raise ValueError(f"hopping has shape {tuple(hopping.shape)}; give a float, ({heads},) or {wanted}")
+    before_first = torch.zeros(batch_size, min(length, 1), heads, dtype=dtype, device=v.device)
+    return torch.cat([before_first, hopping.to(dtype)], dim=1)
+
+
+def _check_sequence(name: str, x: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give (batch, tokens, heads)")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; give a real floating-point tensor")
+
+
+def _check_choices(*, grad: str, backend: str) -> None:
+    if grad not in ("exact", "blend"):
+        raise ValueError(f"grad is {grad!r}; choose 'exact' or 'blend'")
+    if backend not in ("auto", "reference", "torch"):
+        raise ValueError(f"backend is {backend!r}; choose 'auto', 'torch' or 'reference'")
+
+
+def _check_state(state: Tensor, v: Tensor, *, complex_state: bool) -> None:
+    wanted = (v.shape[0], v.shape[2])
+    if state.shape != wanted or state.is_complex() != complex_state:
+        kind = "complex" if complex_state else "real"
+        raise ValueError(f"initial_state is {_describe(state)}; give a {kind} tensor of shape {wanted}")
+
+
+def _check_blend_inputs(bonds: Tensor, state: Tensor) -> None:
+    if torch.is_grad_enabled() and (bonds.requires_grad or state.requires_grad):
+        raise ValueError("grad='blend' has no gradient for hopping or initial_state; detach them or use 'exact'")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
