@@ -1,0 +1,57 @@
+"""The registered torch operators: what torch itself checks, and their FLOP formulas."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_bk.ops import bk_core, bk_tunnel
+from resnet_bk.ops.bk import operators
+
+
+def causal_arguments(dtype, bonds_shape):
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    v = torch.randn(2, 5, 3, dtype=dtype, requires_grad=True)
+    shift = torch.complex(torch.randn(3, dtype=dtype), -torch.rand(3, dtype=dtype) - 0.5).requires_grad_()
+    bonds = torch.rand(bonds_shape, dtype=dtype, requires_grad=True)
+    state = torch.zeros(2, 3, dtype=complex_dtype, requires_grad=True)
+    return v, shift, bonds, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bonds_shape", [(3,), (2, 5, 3)])
+@pytest.mark.parametrize("blend", [None, 0.5])
+def test_torch_accepts_the_operators(dtype, bonds_shape, blend):
+    v, shift, bonds, state = causal_arguments(dtype, bonds_shape)
+    if blend is not None:
+        bonds, state = bonds.detach(), state.detach()
+    torch.library.opcheck(operators.bk_causal, (v, shift, bonds, state, blend))
+    torch.library.opcheck(operators.bk_bidirectional, (v, shift, bonds, blend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_accepts_the_tunnel(dtype):
+    w = torch.rand(2, 5, 3, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(operators.bk_tunnel, (w, torch.ones(2, 3, dtype=dtype, requires_grad=True)))
+
+
+@pytest.mark.parametrize(
+    ("call", "forward", "backward"),
+    [
+        (lambda v: bk_core(v, 1j), operators.CAUSAL_FORWARD_FLOPS, operators.CAUSAL_BACKWARD_FLOPS),
+        (
+            lambda v: bk_core(v, 1j, causal=False),
+            operators.BIDIRECTIONAL_FORWARD_FLOPS,
+            operators.BIDIRECTIONAL_BACKWARD_FLOPS,
+        ),
+        (lambda v: bk_tunnel(v.abs()), operators.TUNNEL_FORWARD_FLOPS, operators.TUNNEL_BACKWARD_FLOPS),
+    ],
+)
+def test_every_row_is_counted(call, forward, backward):
+    v = torch.randn(3, 7, 5, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        result = call(v)
+    assert counter.get_total_flops() == forward * v.numel()
+    with counter:
+        result.abs().sum().backward()
+    assert counter.get_total_flops() == backward * v.numel()

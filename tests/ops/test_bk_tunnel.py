@@ -1,0 +1,95 @@
+"""bk_tunnel: the real recurrence without cancellation."""
+
+import math
+
+import pytest
+import torch
+from dense_oracle import dense_resolvent, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_bk.ops import bk_tunnel
+
+BACKENDS = ["torch", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=20, deadline=None)
+@given(shape=st.tuples(st.integers(1, 2), st.integers(1, 10), st.integers(1, 3)), seed=st.integers(0, 2**31))
+def test_it_is_the_resolvent_below_the_band(backend, shape, seed):
+    w = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    heads = shape[2]
+    bonds = torch.ones(shape[0], shape[1] - 1, heads, dtype=torch.float64)
+    zero, two = torch.zeros(heads, dtype=torch.complex128), torch.full((heads,), 2.0, dtype=torch.float64)
+    expected = dense_resolvent(w, zero, two, bonds, causal=True).real
+    assert relative_error(bk_tunnel(w, backend=backend).exp(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.1, 3.0, 100.0])
+@pytest.mark.parametrize("length", [1, 2, 129, 1000, 3000])
+def test_float32_keeps_its_digits_at_every_gap(gap, length):
+    w = gap * torch.rand(2, length, 3, generator=torch.Generator().manual_seed(length))
+    weights = torch.randn(2, length, 3)
+    results = {}
+    for name, values in {"ours": w, "exact": w.double()}.items():
+        leaf = values.clone().requires_grad_()
+        result = bk_tunnel(leaf, backend="torch" if name == "ours" else "reference")
+        results[name] = result.detach(), torch.autograd.grad((result * weights).sum(), leaf)[0]
+    assert results["ours"][0].dtype == torch.float32
+    assert relative_error(results["ours"][0], results["exact"][0]) < 2e-6
+    assert relative_error(results["ours"][1], results["exact"][1]) < 2e-5
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-2, 1.0])
+def test_a_constant_gap_decays_at_the_known_rate(gap):
+    log_l = bk_tunnel(torch.full((1, 20_000, 1), gap, dtype=torch.float64))
+    assert log_l[0, -1, 0].item() == pytest.approx(-math.acosh(1 + gap / 2), rel=1e-6)
+
+
+def test_no_gap_is_the_free_chain():
+    # With w = 0 the determinants are theta_i = i + 1, so l_i = i / (i + 1).
+    log_l = bk_tunnel(torch.zeros(1, 50, 1, dtype=torch.float64))
+    index = torch.arange(1, 51, dtype=torch.float64)
+    assert torch.allclose(log_l[0, :, 0], torch.log(index / (index + 1)), atol=0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_and_gradients_through_the_state(backend):
+    w = torch.rand(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    whole, whole_state = bk_tunnel(w, output_final_state=True, backend=backend)
+    first, state = bk_tunnel(w[:, :4], output_final_state=True, backend=backend)
+    second, final = bk_tunnel(w[:, 4:], initial_state=state, output_final_state=True, backend=backend)
+    pieces = torch.cat([first, second], dim=1)
+    assert relative_error(pieces, whole) < 1e-13
+    assert relative_error(final, whole_state) < 1e-13
+    weights = torch.randn_like(whole)
+    expected = torch.autograd.grad((whole * weights).sum() + whole_state.sum(), w)[0]
+    actual = torch.autograd.grad((pieces * weights).sum() + final.sum(), w)[0]
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_gradient_of_the_initial_state():
+    w = torch.rand(2, 5, 2, dtype=torch.float64, requires_grad=True)
+    state = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, state: bk_tunnel(w, initial_state=state), (w, state))
+
+
+def test_an_empty_sequence_passes_its_state_on():
+    result, state = bk_tunnel(torch.empty(2, 0, 3), output_final_state=True)
+    assert result.shape == (2, 0, 3)
+    assert torch.equal(state, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"w": torch.zeros(3)}, "batch, tokens, heads"),
+        ({"w": torch.zeros(1, 2, 1, dtype=torch.complex64)}, "floating-point"),
+        ({"w": torch.zeros(1, 2, 1), "initial_state": torch.zeros(1, 1, dtype=torch.complex64)}, "real"),
+        ({"w": torch.zeros(1, 2, 1), "initial_state": torch.zeros(2, 1)}, "initial_state"),
+        ({"w": torch.zeros(1, 2, 1), "backend": "magic"}, "backend"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_mend(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        bk_tunnel(arguments.pop("w"), **arguments)
