@@ -5,7 +5,13 @@ from torch import Tensor
 
 
 def dense_resolvent(
-    v_BNH: Tensor, z_H: Tensor, h0_H: Tensor, hopping_BNH: Tensor, *, causal: bool, first_bond_state: Tensor | None = None
+    v_BNH: Tensor,
+    z_H: Tensor,
+    h0_H: Tensor,
+    hopping_BNH: Tensor,
+    *,
+    causal: bool,
+    first_bond_state: Tensor | None = None,
 ) -> Tensor:
     """diag((H - z)^-1), or for the causal form the last entry of each leading block's inverse.
 

@@ -111,7 +111,12 @@ def test_float32_error_does_not_grow_with_length(causal, length, eta):
     assert relative_error(results["ours"][0], results["exact"][0]) < 2e-6
     assert relative_error(results["ours"][1], results["exact"][1]) < 2e-5
     if length <= 1000:
-        assert relative_error(results["exact"][0], bk_core(v.double(), complex(0.3, eta), causal=causal, backend="reference")) < 1e-12
+        assert (
+            relative_error(
+                results["exact"][0], bk_core(v.double(), complex(0.3, eta), causal=causal, backend="reference")
+            )
+            < 1e-12
+        )
 
 
 @settings(max_examples=30, deadline=None)

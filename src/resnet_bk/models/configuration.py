@@ -1,7 +1,7 @@
 """The model's configuration."""
 
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from transformers import PreTrainedConfig
 
@@ -9,6 +9,7 @@ from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.models.presets import PRESETS
 
 Mixer = Literal["bk", "attention"]
+GradientRule = Literal["exact", "blend"]
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -62,7 +63,7 @@ class ResNetBKConfig(PreTrainedConfig):
     bk_hopping: float = 1.0
     bk_energy: float = 0.0
     bk_eta: float = 1.0
-    bk_grad: Literal["exact", "blend"] = "exact"
+    bk_grad: GradientRule = "exact"
     bk_blend: float = 0.5
     rope_theta: float = 10_000.0
     layer_norm_eps: float = 1e-5
@@ -77,6 +78,9 @@ class ResNetBKConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
+        for name, choices in (("mixer", get_args(Mixer)), ("bk_grad", get_args(GradientRule))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         positive = ("vocab_size", "hidden_size", "num_layers", "num_experts", "intermediate_size")
         for name in (*positive, "num_bk_heads", "num_attention_heads"):
             if getattr(self, name) < 1:
