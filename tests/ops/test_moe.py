@@ -1,4 +1,4 @@
-"""The mixture of experts: the same as every expert on every token with all but one masked, at a fraction of the work."""
+"""The mixture of experts gives what every expert on every token with all but one masked does, for less work."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """The model's configuration."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -103,6 +104,10 @@ class ResNetBKConfig(PreTrainedConfig):
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
 
+    def own_fields(self) -> dict[str, Any]:
+        """The fields that this class adds to ``PreTrainedConfig``: what ``derive`` takes, JSON-able."""
+        return {name: getattr(self, name) for name in field_names()}
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A named size, with some fields changed.
@@ -115,11 +120,22 @@ class ResNetBKConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls.derive(PRESETS[name], **overrides)
+
+    @classmethod
+    def derive(cls, base: Mapping[str, Any], **overrides: Any) -> Self:
+        """The fields of ``base`` with some changed; a change of mixer as in ``from_preset``."""
         if unknown := set(overrides) - {field.name for field in fields(cls)}:
             raise ValueError(f"there is no configuration field {', '.join(sorted(unknown))}; see ResNetBKConfig")
-        config = cls(**{**PRESETS[name], **overrides})
-        own_mixer = PRESETS[name].get("mixer", cls.mixer)
+        config = cls(**{**base, **overrides})
+        own_mixer = base.get("mixer", cls.mixer)
         if config.mixer != own_mixer and "intermediate_size" not in overrides:
-            original = cls(**{**PRESETS[name], **overrides, "mixer": own_mixer})
+            original = cls(**{**base, **overrides, "mixer": own_mixer})
             config.intermediate_size = match_total_parameters(config, total_parameters(original))
         return config
+
+
+def field_names() -> tuple[str, ...]:
+    """Names of the fields that ``ResNetBKConfig`` adds to ``PreTrainedConfig``, in their order."""
+    inherited = {"model_type", "attribute_map", "keys_to_ignore_at_inference"}
+    return tuple(name for name in ResNetBKConfig.__annotations__ if name not in inherited)

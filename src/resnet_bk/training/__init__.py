@@ -1,0 +1,1 @@
+"""Training: data, the loop, state on disk, evaluation."""

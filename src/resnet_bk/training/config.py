@@ -1,0 +1,81 @@
+"""What a training run is made of. Light to import: the command line reads its defaults from here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from resnet_bk.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+SHORTEST_DEFAULT_DECAY = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What text, cut into which tokens, and how much of it is held out."""
+
+    data: str = "stdlib"
+    tokenizer: str = "bpe:4096"
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}; give a share between 0 and 1")
+        if not self.data or not self.tokenizer:
+            raise UserError("data and tokenizer must not be empty; leave them out for the defaults")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, on how much at once, how fast, in which precision, and what is written when.
+
+    ``decay_steps`` None means the larger of ``steps`` and 1,000: a short run is then a prefix of a longer one, and
+    extending it changes nothing that has happened. ``num_threads`` is recorded, since sums depend on it bitwise.
+    """
+
+    steps: int = 1000
+    batch_size: int = 20
+    sequence_length: int = 128
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-3
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 50
+    decay_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    precision: Precision = "fp32"
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 200
+    eval_tokens: int = 50_000
+    save_every: int = 200
+    keep_checkpoints: int = 2
+    device: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "batch_size", "sequence_length", "gradient_accumulation_steps", "log_every")
+        for name in (*at_least_one, "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1")
+        for name in ("decay_steps", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; give a number of at least 1, or leave it out")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("min_learning_rate_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 to 1")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise UserError(f"precision is {self.precision!r}; choose fp32, bf16 or fp16")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets that one optimizer step learns from."""
+        return self.batch_size * self.gradient_accumulation_steps * self.sequence_length

@@ -1,0 +1,56 @@
+"""Loss on text that was not trained on."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.ops.loss import IGNORE_INDEX
+from resnet_bk.training.config import Precision
+from resnet_bk.training.data import evaluation_batches
+from resnet_bk.training.data.dataset import Tokens
+from resnet_bk.training.step import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """``loss`` in nats per token over ``tokens`` predicted tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that leaves the numbers."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """All tokens' bits over the bytes of the same text: comparable between tokenizers that lose nothing."""
+        return self.loss * self.tokens / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def evaluate(
+    model: ResNetBKForCausalLM,
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_tokens: int | None = None,
+    precision: Precision = "fp32",
+) -> Evaluation:
+    """Mean loss over consecutive windows of ``tokens``; the model's mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for input_ids, targets in evaluation_batches(
+        tokens, batch_size=batch_size, sequence_length=sequence_length, max_tokens=max_tokens
+    ):
+        with autocast(model.device, precision):
+            output = model(input_ids.to(model.device), shift_labels=targets.to(model.device), use_cache=False)
+        predicted = int((targets != IGNORE_INDEX).sum())
+        total += float(output.cross_entropy) * predicted
+        count += predicted
+    model.train(was_training)
+    return Evaluation(loss=total / count, tokens=count)
