@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) left; point stdout elsewhere so that the exit flush stays silent.
@@ -70,8 +70,8 @@ def parse(arguments: Sequence[str]) -> Command:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(  # type: ignore[no-any-return]  # tyro types a union as Any
-                Command,  # type: ignore[arg-type]
+            return tyro.cli(
+                Command,
                 prog="resnet-bk",
                 description=DESCRIPTION,
                 args=list(arguments),
@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def _one_line(complaint: str, arguments: Sequence[str]) -> str:
     """Tyro's framed complaint as one line; what follows its first inner rule repeats the help text."""
-    lines = []
+    lines: list[str] = []
     for line in complaint.splitlines():
         inner = line.strip("│╭╮╰╯ ")
         if lines and re.fullmatch("─+", inner):

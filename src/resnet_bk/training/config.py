@@ -36,7 +36,7 @@ class TrainingConfig:
     batch_size: int = 20
     sequence_length: int = 128
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int = 50
     decay_steps: int | None = None

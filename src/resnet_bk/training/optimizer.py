@@ -15,7 +15,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     to it follows it. Vectors (norms, energies) set scales that decay would pull away from their meaning.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = parameter.dim() >= 2 and id(parameter) not in embeddings

@@ -79,9 +79,12 @@ def train_step(
         seed_micro_step(config.seed, step, micro_step)
         with autocast(device, config.precision):
             output = model(input_ids.to(device), shift_labels=targets.to(device), use_cache=False)
-        scaler.scale(output.loss / config.gradient_accumulation_steps).backward()
+        loss = output.loss / config.gradient_accumulation_steps
         nats.append(output.cross_entropy)
         loads.append(output.expert_load)
+        # The logits are the largest tensor of a step and backward does not need them: the loss keeps what it does.
+        del output
+        scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     rate = learning_rate(config, step)

@@ -1,0 +1,65 @@
+"""``resnet-bk env``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_bk.cli.console import print_json, result_console
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvCommand:
+    """Say what machine and versions these are, and what each operator will use here.
+
+    Examples:
+      resnet-bk env
+      resnet-bk env --json
+    """
+
+    json: bool = False
+    """Print it as one JSON document on standard output."""
+
+    def run(self) -> None:
+        """Looks and prints."""
+        from resnet_bk.environment import describe_environment
+
+        document = {**describe_environment(), **_capabilities()}
+        if self.json:
+            print_json(document)
+            return
+        from resnet_bk.memory.units import format_bytes
+
+        hardware = document["hardware"]
+        gpu = hardware["gpu"]
+        lines = [
+            f"CPU       {hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} torch threads",
+            f"memory    {format_bytes(hardware['memory_bytes'])}",
+            f"GPU       {gpu['name'] + ', ' + format_bytes(gpu['memory_bytes']) if gpu else 'none'}",
+            f"system    {document['system']}, Python {document['python']}",
+            f"packages  {', '.join(f'{name} {found}' for name, found in document['packages'].items())}",
+            f"commit    {document['commit'] or 'not a checkout'}",
+            f"device    {document['device']}: precisions {', '.join(document['precisions'])}",
+            *(f"{name:9s} {choice['backend']}: {choice['reason']}" for name, choice in document["operators"].items()),
+        ]
+        for line in lines:
+            result_console.print(line, markup=False, soft_wrap=True)
+
+
+def _capabilities() -> dict[str, Any]:
+    import torch
+
+    from resnet_bk.ops.bk import choose_backend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    choice = choose_backend(device)
+    attention = "torch's scaled_dot_product_attention chooses among its kernels by shape and dtype"
+    return {
+        "device": device.type,
+        "precisions": ["fp32", *(["bf16"] if bf16 else []), "fp16"],
+        "operators": {
+            "bk_core": {"backend": choice.name, "reason": choice.reason},
+            "bk_tunnel": {"backend": choice.name, "reason": choice.reason},
+            "moe": {"backend": "torch", "reason": "tokens sorted by expert, two matrix products per expert"},
+            "attention": {"backend": "sdpa", "reason": attention},
+        },
+    }

@@ -1,0 +1,114 @@
+"""``resnet-bk eval``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from resnet_bk.cli.console import print_json, result_console
+from resnet_bk.errors import UserError
+
+if TYPE_CHECKING:
+    from resnet_bk.training.data import TokenSplit
+    from resnet_bk.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Measure a trained model's loss: on the text its run held out, or on another.
+
+    The loss is in nats per token. Bits a byte can be compared between tokenizers that lose nothing (byte, bpe); with
+    word:N or char, what became the unknown token counts as if that were the text.
+
+    Examples:
+      resnet-bk eval runs/first
+      resnet-bk eval runs/first --data other.txt --json
+      resnet-bk eval runs/first/checkpoints/step-00001000
+    """
+
+    run_folder: tyro.conf.Positional[Path]
+    """Run folder (its newest checkpoint), or one checkpoint folder of it."""
+    data: str | None = None
+    """Text to evaluate on. The run's own data means its held-out part; any other text is taken whole."""
+    batch_size: int | None = None
+    """Sequences at once; by default the run's."""
+    sequence_length: int | None = None
+    """Tokens per window; by default the run's."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    json: bool = False
+    """Print the figures as one JSON document on standard output."""
+
+    def run(self) -> None:
+        """Evaluates and prints."""
+        from resnet_bk.training.checkpoint import load_model_checkpoint, step_of
+        from resnet_bk.training.evaluate import evaluate
+        from resnet_bk.training.run import find_checkpoint
+        from resnet_bk.training.step import choose_device
+
+        run, checkpoint = find_checkpoint(self.run_folder)
+        training = run.config.training
+        batch_size, length = self._shape(run)
+        model = load_model_checkpoint(checkpoint).to(choose_device(self.device))
+        split = self._text(run)
+        evaluation = evaluate(
+            model, split.tokens, batch_size=batch_size, sequence_length=length, precision=training.precision
+        )
+        document = {
+            "checkpoint": str(checkpoint),
+            "step": step_of(checkpoint),
+            "data": self.data or run.config.data.data,
+            "split": split.name,
+            "loss": evaluation.loss,
+            "perplexity": evaluation.perplexity,
+            "bits_per_byte": evaluation.bits_per_byte(split.num_bytes),
+            "tokens": evaluation.tokens,
+            "bytes": split.num_bytes,
+            "unigram_entropy": split.unigram_entropy(),
+            "sequence_length": length,
+            "precision": training.precision,
+            "device": str(model.device),
+            "leaks_targets": not model.config.causal,
+        }
+        self._print(document)
+
+    def _shape(self, run: "Run") -> tuple[int, int]:
+        training = run.config.training
+        batch_size = training.batch_size if self.batch_size is None else self.batch_size
+        length = training.sequence_length if self.sequence_length is None else self.sequence_length
+        for name, value in (("batch_size", batch_size), ("sequence_length", length)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; give a number of at least 1")
+        limit = run.config.model.max_position_embeddings
+        if limit is not None and length > limit:
+            raise UserError(f"sequence_length {length} is more than the model's position table of {limit}; shorten it")
+        return batch_size, length
+
+    def _text(self, run: "Run") -> "TokenSplit":
+        from resnet_bk.cli.console import remark
+        from resnet_bk.training.data import prepare_dataset, tokenize_all
+
+        tokenizer = run.tokenizer()
+        if self.data is not None and self.data != run.config.data.data:
+            return tokenize_all(self.data, tokenizer)
+        dataset = prepare_dataset(run.config.data, on_progress=remark)
+        run.check_same_data(dataset)
+        return dataset.validation
+
+    def _print(self, document: dict[str, Any]) -> None:
+        if self.json:
+            print_json(document)
+            return
+        which = "held-out part of" if document["split"] == "validation" else "all of"
+        lines = [
+            f"{document['checkpoint']} on the {which} {document['data']}, {document['tokens']:,} tokens",
+            f"  loss           {document['loss']:.4f} nats a token",
+            f"  perplexity     {document['perplexity']:.2f}",
+            f"  bits a byte    {document['bits_per_byte']:.4f}",
+            f"  unigram        {document['unigram_entropy']:.4f} nats a token (no context at all)",
+        ]
+        if document["leaks_targets"]:
+            lines.append("  This model is bidirectional: it reads its own targets. The loss is a leak, not skill.")
+        for line in lines:
+            result_console.print(line, markup=False, soft_wrap=True)

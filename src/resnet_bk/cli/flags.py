@@ -1,0 +1,135 @@
+"""Flags that several commands share, each optional so that a command knows which ones were given."""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from resnet_bk.training.config import DataConfig, Precision, TrainingConfig
+
+
+def shown(default: Any, metavar: str | None = None) -> Any:
+    """An optional flag whose help shows the default that applies when it is left out."""
+    return tyro.conf.arg(metavar=metavar or type(default).__name__.upper(), help_behavior_hint=f"(default: {default})")
+
+
+def preset(metavar: str) -> Any:
+    """An optional flag that changes a preset's field."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Fields of the model that differ from the preset's."""
+
+    vocab_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the tokenizer's)")] = (
+        None
+    )
+    """Number of token ids."""
+    hidden_size: Annotated[int | None, preset("INT")] = None
+    """Width of a token's vector."""
+    num_layers: Annotated[int | None, preset("INT")] = None
+    """Number of blocks."""
+    num_experts: Annotated[int | None, preset("INT")] = None
+    """Experts per block; each token uses one."""
+    intermediate_size: Annotated[int | None, preset("INT")] = None
+    """Width inside an expert. With another --mixer it is chosen to keep the total number of parameters."""
+    mixer: Annotated[Literal["bk", "attention"] | None, preset("bk|attention")] = None
+    """How tokens mix: the resolvent's diagonal, or the Transformer's attention."""
+    num_bk_heads: Annotated[int | None, preset("INT")] = None
+    """Independent chains of the bk mixer."""
+    num_attention_heads: Annotated[int | None, preset("INT")] = None
+    """Heads of the attention mixer."""
+    causal: Annotated[bool | None, preset("True|False")] = None
+    """False lets tokens read the future: a loss of such a model is a leak."""
+    max_position_embeddings: Annotated[int | None, preset("INT")] = None
+    """Length of a learned position table."""
+    tie_word_embeddings: Annotated[bool | None, preset("True|False")] = None
+    """The head reuses the embedding."""
+    router_temperature: Annotated[float | None, preset("FLOAT")] = None
+    """Temperature of the Gumbel-softmax in training."""
+    router_aux_loss_coef: Annotated[float | None, preset("FLOAT")] = None
+    """Weight of the load-balancing loss in training; 0 turns it off."""
+    bk_h0: Annotated[float | None, preset("FLOAT")] = None
+    """Constant part of the Hamiltonian's diagonal."""
+    bk_hopping: Annotated[float | None, preset("FLOAT")] = None
+    """Product of the Hamiltonian's off-diagonals."""
+    bk_energy: Annotated[float | None, preset("FLOAT")] = None
+    """Initial energy of a single chain."""
+    bk_eta: Annotated[float | None, preset("FLOAT")] = None
+    """Initial distance of the energy from the real axis."""
+    bk_grad: Annotated[Literal["exact", "blend"] | None, preset("exact|blend")] = None
+    """Exact adjoint, or the analytic rule that keeps only a token's own gradient."""
+    bk_blend: Annotated[float | None, preset("FLOAT")] = None
+    """Share of 1/G^2 in the analytic rule."""
+    rope_theta: Annotated[float | None, preset("FLOAT")] = None
+    """Base of the attention mixer's rotary positions."""
+    layer_norm_eps: Annotated[float | None, preset("FLOAT")] = None
+    """Epsilon of every LayerNorm."""
+    initializer_range: Annotated[float | None, preset("FLOAT")] = None
+    """Standard deviation of the embeddings at the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Text and tokens."""
+
+    data: Annotated[str | None, shown(DataConfig.data)] = None
+    """stdlib (the source text of Python's standard library), a text file, a folder, a glob, or hf:ORG/NAME[:CONFIG]."""
+    tokenizer: Annotated[str | None, shown(DataConfig.tokenizer)] = None
+    """byte, char, word:N, bpe:N, the path of a tokenizer.json, or a Hub name."""
+    validation_fraction: Annotated[float | None, shown(DataConfig.validation_fraction)] = None
+    """Share of the text that is held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags:
+    """How to train."""
+
+    steps: Annotated[int | None, shown(TrainingConfig.steps)] = None
+    """Optimizer steps."""
+    batch_size: Annotated[int | None, shown(TrainingConfig.batch_size)] = None
+    """Sequences in a micro-batch."""
+    sequence_length: Annotated[int | None, shown(TrainingConfig.sequence_length)] = None
+    """Tokens in a sequence (N)."""
+    gradient_accumulation_steps: Annotated[int | None, shown(TrainingConfig.gradient_accumulation_steps)] = None
+    """Micro-batches in a step."""
+    learning_rate: Annotated[float | None, shown(TrainingConfig.learning_rate)] = None
+    """Highest learning rate."""
+    min_learning_rate_ratio: Annotated[float | None, shown(TrainingConfig.min_learning_rate_ratio)] = None
+    """Where the cosine ends, as a share of the highest rate."""
+    warmup_steps: Annotated[int | None, shown(TrainingConfig.warmup_steps)] = None
+    """Steps of linear warm-up."""
+    decay_steps: Annotated[int | None, shown("the larger of --steps and 1000", "INT")] = None
+    """Step at which the cosine ends."""
+    weight_decay: Annotated[float | None, shown(TrainingConfig.weight_decay)] = None
+    """AdamW's decay of matrices (embeddings, norms and energies do not decay)."""
+    beta1: Annotated[float | None, shown(TrainingConfig.beta1)] = None
+    """AdamW's first moment."""
+    beta2: Annotated[float | None, shown(TrainingConfig.beta2)] = None
+    """AdamW's second moment."""
+    max_grad_norm: Annotated[float | None, shown(TrainingConfig.max_grad_norm)] = None
+    """Gradients are clipped to this global norm."""
+    precision: Annotated[Precision | None, shown(TrainingConfig.precision, "fp32|bf16|fp16")] = None
+    """Mixed precision of the matrix products; fp16 scales the loss."""
+    seed: Annotated[int | None, shown(TrainingConfig.seed)] = None
+    """Of the weights, the batches and the routing noise."""
+    log_every: Annotated[int | None, shown(TrainingConfig.log_every)] = None
+    """Steps between entries of metrics.jsonl."""
+    eval_every: Annotated[int | None, shown(TrainingConfig.eval_every)] = None
+    """Steps between evaluations on held-out text."""
+    eval_tokens: Annotated[int | None, shown(TrainingConfig.eval_tokens)] = None
+    """Held-out tokens of each evaluation but the last, which takes all."""
+    save_every: Annotated[int | None, shown(TrainingConfig.save_every)] = None
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int | None, shown(TrainingConfig.keep_checkpoints)] = None
+    """Newest checkpoints to keep."""
+    device: Annotated[str | None, shown(TrainingConfig.device)] = None
+    """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
+    num_threads: Annotated[int | None, shown("torch's", "INT")] = None
+    """CPU threads."""
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The flags that were given, by name."""
+    return {field.name: getattr(flags, field.name) for field in fields(flags) if getattr(flags, field.name) is not None}

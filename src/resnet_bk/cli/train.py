@@ -1,0 +1,188 @@
+"""``resnet-bk train``."""
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_bk.cli.console import print_json, remark
+from resnet_bk.cli.flags import DataFlags, ModelFlags, TrainingFlags, given
+from resnet_bk.cli.progress import TrainingProgress
+from resnet_bk.errors import UserError
+from resnet_bk.training.config import DataConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from resnet_bk.training.data import TokenDataset
+    from resnet_bk.training.loop import TrainingSummary
+    from resnet_bk.training.run import RunConfig
+    from resnet_bk.training.start import ReadyRun
+
+DEFAULT_PRESET = "seed"
+CHANGEABLE_ON_RESUME = ("steps",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a language model, or go on with a run that was stopped.
+
+    Examples:
+      resnet-bk train --preset seed --out runs/first
+      resnet-bk train --preset seed --data book.txt --tokenizer char --steps 2000 --out runs/book
+      resnet-bk train --preset seed --mixer attention --out runs/transformer
+      resnet-bk train --resume runs/first --steps 4000
+      resnet-bk train --config runs/first/run.json --seed 1 --out runs/second
+    """
+
+    out: Path | None = None
+    """Folder for the run; must not hold one yet."""
+    preset: str | None = None
+    """Named size: seed, tiny, 100m, 1b, 7b or 70b. Without --config, seed is the default."""
+    config: Path | None = None
+    """A run.json to take the configuration from; flags given besides it change it."""
+    resume: Path | None = None
+    """Run folder to go on with, bitwise as if it had never stopped (on a CPU); --steps may be raised."""
+    model: ModelFlags = field(default_factory=ModelFlags)
+    training: TrainingFlags = field(default_factory=TrainingFlags)
+    text: DataFlags = field(default_factory=DataFlags)
+    json: bool = False
+    """Print the outcome as one JSON document on standard output."""
+
+    def run(self) -> None:
+        """Trains, and prints how it ended."""
+        progress = TrainingProgress()
+        with progress:
+            ready = self._resume(progress) if self.resume else self._start(progress)
+            if ready is None:
+                return
+            run = ready.trainer.run
+            progress.begin(total=run.config.training.steps, completed=ready.state.step)
+            summary = ready.trainer.train(ready.state)
+        self._report(ready, summary)
+
+    def _start(self, progress: TrainingProgress) -> "ReadyRun":
+        if self.out is None:
+            raise UserError("say where the run goes: --out runs/NAME (or --resume a run folder)")
+        from resnet_bk.training.data import prepare_dataset
+        from resnet_bk.training.run import check_new_run
+        from resnet_bk.training.start import start_run
+
+        check_new_run(self.out)
+        config = self._configuration()
+        dataset = prepare_dataset(config.data, on_progress=remark)
+        config = self._with_vocabulary(config, dataset)
+        ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe)
+        self._describe(ready)
+        return ready
+
+    def _resume(self, progress: TrainingProgress) -> "ReadyRun | None":
+        assert self.resume
+        from resnet_bk.training.data import prepare_dataset
+        from resnet_bk.training.run import open_run
+        from resnet_bk.training.start import resume_run
+
+        run = open_run(self.resume)
+        self._check_resume_flags(run.config)
+        if self.training.steps is not None:
+            run = run.extended_to(TrainingConfig(steps=self.training.steps).steps)
+        run.tokenizer()
+        dataset = prepare_dataset(run.config.data, on_progress=remark)
+        ready = resume_run(run, dataset, observer=progress.observe)
+        if ready.state.step >= run.config.training.steps:
+            remark(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
+            if self.json:
+                print_json({"run": str(self.resume), "steps": ready.state.step, "finished": True})
+            return None
+        self._describe(ready)
+        remark(f"going on after step {ready.state.step}")
+        return ready
+
+    def _configuration(self) -> "RunConfig":
+        from resnet_bk.models import ResNetBKConfig
+        from resnet_bk.training.run import RunConfig
+
+        if self.config and self.preset:
+            raise UserError("give --preset or --config, not both")
+        base = RunConfig.read(self.config) if self.config else None
+        try:
+            if base:
+                model = ResNetBKConfig.derive(base.model.own_fields(), **given(self.model))
+            else:
+                model = ResNetBKConfig.from_preset(self.preset or DEFAULT_PRESET, **given(self.model))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        training = replace(base.training if base else TrainingConfig(), **given(self.training))
+        data = replace(base.data if base else DataConfig(), **given(self.text))
+        return RunConfig(model=model, training=training, data=data)
+
+    def _with_vocabulary(self, config: "RunConfig", dataset: "TokenDataset") -> "RunConfig":
+        """The model's vocabulary is the tokenizer's, unless it was asked for; experts of a baseline follow it."""
+        vocab_size = dataset.tokenizer.vocab_size
+        if self.model.vocab_size is not None or config.model.vocab_size == vocab_size:
+            return config
+        from resnet_bk.models import ResNetBKConfig
+
+        remark(f"vocabulary: {vocab_size:,} tokens, the tokenizer's (configured: {config.model.vocab_size:,})")
+        flags = {**given(self.model), "vocab_size": vocab_size}
+        if self.config:
+            model = ResNetBKConfig.derive(config.model.own_fields(), **flags)
+        else:
+            model = ResNetBKConfig.from_preset(self.preset or DEFAULT_PRESET, **flags)
+        return replace(config, model=model)
+
+    def _check_resume_flags(self, recorded: "RunConfig") -> None:
+        """A run goes on as what it is: flags that would make it another are refused, not ignored."""
+        if self.out is not None or self.preset is not None or self.config is not None:
+            raise UserError("--resume takes everything from the run folder; leave out --out, --preset and --config")
+        recorded_fields = {**recorded.model.own_fields(), **asdict(recorded.training), **asdict(recorded.data)}
+        flags = {**given(self.model), **given(self.training), **given(self.text)}
+        changed = [
+            name for name, value in flags.items() if name not in CHANGEABLE_ON_RESUME and recorded_fields[name] != value
+        ]
+        if changed:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise UserError(f"{names} differ from what {self.resume} records; leave them out, or start a new run")
+
+    def _describe(self, ready: "ReadyRun") -> None:
+        from resnet_bk.memory.parameters import count_parameters
+        from resnet_bk.ops.bk import choose_backend
+
+        trainer = ready.trainer
+        config, dataset = trainer.run.config, trainer.dataset
+        model, training, device = config.model, config.training, trainer.model.device
+        counts = count_parameters(model)
+        mixer = f"mixer bk ({choose_backend(device).name} backend)" if model.mixer == "bk" else f"mixer {model.mixer}"
+        remark(f"model: {counts.total:,} parameters, {counts.active:,} active per token, {mixer}")
+        if not model.causal:
+            remark("       causal=False: tokens read the future; the loss of this model is a leak, not skill")
+        record = dataset.record
+        remark(
+            f"data: {record['description']}; {len(dataset.train.tokens):,} tokens to train on, "
+            f"{len(dataset.validation.tokens):,} held out ({record['split']})"
+        )
+        remark(
+            f"on {device.type}, {training.precision}, {training.num_threads} threads; "
+            f"{training.tokens_per_step:,} tokens a step, {training.steps:,} steps; writing {trainer.run.folder}"
+        )
+
+    def _report(self, ready: "ReadyRun", summary: "TrainingSummary") -> None:
+        run, dataset = ready.trainer.run, ready.trainer.dataset
+        entropy = dataset.validation.unigram_entropy()
+        document: dict[str, Any] = {
+            "run": str(run.folder),
+            "checkpoint": str(summary.checkpoint),
+            "steps": summary.step,
+            "finished": True,
+            "seconds": summary.seconds,
+            "tokens": summary.step * run.config.training.tokens_per_step,
+            "validation_loss": summary.validation.loss,
+            "validation_tokens": summary.validation.tokens,
+            "unigram_entropy": entropy,
+            "leaks_targets": not run.config.model.causal,
+        }
+        leak = "" if run.config.model.causal else " (a leak: the model reads its targets)"
+        remark(
+            f"done: {summary.step:,} steps in {summary.seconds:.0f} s; held-out loss "
+            f"{summary.validation.loss:.3f} nats a token{leak}, unigram entropy {entropy:.3f}; {summary.checkpoint}"
+        )
+        if self.json:
+            print_json(document)

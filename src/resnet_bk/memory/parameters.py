@@ -1,0 +1,87 @@
+"""Parameters by component, counted on the real model without allocating it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+
+# The component of a parameter, by the first of these that its name contains.
+COMPONENTS = {
+    "embed_tokens": "token embedding",
+    "embed_positions": "position embedding",
+    "lm_head": "head",
+    ".moe.router": "router",
+    ".moe.up": "experts",
+    ".moe.down": "experts",
+    ".mixer.potential": "potential projection",
+    ".mixer.energy": "energies",
+    ".mixer.raw_eta": "energies",
+    ".mixer.qkv": "attention projections",
+    ".mixer.output": "output projection",
+    "norm": "norms",
+}
+BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Numbers of parameters. ``active`` ones take part in one token's computation: one expert of each block."""
+
+    by_component: dict[str, int]
+    total: int
+    active: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRow:
+    """One row of the seed's corrected table beside the model's own number, and why they differ."""
+
+    component: str
+    seed: int
+    ours: int
+    reason: str
+
+
+def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
+    """Counts the model of ``config`` on the meta device; tied weights count once, as embedding."""
+    with torch.device("meta"):
+        model = ResNetBKForCausalLM(config)
+    by_component: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        component = component_of(name)
+        by_component[component] = by_component.get(component, 0) + parameter.numel()
+    total = sum(by_component.values())
+    idle = by_component["experts"] // config.num_experts * (config.num_experts - 1)
+    return ParameterCounts(by_component=by_component, total=total, active=total - idle)
+
+
+def component_of(name: str) -> str:
+    """The component that a parameter's name tells."""
+    return next(component for part, component in COMPONENTS.items() if part in name)
+
+
+def compare_with_seed(counts: ParameterCounts) -> list[SeedRow]:
+    """The seed's table with its arithmetic put right (4,112,512), beside what the model has."""
+    ours = counts.by_component
+    layers, hidden, experts, width, vocabulary, length = 4, 64, 4, 128, 30_000, 128
+    seeds = {
+        "token embedding": vocabulary * hidden,
+        "position embedding": length * hidden,
+        "router": layers * hidden * experts,
+        "experts": layers * experts * 2 * hidden * width,
+        "output projection": layers * 2 * hidden,
+        "norms": layers * 2 * hidden + 2 * hidden,
+        "head": vocabulary * hidden,
+        "potential projection": 0,
+        "energies": 0,
+    }
+    reasons = {
+        "experts": "the seed's text adds up 3 of 4 experts; all 4 are counted here",
+        "potential projection": "v = w . m needs w, which the seed's table leaves out",
+        "energies": "E and eta are learned, per layer and head",
+    }
+    return [
+        SeedRow(component=name, seed=number, ours=ours.get(name, 0), reason=reasons.get(name, ""))
+        for name, number in seeds.items()
+    ]

@@ -1,0 +1,149 @@
+"""Checkpoints: everything that the next step depends on, checksummed, written whole or not at all.
+
+A checkpoint folder is also what ``from_pretrained`` reads. Batches, routing noise and the learning rate are functions
+of the step, so that its number, the weights, the optimizer's moments and the loss scale are the whole state.
+"""
+
+import hashlib
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+
+from resnet_bk.errors import UserError
+from resnet_bk.files import new_directory, read_json, write_json
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+
+MANIFEST, WEIGHTS, MOMENTS, STATE = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"
+NAME_PATTERN = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where training stands: optimizer steps done, and the wall-clock seconds they took."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    parent: Path,
+    model: ResNetBKForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainingState,
+) -> Path:
+    """Writes ``parent/step-00000100`` and returns it.
+
+    Raises:
+        UserError: it could not be written (a full disk, say); nothing that was there has changed.
+    """
+    path = parent / f"step-{state.step:08d}"
+    if path.exists():
+        return path
+    with new_directory(path) as folder:
+        try:
+            model.save_pretrained(folder)
+            save_file(_moments(model, optimizer), folder / MOMENTS)
+        except SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
+        write_json(folder / STATE, {**asdict(state), "scaler": scaler.state_dict()})
+        write_json(folder / MANIFEST, {file.name: _identity(file) for file in sorted(folder.iterdir())})
+    return path
+
+
+def load_model_checkpoint(path: Path) -> ResNetBKForCausalLM:
+    """The model of a checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the folder is not a checkpoint, or a file of it is damaged.
+    """
+    verify_checkpoint(path)
+    config = ResNetBKConfig.from_pretrained(path)
+    model = ResNetBKForCausalLM(config)
+    load_model(model, path / WEIGHTS)
+    model.eval()
+    return model
+
+
+def restore_optimizer(
+    path: Path, model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> TrainingState:
+    """Puts a checkpoint's moments and loss scale back; the model's weights must be its own already."""
+    moments = load_file(path / MOMENTS)
+    for name, parameter in model.named_parameters():
+        entries = {
+            key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
+        }
+        if entries:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+    state = read_json(path / STATE)
+    if scale := state.pop("scaler"):
+        scaler.load_state_dict(scale)
+    return TrainingState(**state)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compares every file with the checksums written beside it.
+
+    Raises:
+        UserError: this is no checkpoint, or a file is missing, cut short or changed.
+    """
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path} is not a checkpoint (it has no {MANIFEST}); give a run folder or a step-... folder")
+    manifest = read_json(path / MANIFEST)
+    for name, identity in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {_mend(path)}")
+        if file.stat().st_size != identity["bytes"]:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes instead of {identity['bytes']:,}; {_mend(path)}")
+        if _identity(file) != identity:
+            raise UserError(f"{file} does not have its checksum: a byte has changed; {_mend(path)}")
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The checkpoint folders in ``parent``, oldest first."""
+    return sorted(path for path in parent.glob("step-*") if NAME_PATTERN.fullmatch(path.name) and path.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    match = NAME_PATTERN.fullmatch(checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def prune_checkpoints(parent: Path, keep: int) -> None:
+    """Deletes all but the newest ``keep`` checkpoints, and what killed processes left half written."""
+    for path in checkpoints(parent)[:-keep]:
+        # Renamed first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
+        doomed = path.with_name(f".{path.name}.deleted")
+        path.replace(doomed)
+    for path in parent.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}.{name}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def _mend(path: Path) -> str:
+    older = [checkpoint.name for checkpoint in checkpoints(path.parent) if checkpoint.name < path.name]
+    if older:
+        return f"restore it from a copy, or delete {path.name} to continue from {older[-1]}"
+    return "restore it from a copy, or train again"

@@ -1,0 +1,159 @@
+"""A run folder: what was asked for, the tokenizer, the metrics and the checkpoints."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from resnet_bk.environment import describe_environment
+from resnet_bk.errors import UserError
+from resnet_bk.files import read_json, write_json
+from resnet_bk.models import ResNetBKConfig
+from resnet_bk.training.checkpoint import checkpoints
+from resnet_bk.training.config import DataConfig, TrainingConfig
+from resnet_bk.training.data import TextTokenizer, TokenDataset
+
+KIND, VERSION = "resnet-bk run", 1
+RECORD = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Model, training and data: what makes two runs the same run."""
+
+    model: ResNetBKConfig
+    training: TrainingConfig
+    data: DataConfig
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From a run.json.
+
+        Raises:
+            UserError: the file is not one.
+        """
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("kind") != KIND:
+            raise UserError(f"{path} is not a run.json; give the one that a run folder holds")
+        if record.get("version") != VERSION:
+            raise UserError(f"{path} has version {record.get('version')}, this program reads {VERSION}; update it")
+        try:
+            return cls(
+                model=ResNetBKConfig.derive(record["model"]),
+                training=TrainingConfig(**record["training"]),
+                data=DataConfig(**record["data"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} does not describe a run ({error}); restore it from a copy") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An existing run folder and what it records."""
+
+    folder: Path
+    config: RunConfig
+    dataset: dict[str, Any]
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line: what each logged step and each evaluation saw."""
+        return self.folder / "metrics.jsonl"
+
+    def latest_checkpoint(self) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            UserError: there is none.
+        """
+        if found := checkpoints(self.checkpoint_folder):
+            return found[-1]
+        raise UserError(f"{self.folder} holds no checkpoint; train again with another --out")
+
+    def tokenizer(self) -> TextTokenizer:
+        """The run's tokenizer.
+
+        Raises:
+            UserError: it is damaged, or not the one that the model was trained with.
+        """
+        tokenizer = TextTokenizer.load(self.folder / "tokenizer.json", self.config.data.tokenizer)
+        if tokenizer.fingerprint != self.dataset["tokenizer_sha256"]:
+            raise UserError(
+                f"{self.folder / 'tokenizer.json'} is not the vocabulary this run was trained with; restore it"
+            )
+        return tokenizer
+
+    def check_same_data(self, dataset: TokenDataset) -> None:
+        """Raises a UserError if the text or the vocabulary is not what the run was trained on."""
+        for key, what in (("tokenizer_sha256", "vocabulary"), ("corpus_sha256", "text")):
+            if dataset.record[key] != self.dataset[key]:
+                raise UserError(
+                    f"the {what} of {self.config.data.data} is not the one {self.folder} was trained on; "
+                    "restore it, or start a new run with another --out"
+                )
+
+    def extended_to(self, steps: int) -> "Run":
+        """The same run with another number of steps, on disk too."""
+        training = replace(self.config.training, steps=steps)
+        record = read_json(self.folder / RECORD)
+        write_json(self.folder / RECORD, {**record, "training": asdict(training)})
+        return replace(self, config=replace(self.config, training=training))
+
+
+def check_new_run(out: Path) -> None:
+    """Raises a UserError if ``out`` cannot become a run folder: it holds something, or cannot be written."""
+    if (out / RECORD).exists():
+        raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+
+
+def write_record(folder: Path, config: RunConfig, dataset: TokenDataset, command: list[str]) -> None:
+    """Writes run.json and tokenizer.json into a folder that becomes a run's."""
+    write_json(
+        folder / RECORD,
+        {
+            "kind": KIND,
+            "version": VERSION,
+            "model": config.model.own_fields(),
+            "training": asdict(config.training),
+            "data": asdict(config.data),
+            "dataset": dataset.record,
+            "environment": describe_environment(),
+            "command": command,
+        },
+    )
+    dataset.tokenizer.save(folder / "tokenizer.json")
+
+
+def open_run(folder: Path) -> Run:
+    """An existing run.
+
+    Raises:
+        UserError: there is none, or its record is damaged.
+    """
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} is not a run folder (it has no {RECORD}); start one with `train --out {folder}`")
+    config = RunConfig.read(folder / RECORD)
+    dataset = read_json(folder / RECORD).get("dataset")
+    if not isinstance(dataset, dict):
+        raise UserError(f"{folder / RECORD} does not record its data; restore it from a copy")
+    return Run(folder=folder, config=config, dataset=dataset)
+
+
+def find_checkpoint(path: Path) -> tuple[Run, Path]:
+    """The run and checkpoint that ``path`` names: a run folder (its newest checkpoint) or a checkpoint folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path.name.startswith("step-") and path.is_dir():
+        return open_run(path.parent.parent), path
+    run = open_run(path)
+    return run, run.latest_checkpoint()

@@ -1,0 +1,87 @@
+"""Starting a run, and going on with one: everything checked before anything is written."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from resnet_bk.errors import UserError
+from resnet_bk.files import new_directory
+from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.training.checkpoint import TrainingState, load_model_checkpoint, restore_optimizer, save_checkpoint
+from resnet_bk.training.data import TokenDataset
+from resnet_bk.training.data.batches import check_long_enough
+from resnet_bk.training.loop import Observer, Trainer
+from resnet_bk.training.optimizer import build_optimizer
+from resnet_bk.training.run import Run, RunConfig, check_new_run, open_run, write_record
+from resnet_bk.training.step import build_scaler, choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyRun:
+    """A trainer and the state to start from."""
+
+    trainer: Trainer
+    state: TrainingState
+
+
+def check_config(config: RunConfig, dataset: TokenDataset) -> None:
+    """Raises a UserError for what would fail only once training runs."""
+    model, length = config.model, config.training.sequence_length
+    if model.max_position_embeddings is not None and length > model.max_position_embeddings:
+        raise UserError(
+            f"sequence_length {length} is more than the model's position table of {model.max_position_embeddings}; "
+            "shorten it, or choose a preset without a table"
+        )
+    if model.vocab_size < dataset.tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {model.vocab_size} is less than the tokenizer's {dataset.tokenizer.vocab_size}; "
+            "leave --vocab-size out, or choose a smaller tokenizer"
+        )
+    check_long_enough(dataset.train.tokens, length)
+
+
+def start_run(
+    out: Path, config: RunConfig, dataset: TokenDataset, *, command: list[str], observer: Observer
+) -> ReadyRun:
+    """Makes the run folder, with a checkpoint of step 0, in one rename: from then on a kill loses at most steps.
+
+    Raises:
+        UserError: the configuration, the text or ``out`` does not fit.
+    """
+    check_new_run(out)
+    check_config(config, dataset)
+    device = choose_device(config.training.device)
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    config = replace(config, training=replace(config.training, num_threads=torch.get_num_threads()))
+    torch.manual_seed(config.training.seed)
+    model = ResNetBKForCausalLM(config.model).to(device)
+    optimizer, scaler = build_optimizer(model, config.training), build_scaler(device, config.training.precision)
+    with new_directory(out) as folder:
+        write_record(folder, config, dataset, command)
+        save_checkpoint(folder / "checkpoints", model, optimizer, scaler, TrainingState())
+    trainer = Trainer(
+        run=open_run(out), model=model, optimizer=optimizer, scaler=scaler, dataset=dataset, observer=observer
+    )
+    return ReadyRun(trainer=trainer, state=TrainingState())
+
+
+def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyRun:
+    """Goes on from the newest checkpoint.
+
+    Raises:
+        UserError: a file is damaged, or the text or vocabulary is no longer the run's.
+    """
+    run.check_same_data(dataset)
+    if run.config.training.num_threads is not None:
+        torch.set_num_threads(run.config.training.num_threads)
+    checkpoint = run.latest_checkpoint()
+    device = choose_device(run.config.training.device)
+    model = load_model_checkpoint(checkpoint).to(device)
+    if model.config.own_fields() != run.config.model.own_fields():
+        raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
+    optimizer, scaler = build_optimizer(model, run.config.training), build_scaler(device, run.config.training.precision)
+    state = restore_optimizer(checkpoint, model, optimizer, scaler)
+    trainer = Trainer(run=run, model=model, optimizer=optimizer, scaler=scaler, dataset=dataset, observer=observer)
+    return ReadyRun(trainer=trainer, state=state)
