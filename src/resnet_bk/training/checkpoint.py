@@ -7,6 +7,8 @@ of the step, so that its number, the weights, the optimizer's moments and the lo
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory, read_json, write_json
@@ -48,7 +51,8 @@ def save_checkpoint(
         return path
     with new_directory(path) as folder:
         try:
-            model.save_pretrained(folder)
+            with _no_progress_bar():
+                model.save_pretrained(folder)
             save_file(_moments(model, optimizer), folder / MOMENTS)
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
@@ -127,6 +131,18 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
         path.replace(doomed)
     for path in parent.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows one for every file it saves, in the middle of training's own."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
