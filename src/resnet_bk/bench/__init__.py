@@ -1,0 +1,1 @@
+"""Measurements, one module a section; ``suite`` runs them and writes report.json."""

@@ -1,0 +1,84 @@
+"""How much a benchmark measures. Light to import: the command line reads the names from here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Sizes of every section.
+
+    ``rounds`` are interleaved repetitions after ``warmup_rounds``; ``learning_rates`` are tried by every contestant
+    on held-out text, with the best kept for each; potentials and etas span the accuracy grid.
+    """
+
+    name: str
+    purpose: str
+    warmup_rounds: int
+    rounds: int
+    decode_tokens: int
+    convergence_steps: int
+    evaluations: int
+    evaluated_tokens: int
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    lengths: tuple[int, ...]
+    scaling_rounds: int
+    accuracy_lengths: tuple[int, ...]
+    etas: tuple[float, ...] = (1.0, 0.1, 0.01)
+    potentials: tuple[float, ...] = (0.1, 1.0, 10.0)
+    bootstrap_resamples: int = 2000
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="smoke",
+            purpose="shows that everything runs; its figures mean nothing",
+            warmup_rounds=1,
+            rounds=3,
+            decode_tokens=4,
+            convergence_steps=4,
+            evaluations=2,
+            evaluated_tokens=256,
+            seeds=(0,),
+            learning_rates=(1e-3,),
+            lengths=(16, 32, 64),
+            scaling_rounds=2,
+            accuracy_lengths=(32,),
+            etas=(1.0, 0.1),
+            potentials=(1.0,),
+            bootstrap_resamples=200,
+        ),
+        Profile(
+            name="quick",
+            purpose="a first look in about three minutes on two CPU cores: one seed, one learning rate",
+            warmup_rounds=3,
+            rounds=15,
+            decode_tokens=16,
+            convergence_steps=150,
+            evaluations=6,
+            evaluated_tokens=20_000,
+            seeds=(0,),
+            learning_rates=(3e-3,),
+            lengths=(128, 256, 512, 1024, 2048, 4096),
+            scaling_rounds=3,
+            accuracy_lengths=(128, 1024),
+        ),
+        Profile(
+            name="standard",
+            purpose="three seeds, each contestant at the best of four learning rates, longer sequences",
+            warmup_rounds=5,
+            rounds=50,
+            decode_tokens=64,
+            convergence_steps=1000,
+            evaluations=10,
+            evaluated_tokens=100_000,
+            seeds=(0, 1, 2),
+            learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16_384),
+            scaling_rounds=7,
+            accuracy_lengths=(128, 1024, 8192),
+        ),
+    )
+}
