@@ -1,0 +1,104 @@
+"""The whole document: title, summary, one section for each result, and how it was made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_bk.report import summary
+from resnet_bk.report.blocks import Block, Code, Paragraph, Section, Table
+from resnet_bk.report.sections import convergence, flops, memory, scaling, stability, timing
+from resnet_bk.schema import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """What the template prints."""
+
+    title: str
+    subtitle: str
+    sections: list[Section]
+
+
+def compose(report: Report) -> Document:
+    """Everything that there is to say about the measurements in ``report``."""
+    results = report.results
+    sections = [summary.build(report)]
+    if results.flops:
+        sections.append(flops.build(report, results.flops))
+    if results.timing:
+        sections.append(timing.build(report, results.timing))
+    if results.memory:
+        sections.append(memory.build(report, results.memory))
+    if results.convergence:
+        sections.append(convergence.build(report, results.convergence))
+    if results.scaling:
+        sections.append(scaling.build(report, results.scaling))
+    if results.stability:
+        sections.append(stability.build(report, results.stability))
+    sections.append(_provenance(report))
+    return Document(
+        title="ResNet-BK against a Transformer",
+        subtitle=f"Benchmark report, profile {report.profile['name']}, {report.created.partition('T')[0]}",
+        sections=sections,
+    )
+
+
+def _provenance(report: Report) -> Section:
+    blocks: list[Block] = [
+        Table(
+            caption="Machine, versions and workload",
+            header=["", ""],
+            rows=[[name, value] for name, value in {**_machine(report.environment), **_workload(report)}.items()],
+            align=["left", "left"],
+        ),
+        _models(report),
+        Table(
+            caption="How long each section took to measure",
+            header=["section", "seconds", "outcome"],
+            rows=[
+                [name, f"{status.seconds:.1f}", status.failure or "measured"] for name, status in report.status.items()
+            ],
+            align=["left", "right", "left"],
+        ),
+        Paragraph(text="The same measurements again:"),
+        Code(text=" ".join(["resnet-bk", *report.command])),
+    ]
+    return Section(title="How this report was made", blocks=blocks)
+
+
+def _machine(environment: dict[str, Any]) -> dict[str, str]:
+    hardware = environment["hardware"]
+    gpu = hardware["gpu"]
+    return {
+        "CPU": f"{hardware['cpu']}, {hardware['cores']} cores",
+        "memory": f"{hardware['memory_bytes'] / 1e9:.1f} GB",
+        "GPU": f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, CUDA {gpu['cuda']}" if gpu else "none",
+        "system": f"{environment['system']}, Python {environment['python']}",
+        "packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
+        "commit": environment["commit"] or "not run from a checkout",
+    }
+
+
+def _workload(report: Report) -> dict[str, str]:
+    work = report.workload
+    return {
+        "data": f"{work.data}: {work.description}",
+        "tokens": f"{work.train_tokens:,} to train on, {work.validation_tokens:,} held out ({work.split})",
+        "tokenizer": f"{work.tokenizer}, {work.vocab_size:,} tokens",
+        "batch": f"{work.batch_size} sequences of {work.sequence_length} tokens, seed {work.seed}",
+        "computed": f"in {work.precision} on {work.device}, {work.threads} threads",
+        "measured": report.created,
+    }
+
+
+def _models(report: Report) -> Table:
+    """Only the fields that a reader needs to build the models again: those of the preset and those that differ."""
+    first, second = report.contestants
+    shown = ["hidden_size", "num_layers", "num_experts", "mixer", "max_position_embeddings", "tie_word_embeddings"]
+    differing = [name for name in first.config if first.config[name] != second.config.get(name)]
+    names = ["vocab_size", *dict.fromkeys([*shown, *differing])]
+    rows = [[name, str(first.config[name]), str(second.config.get(name))] for name in names]
+    rows.append(["parameters", f"{first.parameters:,}", f"{second.parameters:,}"])
+    rows.append(["of these active per token", f"{first.active_parameters:,}", f"{second.active_parameters:,}"])
+    return Table(
+        caption=f"Models (preset {report.workload.preset})", header=["field", first.label, second.label], rows=rows
+    )

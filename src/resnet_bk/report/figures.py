@@ -1,0 +1,68 @@
+"""Drawings: one style, colours that the colour-blind can tell apart (M. Okabe and K. Ito, 2008), SVG as text."""
+
+import io
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+OURS, BASELINE, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLOURS = {"resnet-bk": OURS, "transformer": BASELINE, "blend": THIRD, "bidirectional": FOURTH}
+MARKERS = {"resnet-bk": "o", "transformer": "s", "blend": "^", "bidirectional": "x"}
+GREY = "#666666"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "resnet-bk",  # the same data give the same file
+}
+WIDTH = 6.3
+
+
+@dataclass
+class Drawing:
+    """Axes to draw on; ``svg`` is there when the block ends."""
+
+    axes: list[Axes]
+    svg: str = ""
+
+
+@contextmanager
+def drawing(columns: int = 1, height: float = 2.6) -> Iterator[Drawing]:
+    """A row of axes in the house style."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        result = Drawing(axes=list(axes))
+        yield result
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        result.svg = buffer.getvalue()
+
+
+def grouped_bars(
+    axes: Axes,
+    groups: list[str],
+    series: dict[str, list[float]],
+    colours: list[str],
+    errors: dict[str, tuple[list[float], list[float]]] | None = None,
+) -> None:
+    """Bars side by side, with whiskers if ``errors`` (below, above) are given."""
+    width = 0.8 / len(series)
+    for (index, (label, values)), colour in zip(enumerate(series.items()), itertools.cycle(colours), strict=False):
+        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        whiskers = None if errors is None else list(errors[label])
+        axes.bar(places, values, width, label=label, color=colour, yerr=whiskers, capsize=2, ecolor=GREY)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.grid(visible=False, axis="x")
