@@ -68,7 +68,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file lives in, with ``+changes`` if it has been edited since."""
+    """Commit of the checkout this file lives in, with ``+changes`` if it has been edited since.
+
+    A copy without its history (a container, a cluster's scratch disk) can say it by $RESNET_BK_COMMIT.
+    """
+    if said := os.environ.get("RESNET_BK_COMMIT"):
+        return said
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

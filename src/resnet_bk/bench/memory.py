@@ -30,7 +30,7 @@ class _Counter(Protocol):
 
 def measure_memory(subjects: Mapping[str, Subject]) -> MemoryResult:
     """Every contestant in turn."""
-    models = [_model_memory(key, subject) for key, subject in subjects.items()]
+    models = [measure_model_memory(key, subject) for key, subject in subjects.items()]
     peaks = {model.contestant: model.peak_step for model in models}
     on_gpu = next(iter(subjects.values())).model.device.type == "cuda"
     return MemoryResult(
@@ -54,7 +54,8 @@ def peak_bytes(subject: Subject) -> int:
     return int(tracker.peak_bytes)
 
 
-def _model_memory(key: str, subject: Subject) -> ModelMemory:
+def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
+    """One contestant: bytes at each moment of its second step."""
     subject.step()
     if subject.model.device.type == "cuda":
         figures = _phases(subject, _CudaCounter(subject.model.device))

@@ -44,6 +44,8 @@ def compose(report: Report) -> Document:
 
 def _provenance(report: Report) -> Section:
     blocks: list[Block] = [
+        Paragraph(text="The same measurements again:"),
+        Code(text=" ".join(["resnet-bk", *report.command])),
         Table(
             caption="Machine, versions and workload",
             header=["", ""],
@@ -59,8 +61,6 @@ def _provenance(report: Report) -> Section:
             ],
             align=["left", "right", "left"],
         ),
-        Paragraph(text="The same measurements again:"),
-        Code(text=" ".join(["resnet-bk", *report.command])),
     ]
     return Section(title="How this report was made", blocks=blocks)
 

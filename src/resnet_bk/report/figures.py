@@ -9,8 +9,10 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 OURS, BASELINE, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = {"resnet-bk": OURS, "transformer": BASELINE, "blend": THIRD, "bidirectional": FOURTH}
@@ -49,6 +51,12 @@ def drawing(columns: int = 1, height: float = 2.6) -> Iterator[Drawing]:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         result.svg = buffer.getvalue()
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers as people write them (2k, 400) instead of powers of ten."""
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def grouped_bars(

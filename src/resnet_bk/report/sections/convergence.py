@@ -1,7 +1,7 @@
 """What was learned from the same tokens."""
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
-from resnet_bk.report.figures import COLOURS, GREY, MARKERS, drawing
+from resnet_bk.report.figures import COLOURS, GREY, MARKERS, drawing, plain_ticks
 from resnet_bk.schema import Arm, ConvergenceResult, Report
 
 
@@ -15,8 +15,8 @@ def build(report: Report, result: ConvergenceResult) -> Section:
             f"{work.description}, in the same order, and evaluated on the same {result.evaluated_tokens:,} held-out "
             f"tokens ({work.tokenizer}; {work.split}). Losses are in nats per token. A model without any context, "
             "which only knows how often each token occurs in the held-out text, has "
-            f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; each model keeps the one with the lowest "
-            "held-out loss."
+            f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; ResNet-BK and the Transformer each keep "
+            "the one with the lowest held-out loss, and variants of ResNet-BK take that of ResNet-BK."
         ),
         _table(result),
         _plot(result),
@@ -45,6 +45,13 @@ def build(report: Report, result: ConvergenceResult) -> Section:
                 "noise here. The profile `standard` takes three."
             )
         )
+    if edge := _at_the_edge(result):
+        blocks.append(
+            Note(
+                text=f"The best rate of {', '.join(edge)} is the largest or the smallest that was tried: a better one "
+                "may lie beyond."
+            )
+        )
     blocks.append(
         Note(
             text="The learning rate is chosen on the same held-out text that the table reports, so the losses of all "
@@ -59,6 +66,16 @@ def build(report: Report, result: ConvergenceResult) -> Section:
 def final_loss(arm: Arm) -> float | None:
     """Held-out loss at the end, None if it was no number."""
     return arm.validation[-1].loss
+
+
+def _at_the_edge(result: ConvergenceResult) -> list[str]:
+    """Models whose best rate is not enclosed by others that were tried."""
+    rates = result.learning_rates
+    if len(rates) < 2:
+        return []
+    ends = (min(rates), max(rates))
+    swept = [arm for arm in result.arms if arm.key in ("resnet-bk", "transformer") and arm.seed == result.seeds[0]]
+    return [arm.label for arm in swept if arm.learning_rate in ends]
 
 
 def _table(result: ConvergenceResult) -> Table:
@@ -99,6 +116,7 @@ def _plot(result: ConvergenceResult) -> Plot:
                     label=(arm.label + (" (leak)" if arm.leaks else "")) if arm.seed == result.seeds[0] else None,
                 )
             axes.axhline(result.unigram_entropy, color=GREY, linestyle=":", linewidth=1, label="unigram entropy")
+            plain_ticks(axes.xaxis)
             axes.set_xlabel("tokens trained on" if horizontal == "tokens" else "seconds of training")
         canvas.axes[0].set_ylabel("held-out loss, nats a token")
         canvas.axes[0].legend(fontsize=7.5)

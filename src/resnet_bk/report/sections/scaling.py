@@ -1,7 +1,7 @@
 """Time and memory over the length of a sequence."""
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
-from resnet_bk.report.figures import COLOURS, MARKERS, drawing
+from resnet_bk.report.figures import COLOURS, MARKERS, drawing, plain_ticks
 from resnet_bk.report.wording import interval, megabytes, milliseconds
 from resnet_bk.schema import Report, ScalingPoint, ScalingResult
 
@@ -91,7 +91,9 @@ def _plot(result: ScalingResult, labels: dict[str, str]) -> Plot:
             right.plot(lengths, [(point.peak_memory or 0) / 1e6 for point in points], **style)  # type: ignore[arg-type]
         for axes, quantity in ((left, "milliseconds"), (right, "MB at the peak")):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_yscale("log", base=2)
+            plain_ticks(axes.xaxis)
+            plain_ticks(axes.yaxis)
             axes.set_xlabel("tokens in the sequence")
             axes.set_ylabel(quantity)
         left.legend()
