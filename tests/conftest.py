@@ -1,7 +1,35 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smoke_config(tmp_path_factory):
+    """A benchmark of seconds, on the text of this project's own source."""
+    from resnet_bk.bench.profiles import PROFILES
+    from resnet_bk.bench.suite import BenchmarkConfig
+    from resnet_bk.training.config import DataConfig, TrainingConfig
+
+    source = Path(__file__).parents[1] / "src" / "resnet_bk" / "ops"
+    return BenchmarkConfig(
+        profile=PROFILES["smoke"],
+        preset="tiny",
+        overrides={},
+        data=DataConfig(data=str(source), tokenizer="byte"),
+        training=TrainingConfig(batch_size=4, sequence_length=64, device="cpu"),
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke_report(smoke_config, tmp_path_factory):
+    """The report of that benchmark, measured once, and where it lies."""
+    from resnet_bk.bench.suite import run_benchmark
+
+    folder = tmp_path_factory.mktemp("bench")
+    report = run_benchmark(smoke_config, folder, command=["bench", "--profile", "smoke"])
+    return report, folder / "report.json"

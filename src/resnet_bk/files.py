@@ -52,6 +52,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy or make it again") from None
 
 
+def make_directory(path: Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with _reporting_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside ``path``; when the block ends well it becomes ``path``.

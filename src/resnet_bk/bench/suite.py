@@ -25,7 +25,7 @@ from resnet_bk.bench.stability import measure_stability, run_gates
 from resnet_bk.bench.timing import measure_timing
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import write_json
+from resnet_bk.files import make_directory, write_json
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.schema import KIND, SECTIONS, VERSION, Report, Results, SectionStatus, Workload, read_report, to_json
 from resnet_bk.training.config import DataConfig, TrainingConfig
@@ -125,7 +125,7 @@ def run_benchmark(
     if not missing:
         on_progress(f"{path} has every section already")
         return report
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     if not report.gates:
         on_progress("gates: exactness and causality before anything is timed")
         report = replace(report, gates=run_gates(bench.models, bench.device))
@@ -170,7 +170,7 @@ def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[s
         version=VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        profile=msgspec.to_builtins(config.profile),
+        profile=msgspec.json.decode(msgspec.json.encode(config.profile)),
         environment=describe_environment(),
         workload=workload,
         contestants=[describe_contestant(key, model) for key, model in models.items()],

@@ -10,7 +10,7 @@ from typing import Any
 import typst
 
 from resnet_bk.errors import UserError
-from resnet_bk.files import write_bytes
+from resnet_bk.files import make_directory, write_bytes
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.document import Document, compose
 from resnet_bk.schema import read_report
@@ -34,7 +34,7 @@ def write_pdf(report_path: Path, out: Path) -> Path:
             f"{report_path} lacks what the report needs ({type(error).__name__}: {error}); make it again with "
             "`resnet-bk bench`"
         ) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     write_bytes(out, typeset(document))
     return out
 

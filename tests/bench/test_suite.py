@@ -1,0 +1,141 @@
+"""The whole suite in its smallest size: what it writes, keeps, retries and refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from resnet_bk.bench import suite
+from resnet_bk.bench.profiles import PROFILES
+from resnet_bk.errors import UserError
+from resnet_bk.schema import SECTIONS, read_report
+
+
+def test_every_section_is_measured_and_written(smoke_report):
+    report, path = smoke_report
+    assert read_report(path) == report
+    assert set(report.status) == set(SECTIONS)
+    assert not [status.failure for status in report.status.values() if status.failure]
+    assert all(vars(report.results).values())
+
+
+def test_the_two_models_have_the_same_number_of_parameters_within_one_percent(smoke_report):
+    report, _ = smoke_report
+    assert abs(report.ours.parameters / report.baseline.parameters - 1) <= 0.01
+
+
+def test_the_two_models_differ_in_the_mixer_and_the_expert_width_only(smoke_report):
+    ours, baseline = (contestant.config for contestant in smoke_report[0].contestants)
+    assert {name for name in ours if ours[name] != baseline[name]} == {"mixer", "intermediate_size"}
+
+
+def test_every_phase_was_measured_for_both_in_every_round(smoke_report):
+    timing = smoke_report[0].results.timing
+    assert {(row.phase, row.contestant) for row in timing.phases} == {
+        (phase, key)
+        for phase in ("forward", "backward", "optimizer", "step", "prefill", "decode")
+        for key in ("resnet-bk", "transformer")
+    }
+    assert all(len(row.seconds.samples) == PROFILES["smoke"].rounds for row in timing.phases)
+    assert all(min(row.seconds.samples) > 0 for row in timing.phases)
+
+
+def test_a_step_is_at_least_as_long_as_its_parts(smoke_report):
+    rows = {(row.phase, row.contestant): row.seconds.samples for row in smoke_report[0].results.timing.phases}
+    for key in ("resnet-bk", "transformer"):
+        parts = zip(*(rows[phase, key] for phase in ("forward", "backward", "optimizer")), strict=True)
+        assert rows["step", key] == pytest.approx([sum(part) for part in parts])
+
+
+def test_memory_grows_through_the_step_and_the_planner_does_not_promise_less(smoke_report):
+    for model in smoke_report[0].results.memory.models:
+        resident = model.parameters + model.optimizer
+        assert resident < model.after_forward <= model.peak_forward <= model.peak_step
+        assert model.peak_backward <= model.peak_step <= model.predicted_peak
+        assert model.optimizer >= 2 * model.parameters
+
+
+def test_the_leaking_arm_is_marked_and_no_other(smoke_report):
+    arms = smoke_report[0].results.convergence.arms
+    assert {arm.key for arm in arms if arm.leaks} == {"bidirectional"}
+    assert {arm.key for arm in arms} == {"resnet-bk", "transformer", "blend", "bidirectional"}
+
+
+def test_all_arms_see_the_same_number_of_tokens(smoke_report):
+    convergence = smoke_report[0].results.convergence
+    assert {arm.train[-1].tokens for arm in convergence.arms} == {convergence.steps * convergence.tokens_per_step}
+
+
+def test_causality_is_measured_where_it_holds_and_where_it_must_not(smoke_report):
+    for row in smoke_report[0].results.stability.causality:
+        assert (row.largest_change <= 1e-10) is row.causal
+
+
+def test_nothing_is_measured_twice(smoke_report, smoke_config, monkeypatch):
+    report, path = smoke_report
+    monkeypatch.setattr(suite._Bench, "measure", lambda self, section: pytest.fail(f"{section} was measured again"))
+    again = suite.run_benchmark(smoke_config, path.parent, command=["bench"])
+    assert again == report
+
+
+def test_other_settings_do_not_overwrite(smoke_report, smoke_config):
+    _, path = smoke_report
+    before = path.read_bytes()
+    other = replace(smoke_config, training=replace(smoke_config.training, batch_size=5))
+    with pytest.raises(UserError, match=r"another benchmark.*choose another --out"):
+        suite.run_benchmark(other, path.parent, command=["bench"])
+    assert path.read_bytes() == before
+
+
+def test_other_code_or_another_machine_does_not_mix_in(smoke_report, smoke_config, monkeypatch):
+    _, path = smoke_report
+    monkeypatch.setattr(suite, "describe_environment", lambda: {"commit": "another"})
+    with pytest.raises(UserError, match="another machine"):
+        suite.run_benchmark(smoke_config, path.parent, command=["bench"])
+
+
+def test_a_section_that_fails_is_recorded_and_tried_again(tmp_path, smoke_config, monkeypatch):
+    config = replace(smoke_config, sections=("flops", "memory"))
+
+    def broken(subjects):
+        raise RuntimeError("the counter is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "measure_flops", broken)
+        report = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert "the counter is broken" in report.status["flops"].failure
+    assert report.results.flops is None
+    assert report.results.memory is not None
+    again = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert again.status["flops"].failure is None
+    assert again.results.flops is not None
+    assert again.results.memory == report.results.memory
+
+
+def test_a_kill_loses_only_the_section_in_hand(tmp_path, smoke_config, monkeypatch):
+    config = replace(smoke_config, sections=("flops", "memory"))
+
+    def killed(subjects):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "measure_memory", killed)
+        with pytest.raises(KeyboardInterrupt):
+            suite.run_benchmark(config, tmp_path, command=["bench"])
+    kept = read_report(tmp_path / "report.json")
+    assert kept.results.flops is not None
+    assert kept.results.memory is None
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"sections": ("speed",)}, "no section 'speed'"),
+        ({"overrides": {"causal": False}}, "reads its targets"),
+        ({"overrides": {"hidden_size": 0}}, "hidden_size is 0"),
+        ({"preset": "huge"}, "no preset 'huge'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, smoke_config, change, complaint):
+    with pytest.raises(UserError, match=complaint):
+        suite.run_benchmark(replace(smoke_config, **change), tmp_path / "bench", command=["bench"])
+    assert not (tmp_path / "bench").exists()

@@ -1,0 +1,186 @@
+"""From JSON to PDF: what it says, that it says losses too, and that damaged input is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from pypdf import PdfReader
+
+from resnet_bk.errors import UserError
+from resnet_bk.report import summary
+from resnet_bk.report.blocks import Bullets, Note, Table
+from resnet_bk.report.document import compose
+from resnet_bk.report.pdf import write_pdf
+from resnet_bk.schema import Check, Interval, PhaseRatio, Results, SectionStatus, read_report, to_json
+
+
+@pytest.fixture(scope="module")
+def report(smoke_report):
+    return smoke_report[0]
+
+
+@pytest.fixture(scope="module")
+def pdf_text(smoke_report, tmp_path_factory):
+    _, path = smoke_report
+    out = write_pdf(path, tmp_path_factory.mktemp("pdf") / "report.pdf")
+    return " ".join(" ".join(page.extract_text() for page in PdfReader(out).pages).split())
+
+
+def save(report, path):
+    path.write_text(json.dumps(to_json(report)))
+    return path
+
+
+def texts(section):
+    for block in section.blocks:
+        if isinstance(block, Bullets):
+            yield from block.items
+        elif isinstance(block, Table):
+            yield from (" | ".join(row) for row in block.rows)
+        else:
+            yield getattr(block, "text", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Contents",
+        "1. Summary",
+        "2. Floating-point operations",
+        "3. Wall-clock time",
+        "4. Memory",
+        "5. Convergence",
+        "6. Scaling with sequence length",
+        "7. Numerical stability",
+        "8. How this report was made",
+        "bidirectional is a leak, not skill",
+        "One seed",
+        "the planner’s prediction",
+        "resnet-bk bench --profile smoke",
+        "its figures mean nothing",
+    ],
+)
+def test_the_pdf_says(pdf_text, words):
+    assert words.replace("’", "'") in pdf_text.replace("’", "'")
+
+
+def test_the_pdf_names_machine_versions_and_commit(pdf_text, report):
+    environment = report.environment
+    assert environment["packages"]["torch"] in pdf_text
+    assert environment["python"] in pdf_text
+    assert (environment["commit"] or "not run from a checkout") in pdf_text
+
+
+def test_the_same_json_gives_the_same_bytes(smoke_report, tmp_path):
+    _, path = smoke_report
+    first, second = (write_pdf(path, tmp_path / name).read_bytes() for name in ("a.pdf", "b.pdf"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "words"),
+    [
+        (1.2, 1.3, 1.4, "ResNet-BK is 1.30 times faster"),
+        (0.4, 0.5, 0.6, "Transformer is 2.00 times faster"),
+        (0.9, 1.1, 1.2, "no difference that this measurement can see"),
+    ],
+)
+def test_the_summary_follows_the_interval(report, low, value, high, words):
+    ratios = [
+        PhaseRatio(phase=row.phase, ratio=Interval(value=value, low=low, high=high))
+        for row in report.results.timing.ratios
+    ]
+    changed = replace(report, results=replace(report.results, timing=replace(report.results.timing, ratios=ratios)))
+    said = "\n".join(texts(summary.build(changed)))
+    assert words in said
+    assert ("ResNet-BK is slower than the Transformer" in said) == (high < 1)
+
+
+def test_the_summary_says_who_is_ahead_either_way(report):
+    convergence = report.results.convergence
+    for swapped in (False, True):
+        losses = {"resnet-bk": 2.0, "transformer": 3.0} if not swapped else {"resnet-bk": 3.0, "transformer": 2.0}
+        arms = [
+            replace(arm, validation=[replace(arm.validation[-1], loss=losses[arm.key])]) if arm.key in losses else arm
+            for arm in convergence.arms
+        ]
+        changed = replace(report, results=replace(report.results, convergence=replace(convergence, arms=arms)))
+        said = "\n".join(texts(summary.build(changed)))
+        assert f"{'Transformer' if swapped else 'ResNet-BK'} is ahead by 1.000" in said
+
+
+def test_a_diverged_run_is_said_and_not_averaged(report, tmp_path):
+    convergence = report.results.convergence
+    arms = [
+        replace(arm, validation=[*arm.validation[:-1], replace(arm.validation[-1], loss=None)])
+        if arm.key == "transformer"
+        else arm
+        for arm in convergence.arms
+    ]
+    changed = replace(report, results=replace(report.results, convergence=replace(convergence, arms=arms)))
+    assert "diverged" in "\n".join(texts(summary.build(changed)))
+    write_pdf(save(changed, tmp_path / "report.json"), tmp_path / "report.pdf")
+
+
+def test_failed_and_missing_sections_are_named(report, tmp_path):
+    status = {"flops": SectionStatus(seconds=1.0, failure="RuntimeError: no formula")}
+    changed = replace(report, status=status, results=Results())
+    notes = [block.text for block in compose(changed).sections[0].blocks if isinstance(block, Note) and block.grave]
+    assert any("RuntimeError: no formula" in note and "timing" in note for note in notes)
+    write_pdf(save(changed, tmp_path / "report.json"), tmp_path / "report.pdf")
+
+
+def test_a_failed_gate_is_the_first_thing_said(report, tmp_path):
+    gates = [Check(name="ResNet-BK: no logit depends on a later token", measured=0.1, limit=1e-10, passed=False)]
+    changed = replace(report, gates=gates, status={}, results=Results())
+    out = write_pdf(save(changed, tmp_path / "report.json"), tmp_path / "report.pdf")
+    assert "A gate failed, so nothing was measured" in " ".join(PdfReader(out).pages[0].extract_text().split())
+
+
+def test_a_planner_that_promised_too_little_is_called_a_defect(report):
+    memory = report.results.memory
+    models = [replace(model, predicted_peak=model.peak_step // 2) for model in memory.models]
+    changed = replace(report, results=replace(report.results, memory=replace(memory, models=models)))
+    said = [text for section in compose(changed).sections for text in texts(section)]
+    assert any("defect of the planner" in text for text in said)
+
+
+def test_text_is_shown_as_it_is_and_never_as_markup(report, tmp_path):
+    evil = '#panic("no") *bold* $x$ _u_ @ref <label> \\ // end'
+    changed = replace(report, workload=replace(report.workload, description=evil))
+    out = write_pdf(save(changed, tmp_path / "report.json"), tmp_path / "report.pdf")
+    shown = " ".join(" ".join(page.extract_text() for page in PdfReader(out).pages).split())
+    assert '#panic("no") *bold* $x$ _u_ @ref <label>' in shown.replace("“", '"').replace("”", '"')
+
+
+def damaged(text):
+    document = json.loads(text)
+    yield "cut short", text[: len(text) // 2]
+    yield "empty", ""
+    yield "not JSON", "{nonsense"
+    yield "a list", "[]"
+    yield "another kind", json.dumps({**document, "kind": "shopping list"})
+    yield "another version", json.dumps({**document, "version": 99})
+    yield "without workload", json.dumps({key: value for key, value in document.items() if key != "workload"})
+    yield "one contestant", json.dumps({**document, "contestants": document["contestants"][:1]})
+    yield "a word for a number", text.replace('"batch_size": 4', '"batch_size": "four"', 1)
+    yield "without its machine", json.dumps({**document, "environment": {}})
+
+
+def test_damaged_json_is_one_clear_line(smoke_report, tmp_path):
+    text = smoke_report[1].read_text()
+    for name, content in damaged(text):
+        path = tmp_path / "report.json"
+        path.write_text(content)
+        with pytest.raises(UserError) as caught:
+            write_pdf(path, tmp_path / "report.pdf")
+        assert "\n" not in str(caught.value), name
+        assert "resnet-bk bench" in str(caught.value) or "make it again" in str(caught.value), name
+        assert not (tmp_path / "report.pdf").exists(), name
+
+
+def test_a_missing_report_and_a_strange_name_are_refused(smoke_report, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_report(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match=r"does not end in \.pdf"):
+        write_pdf(smoke_report[1], tmp_path / "report.docx")
