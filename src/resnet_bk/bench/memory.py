@@ -64,6 +64,7 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
             tracker.include(_resident(subject))
             figures = _phases(subject, tracker)
     batch_size, sequence_length = subject.input_ids.shape
+    on_gpu = subject.model.device.type == "cuda"
     plan = make_plan(
         subject.model.config, TrainingShape(batch_size=batch_size, sequence_length=sequence_length), Budget()
     )
@@ -75,7 +76,7 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
         parameters=_bytes(subject.model.parameters()),
         optimizer=_bytes(value for value in state if isinstance(value, Tensor)),
         **figures,
-        predicted_peak=strategy.gpu_bytes,
+        predicted_peak=strategy.gpu_bytes if on_gpu else strategy.tensor_bytes,
         largest_part=largest,
         largest_part_bytes=strategy.gpu_parts[largest],
     )

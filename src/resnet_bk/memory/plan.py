@@ -17,6 +17,10 @@ from resnet_bk.models import ResNetBKConfig
 # first step of preset tiny (benchmarks/process_memory.py).
 PROCESS_BYTES = 700_000_000
 
+# cuBLAS takes 32 MiB for each thread that multiplies matrices, forward and backward, on a GPU of compute capability 9
+# (H100, H200), and 8 MiB on older ones; the allocator counts it (benchmarks/gpu.py measures its sum with the rest).
+CUBLAS_BYTES = 2 * 32 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -63,6 +67,11 @@ class StrategyPlan:
     host_bytes: int
     gpu_headroom: int | None
     host_headroom: int | None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What tensors need, on any device: all but the workspaces of CUDA's libraries."""
+        return self.gpu_bytes - self.gpu_parts["cuBLAS"]
 
     @property
     def fits(self) -> bool | None:
@@ -130,12 +139,16 @@ def _plan_strategy(
     parts = activation_parts(config, shape, half=strategy.half, checkpointing=strategy.checkpointing)
     *kept, logits = parts
     on_gpu = 2 if strategy.offload else 4
+    # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
+    passing = 2 * on_gpu * config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     gpu_parts = {
         "weights": on_gpu * parameters,
         "gradients": on_gpu * parameters,
         "optimizer": 0 if strategy.offload else 8 * parameters,
         "activations": sum(part.num_bytes for part in kept),
         "logits and loss": logits.num_bytes,
+        "cuBLAS": CUBLAS_BYTES,
+        **({"tied head, in passing": passing} if passing else {}),
     }
     host_parts = {
         "process": PROCESS_BYTES,
@@ -143,9 +156,9 @@ def _plan_strategy(
         "optimizer": 8 * parameters if strategy.offload else 0,
         "gradients on their way": 4 * parameters if strategy.offload else 0,
     }
-    resident = gpu_parts["weights"] + gpu_parts["optimizer"]
+    resident = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"]
     # The block in hand has its working set while gradients pile up; the rest of the activations is gone by then.
-    last_gradient = gpu_parts["gradients"] + working_set(config, shape).num_bytes
+    last_gradient = gpu_parts["gradients"] + passing + working_set(config, shape).num_bytes
     gpu_bytes = resident + max(gpu_parts["activations"] + gpu_parts["logits and loss"], last_gradient)
     host_bytes = sum(host_parts.values())
     return StrategyPlan(

@@ -1,0 +1,95 @@
+"""Strategies, budgets, and which one to take."""
+
+import pytest
+
+from resnet_bk.memory.activations import TrainingShape, working_set
+from resnet_bk.memory.plan import PROCESS_BYTES, STRATEGIES, Budget, make_plan
+from resnet_bk.models import ResNetBKConfig
+
+# Enough tokens that activations outweigh gradients: only then does each strategy save something.
+SHAPE = TrainingShape(batch_size=8, sequence_length=1024)
+
+
+def planned(preset="1b", shape=SHAPE, gpu=None, host=None, **overrides):
+    return make_plan(ResNetBKConfig.from_preset(preset, **overrides), shape, Budget(gpu_bytes=gpu, host_bytes=host))
+
+
+def test_weights_alone_are_their_number_times_their_size():
+    plan = planned("seed")
+    assert plan.weight_bytes == {
+        "fp32": 4 * plan.counts.total,
+        "fp16": 2 * plan.counts.total,
+        "int8": plan.counts.total,
+    }
+
+
+def test_adamw_in_fp32_keeps_sixteen_bytes_for_each_weight():
+    parts = planned("seed").strategies[0].gpu_parts
+    total = planned("seed").counts.total
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * total, 4 * total, 8 * total)
+
+
+def test_each_strategy_needs_less_of_the_gpu_than_the_one_before():
+    needs = [strategy.gpu_bytes for strategy in planned().strategies]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(STRATEGIES)
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    *_, without, offloaded = planned().strategies
+    total = planned().counts.total
+    assert offloaded.gpu_parts["optimizer"] == 0
+    assert without.host_bytes == PROCESS_BYTES
+    assert offloaded.host_bytes == PROCESS_BYTES + (4 + 8 + 4) * total
+
+
+@pytest.mark.parametrize("preset", ["seed", "tiny", "100m", "1b"])
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_a_plan_is_at_most_the_sum_of_its_parts_and_at_least_what_stays(preset, tokens):
+    shape = TrainingShape(batch_size=1, sequence_length=tokens)
+    config = ResNetBKConfig.from_preset(preset)
+    for strategy in make_plan(config, shape, Budget()).strategies:
+        parts = strategy.gpu_parts
+        assert parts["weights"] + parts["optimizer"] <= strategy.gpu_bytes
+        assert strategy.gpu_bytes <= sum(parts.values()) + working_set(config, shape).num_bytes
+        assert strategy.host_bytes == sum(strategy.host_parts.values())
+
+
+def test_without_a_budget_nothing_is_said_to_fit():
+    plan = planned()
+    assert [strategy.fits for strategy in plan.strategies] == [None] * len(STRATEGIES)
+    assert all(s.gpu_headroom is None and s.host_headroom is None for s in plan.strategies)
+    assert plan.fastest_that_fits is None
+
+
+def test_a_budget_of_exactly_what_is_needed_fits_and_a_byte_less_does_not():
+    for index, strategy in enumerate(planned().strategies):
+        enough = planned(gpu=strategy.gpu_bytes, host=strategy.host_bytes).strategies[index]
+        assert (enough.fits, enough.gpu_headroom, enough.host_headroom) == (True, 0, 0)
+        for scarce in ({"gpu": strategy.gpu_bytes - 1}, {"host": strategy.host_bytes - 1}):
+            missing = planned(**{"gpu": 10**15, "host": 10**15, **scarce}).strategies[index]
+            assert missing.fits is False
+            assert min(missing.gpu_headroom, missing.host_headroom) == -1
+
+
+def test_one_budget_alone_is_enough_to_say_whether_it_fits():
+    needs = planned().strategies[0]
+    assert planned(gpu=needs.gpu_bytes).strategies[0].fits is True
+    assert planned(gpu=needs.gpu_bytes).strategies[0].host_headroom is None
+    assert planned(host=needs.host_bytes - 1).strategies[0].fits is False
+
+
+@pytest.mark.parametrize("index", range(len(STRATEGIES)))
+def test_the_first_strategy_that_fits_is_the_one_to_take(index):
+    needs = planned().strategies[index].gpu_bytes
+    best = planned(gpu=needs).fastest_that_fits
+    assert best.strategy.name == STRATEGIES[index].name
+
+
+def test_the_host_can_rule_out_what_fits_the_gpu():
+    needs = planned().strategies[-1].gpu_bytes
+    assert planned(gpu=needs, host=PROCESS_BYTES).fastest_that_fits is None
+    assert planned(gpu=1).fastest_that_fits is None
+
+
+def test_only_what_train_can_do_is_called_available():
+    assert [strategy.name for strategy in STRATEGIES if strategy.available] == ["fp32", "mixed precision"]
