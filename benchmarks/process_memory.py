@@ -1,4 +1,4 @@
-"""Resident set of a training process without its tensors: the planner's PROCESS_BYTES.
+"""Resident set of a training process without its tensors, on a CPU: a part of the planner's PROCESS_BYTES.
 
 Trains preset tiny for three steps on the CPU and takes the live tensors off what the process holds at its peak.
 

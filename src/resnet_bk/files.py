@@ -1,5 +1,6 @@
 """Writing files so that nothing is ever lost: to a temporary name first, then renamed into place."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_bk.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -98,4 +101,5 @@ def _reporting_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another place") from error
+        mend = "free some space or choose another place" if error.errno in FULL else "choose another place"
+        raise UserError(f"cannot write {path}: {reason}; {mend}") from error

@@ -54,6 +54,12 @@ def test_a_plan_is_at_most_the_sum_of_its_parts_and_at_least_what_stays(preset, 
         assert strategy.host_bytes == sum(strategy.host_parts.values())
 
 
+def test_a_plan_for_the_gpu_adds_what_its_libraries_take():
+    for strategy in planned().strategies:
+        assert strategy.gpu_parts["cuBLAS"] > 0
+        assert strategy.gpu_bytes == strategy.tensor_bytes + strategy.gpu_parts["cuBLAS"]
+
+
 def test_without_a_budget_nothing_is_said_to_fit():
     plan = planned()
     assert [strategy.fits for strategy in plan.strategies] == [None] * len(STRATEGIES)

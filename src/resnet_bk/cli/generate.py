@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,7 +26,7 @@ class GenerateCommand:
 
     run_folder: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), or one checkpoint folder of it."""
-    prompt: str = "\n"
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
     """Text to continue."""
     max_new_tokens: int = 100
     """Tokens to make at most."""

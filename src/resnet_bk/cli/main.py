@@ -1,10 +1,12 @@
 """Entry point of ``resnet-bk``: reads the arguments, runs one command, turns mistakes into one clear line."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -34,12 +36,23 @@ DESCRIPTION = """A language model whose cost grows as O(N): plan its memory, tra
 Start with `resnet-bk plan --preset seed`, then `resnet-bk train --preset seed --out runs/first`.
 """
 
+COMMANDS = {
+    "plan": PlanCommand,
+    "train": TrainCommand,
+    "eval": EvalCommand,
+    "generate": GenerateCommand,
+    "bench": BenchCommand,
+    "report": ReportCommand,
+    "env": EnvCommand,
+}
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Commands say it in their own words, and on one line.
+    warnings.filterwarnings("ignore", message="causal=False", category=UserWarning)
     try:
         command = parse(arguments)
         command.run()
@@ -79,8 +92,17 @@ def parse(arguments: Sequence[str]) -> Command:
             )
     except SystemExit as stop:
         if not stop.code:
+            _print_examples(arguments)
             raise
         raise UserError(_one_line(complaint.getvalue(), arguments)) from None
+
+
+def _print_examples(arguments: Sequence[str]) -> None:
+    """The examples of a command's docstring, below its help: tyro leaves that section out."""
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    _, heading, examples = inspect.cleandoc((command and command.__doc__) or "").partition("Examples:\n")
+    if heading:
+        print(f"\n{heading}{examples}")
 
 
 def _one_line(complaint: str, arguments: Sequence[str]) -> str:
@@ -92,6 +114,6 @@ def _one_line(complaint: str, arguments: Sequence[str]) -> str:
             break
         if inner and not line.startswith(("╭", "╰")):
             lines.append(inner)
-    command = next((word for word in arguments if not word.startswith("-")), "")
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     text = " ".join(lines).rstrip(".") or "the arguments could not be read"
     return f"{text}; see `{' '.join(['resnet-bk', command]).strip()} --help`"

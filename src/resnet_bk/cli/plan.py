@@ -95,6 +95,8 @@ class PlanCommand:
             f"{plan.counts.active:,} active per token; "
             f"micro-batch {shape.batch_size} x {shape.sequence_length} = {shape.tokens:,} tokens"
         )
+        if not config.causal:
+            result_console.print("causal=False: tokens read the future; a loss of this model is a leak, not skill")
         result_console.print(_parameter_table(plan))
         if self.preset == "seed" and not given(self.model):
             result_console.print(_seed_table(plan))

@@ -82,16 +82,20 @@ class TrainCommand:
 
         run = open_run(self.resume)
         self._check_resume_flags(run.config)
-        if self.training.steps is not None:
-            run = run.extended_to(TrainingConfig(steps=self.training.steps).steps)
+        steps = run.config.training.steps if self.training.steps is None else self.training.steps
+        training = replace(run.config.training, steps=steps)
         run.tokenizer()
         dataset = prepare_dataset(run.config.data, on_progress=remark)
-        ready = resume_run(run, dataset, observer=progress.observe)
-        if ready.state.step >= run.config.training.steps:
+        wanted = replace(run, config=replace(run.config, training=training))
+        ready = resume_run(wanted, dataset, observer=progress.observe)
+        if ready.state.step >= steps:
             remark(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
             if self.json:
                 print_json({"run": str(self.resume), "steps": ready.state.step, "finished": True})
             return None
+        # Written last: a run that turns out damaged, or done, keeps its record.
+        if steps != run.config.training.steps:
+            run.extended_to(steps)
         self._describe(ready)
         remark(f"going on after step {ready.state.step}")
         return ready
@@ -140,7 +144,8 @@ class TrainCommand:
         ]
         if changed:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            raise UserError(f"{names} differ from what {self.resume} records; leave them out, or start a new run")
+            differ = "differs" if len(changed) == 1 else "differ"
+            raise UserError(f"{names} {differ} from what {self.resume} records; leave it out, or start a new run")
 
     def _describe(self, ready: "ReadyRun") -> None:
         from resnet_bk.memory.parameters import count_parameters

@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
 
 def format_bytes(num_bytes: float) -> str:
     """Three or four digits in MB or GB (decimal), or kB and B below."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if abs(num_bytes) >= size:
             return (
                 f"{num_bytes / size:,.2f} {unit}" if abs(num_bytes) < 100 * size else f"{num_bytes / size:,.0f} {unit}"

@@ -100,8 +100,7 @@ def verify_checkpoint(path: Path) -> None:
     """
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} is not a checkpoint (it has no {MANIFEST}); give a run folder or a step-... folder")
-    manifest = read_json(path / MANIFEST)
-    for name, identity in manifest.items():
+    for name, identity in _manifest(path).items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{file} is missing; {_mend(path)}")
@@ -151,6 +150,16 @@ def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    manifest = read_json(path / MANIFEST)
+    try:
+        return {
+            name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])} for name, entry in manifest.items()
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise UserError(f"{path / MANIFEST} does not list files and checksums; {_mend(path)}") from None
 
 
 def _identity(file: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What training saw, one JSON object a line, and in TensorBoard where it is installed."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from resnet_bk.errors import UserError
 from resnet_bk.files import write_text
 
 
@@ -23,9 +25,19 @@ class MetricsLog:
             self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Writes one entry, which has its ``step``. Numbers that JSON does not have become null."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in entry.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Writes one entry, which has its ``step``. Numbers that JSON does not have become null.
+
+        Raises:
+            UserError: it could not be written (a full disk, say).
+        """
+        line = json.dumps({key: _finite(value) for key, value in entry.items()}, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._file.name}: {error.strerror}; free some space and go on with --resume"
+            ) from error
         if self._board:
             for key, value in entry.items():
                 if isinstance(value, float):
@@ -37,7 +49,9 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # Every entry was flushed: what closing could still fail to write is one that append has reported.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board:
             self._board.close()
 

@@ -1,8 +1,10 @@
 """A run folder: what was asked for, the tokenizer, the metrics and the checkpoints."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+import msgspec
 
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
@@ -14,6 +16,7 @@ from resnet_bk.training.data import TextTokenizer, TokenDataset
 
 KIND, VERSION = "resnet-bk run", 1
 RECORD = "run.json"
+ConfigT = TypeVar("ConfigT", TrainingConfig, DataConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,10 @@ class RunConfig:
         try:
             return cls(
                 model=ResNetBKConfig.derive(record["model"]),
-                training=TrainingConfig(**record["training"]),
-                data=DataConfig(**record["data"]),
+                training=_convert(record["training"], TrainingConfig),
+                data=_convert(record["data"], DataConfig),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
             raise UserError(f"{path} does not describe a run ({error}); restore it from a copy") from None
 
 
@@ -142,7 +145,7 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run folder (it has no {RECORD}); start one with `train --out {folder}`")
     config = RunConfig.read(folder / RECORD)
     dataset = read_json(folder / RECORD).get("dataset")
-    if not isinstance(dataset, dict):
+    if not isinstance(dataset, dict) or not {"tokenizer_sha256", "corpus_sha256"} <= dataset.keys():
         raise UserError(f"{folder / RECORD} does not record its data; restore it from a copy")
     return Run(folder=folder, config=config, dataset=dataset)
 
@@ -157,3 +160,10 @@ def find_checkpoint(path: Path) -> tuple[Run, Path]:
         return open_run(path.parent.parent), path
     run = open_run(path)
     return run, run.latest_checkpoint()
+
+
+def _convert(values: dict[str, Any], kind: type[ConfigT]) -> ConfigT:
+    """A configuration from its JSON; a misspelt field is an error and not left out."""
+    if unknown := set(values) - {field.name for field in fields(kind)}:
+        raise ValueError(f"there is no configuration field {', '.join(sorted(unknown))}")
+    return msgspec.convert(values, kind)

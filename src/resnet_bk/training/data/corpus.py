@@ -64,10 +64,12 @@ def load_corpus(spec: str) -> Corpus:
             return _folder(spec, path)
         if path.exists():
             return Corpus(spec, (_file(path),), f"the text file {path.name}")
+        if glob.has_magic(spec):
+            return _glob(spec)
     except PermissionError:
         raise UserError(f"{spec} may not be read; change its permissions or choose another file") from None
-    if glob.has_magic(spec):
-        return _glob(spec)
+    except OSError as error:
+        raise UserError(f"{spec} cannot be read ({error.strerror}); choose another file") from None
     raise UserError(f"{spec} does not exist; give stdlib, a text file, a folder, a glob, or hf:ORG/NAME")
 
 
@@ -110,14 +112,19 @@ def _hugging_face(spec: str) -> Corpus:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the data set {spec} could not be loaded ({reason}); check its name and the network") from None
     column = _text_column(spec, rows.features)
-    texts = tuple(Document(name=f"{spec}[{row}]", text=text) for row, text in enumerate(rows[column]) if text.strip())
+    # A row without text has None there.
+    texts = tuple(
+        Document(name=f"{spec}[{row}]", text=text) for row, text in enumerate(rows[column]) if text and text.strip()
+    )
     if not texts:
         raise UserError(f"column {column} of {spec} holds no text; choose another data set")
     return Corpus(spec, texts, f"the data set {name}, column {column}, {len(texts):,} documents")
 
 
 def _text_column(spec: str, features: Any) -> str:
-    strings: list[str] = [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
+    strings: list[str] = [
+        name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
     if "text" in strings:
         return "text"
     if len(strings) == 1:

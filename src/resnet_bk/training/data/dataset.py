@@ -17,9 +17,9 @@ from resnet_bk.files import new_directory, write_json
 from resnet_bk.training.config import DataConfig
 from resnet_bk.training.data.corpus import Corpus, Document, load_corpus
 from resnet_bk.training.data.split import split_corpus
-from resnet_bk.training.data.tokenizer import TextTokenizer, train_tokenizer
+from resnet_bk.training.data.tokenizer import TextTokenizer, tokenizer_file, train_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DOCUMENTS_AT_ONCE = 256
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -62,12 +62,12 @@ def prepare_dataset(config: DataConfig, *, on_progress: Callable[[str], None] = 
     entry = cache_directory() / _cache_key(config, corpus)
     if entry.exists():
         try:
-            return _load(entry, config)
+            return _load(entry, config, corpus)
         except _DamagedCacheError as damage:
             on_progress(f"the token cache is damaged ({damage}); making it again")
             _discard(entry)
     _build(entry, config, corpus, on_progress)
-    return _load(entry, config)
+    return _load(entry, config, corpus)
 
 
 def tokenize_all(spec: str, tokenizer: TextTokenizer) -> TokenSplit:
@@ -98,7 +98,7 @@ class _DamagedCacheError(Exception):
 
 def _cache_key(config: DataConfig, corpus: Corpus) -> str:
     parts = [FORMAT_VERSION, corpus.fingerprint, config.tokenizer, config.validation_fraction]
-    if (path := Path(config.tokenizer)).is_file():
+    if (path := tokenizer_file(config.tokenizer)).is_file():
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -116,7 +116,8 @@ def _build(entry: Path, config: DataConfig, corpus: Corpus, on_progress: Callabl
             }
             tokenizer.save(folder / "tokenizer.json")
             record = _record(config, corpus, tokenizer, split.method, sides)
-            write_json(folder / "meta.json", {"dtype": dtype.name, "sides": sides, "record": record})
+            meta = {"dtype": dtype.name, "sides": sides, "record": record}
+            write_json(folder / "meta.json", {"meta": meta, "sha256": _checksum(meta)})
     except UserError:
         # Another process may have made the same entry meanwhile: a folder cannot be renamed over a full one.
         if not entry.exists():
@@ -172,9 +173,16 @@ def _check_enough(side: str, spec: str, num_tokens: int) -> None:
         raise UserError(f"the {side} side of {spec} has {num_tokens} tokens, too few to predict one; give more text")
 
 
-def _load(entry: Path, config: DataConfig) -> TokenDataset:
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def _load(entry: Path, config: DataConfig, corpus: Corpus) -> TokenDataset:
     try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        content = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        meta = content["meta"]
+        if _checksum(meta) != content["sha256"]:
+            raise _DamagedCacheError("meta.json has changed")
         tokenizer = TextTokenizer.load(entry / "tokenizer.json", config.tokenizer)
         record = meta["record"]
         if tokenizer.fingerprint != record["tokenizer_sha256"]:
@@ -184,7 +192,8 @@ def _load(entry: Path, config: DataConfig) -> TokenDataset:
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise _DamagedCacheError(str(error)) from None
     # Equal texts share an entry, whatever they were called.
-    return TokenDataset(train=train, validation=validation, tokenizer=tokenizer, record={**record, "data": config.data})
+    record = {**record, "data": config.data, "description": corpus.description}
+    return TokenDataset(train=train, validation=validation, tokenizer=tokenizer, record=record)
 
 
 def _load_side(entry: Path, name: str, side: dict[str, Any], dtype: np.dtype[Any]) -> TokenSplit:

@@ -15,6 +15,8 @@ from resnet_bk.files import write_text
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 NUM_BYTES = 256
+# Training reserves memory for the whole size asked for, and the process dies where there is not enough.
+LARGEST_VOCABULARY = 1_000_000
 CHOICES = "byte, char, word:N, bpe:N, the path of a tokenizer.json, or a Hub name"
 
 
@@ -119,9 +121,17 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> TextTokenizer:
     return _existing_tokenizer(spec)
 
 
+def tokenizer_file(spec: str) -> Path:
+    """The file that ``spec`` names if it is a path: the tokenizer.json itself, or the folder that holds it."""
+    path = Path(spec).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def _vocabulary_size(spec: str, size: str, *, minimum: int) -> int:
     if not size.isdecimal() or int(size) < minimum:
         raise UserError(f"tokenizer {spec} needs a size of at least {minimum}, as in {spec.partition(':')[0]}:4096")
+    if int(size) > LARGEST_VOCABULARY:
+        raise UserError(f"tokenizer {spec} is larger than {LARGEST_VOCABULARY:,} tokens; choose a smaller size")
     return int(size)
 
 
@@ -171,9 +181,7 @@ def _word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _existing_tokenizer(spec: str) -> TextTokenizer:
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = tokenizer_file(spec)
     if path.suffix == ".json" or path.is_file():
         return TextTokenizer.load(path, spec)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):

@@ -1,0 +1,189 @@
+"""Plan, train, evaluate, generate and go on, as a user would."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import TRAINING, checkpoint_of, contents
+
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.training.data import TextTokenizer
+
+
+def weights(run, step):
+    return load_file(checkpoint_of(run, step) / "model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(bool((left[name] == right[name]).all()) for name in left)
+
+
+def test_training_says_how_it_ended(cli, workspace):
+    document = cli("train", "--data", "book.txt", "--out", "new", "--json", *TRAINING).document
+    assert (document["run"], document["steps"], document["tokens"]) == ("new", 4, 4 * 4 * 16)
+    assert document["checkpoint"] == str(checkpoint_of("new"))
+    assert document["leaks_targets"] is False
+    assert 0 < document["validation_loss"] < math.log(80)
+    metrics = [json.loads(line) for line in (workspace / "new" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["validation_loss"] == document["validation_loss"]
+    assert metrics[-1]["validation_tokens"] == document["validation_tokens"]
+
+
+def test_progress_goes_to_standard_error_only(cli, workspace):
+    outcome = cli("train", "--data", "book.txt", "--out", "new", *TRAINING)
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "parameters" in outcome.err and "done: 4 steps" in outcome.err
+
+
+def test_the_same_command_trains_the_same_weights(cli, workspace):
+    assert cli("train", "--data", "book.txt", "--out", "new", *TRAINING).code == 0
+    assert same(weights("new", 4), weights("run", 4))
+
+
+def test_a_runs_record_reproduces_it(cli, workspace):
+    assert cli("train", "--config", "run/run.json", "--out", "again").code == 0
+    assert same(weights("again", 4), weights("run", 4))
+    assert cli("train", "--config", "run/run.json", "--seed", "1", "--out", "other").code == 0
+    assert not same(weights("other", 4), weights("run", 4))
+
+
+def test_going_on_is_what_a_longer_run_would_have_been(cli, workspace):
+    longer = [*TRAINING, "--steps", "7"]
+    assert cli("train", "--data", "book.txt", "--out", "long", *longer).code == 0
+    document = cli("train", "--resume", "run", "--steps", "7", "--json").document
+    assert (document["steps"], document["checkpoint"]) == (7, str(checkpoint_of("run", 7)))
+    assert same(weights("run", 7), weights("long", 7))
+    assert json.loads((workspace / "run" / "run.json").read_text())["training"]["steps"] == 7
+
+
+@pytest.mark.parametrize("steps", [[], ["--steps", "4"], ["--steps", "2"]])
+def test_a_run_that_is_done_stays_as_it_is(cli, workspace, steps):
+    before = contents(workspace)
+    assert cli("train", "--resume", "run", "--json", *steps).document == {"run": "run", "steps": 4, "finished": True}
+    assert contents(workspace) == before
+
+
+def test_flags_that_repeat_the_record_are_welcome_on_resume(cli, workspace):
+    assert cli("train", "--resume", "run", *TRAINING[2:]).code == 0
+
+
+def test_evaluation_repeats_what_training_measured_last(cli, workspace):
+    document = cli("eval", "run", "--json").document
+    last = json.loads((workspace / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert document["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert document["tokens"] == last["validation_tokens"]
+    assert document["perplexity"] == pytest.approx(math.exp(document["loss"]), rel=1e-12)
+    bits = document["loss"] * document["tokens"] / math.log(2)
+    assert document["bits_per_byte"] == pytest.approx(bits / document["bytes"], rel=1e-12)
+    assert (document["split"], document["step"], document["leaks_targets"]) == ("validation", 4, False)
+
+
+def test_evaluation_of_another_text_takes_all_of_it(cli, workspace):
+    (workspace / "other.txt").write_text("the lazy fox\n" * 20)
+    document = cli("eval", "run", "--data", "other.txt", "--json").document
+    assert (document["split"], document["data"]) == ("all", "other.txt")
+    assert (document["bytes"], document["tokens"]) == (13 * 20, 13 * 20 - 1)
+
+
+def test_evaluation_does_not_depend_on_how_many_rows_go_at_once(cli, workspace):
+    one, many = (cli("eval", "run", "--batch-size", size, "--json").document["loss"] for size in (1, 50))
+    assert one == pytest.approx(many, rel=1e-5)
+
+
+def test_an_older_checkpoint_can_be_evaluated_too(cli, workspace):
+    document = cli("eval", checkpoint_of("run", 2), "--json").document
+    assert (document["step"], document["checkpoint"]) == (2, str(checkpoint_of("run", 2)))
+
+
+def test_evaluation_in_words_has_the_same_figures(cli, workspace):
+    document = cli("eval", "run", "--json").document
+    out = cli("eval", "run").out
+    for figure in (f"{document['loss']:.4f}", f"{document['perplexity']:.2f}", f"{document['bits_per_byte']:.4f}"):
+        assert figure in out
+
+
+def test_greedy_text_is_the_models_likeliest(cli, workspace):
+    words = ("generate", "run", "--prompt", "The quick", "--greedy", "--max-new-tokens", "12", "--json")
+    document = cli(*words).document
+    assert document["text"] == cli(*words, "--seed", "5").document["text"], "no choice is random"
+    assert (document["prompt"], document["new_tokens"], document["leaks_targets"]) == ("The quick", 12, False)
+    assert document["tokens_per_second"] == pytest.approx(12 / document["seconds"])
+    tokenizer = TextTokenizer.load(workspace / "run" / "tokenizer.json", "char")
+    model = ResNetBKForCausalLM.from_pretrained(checkpoint_of("run")).eval()
+    row = torch.tensor([tokenizer.encode("The quick")])
+    for _ in range(12):
+        row = torch.cat([row, model(row, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert document["text"] == tokenizer.decode(row[0, 9:].tolist())
+
+
+def test_sampling_depends_on_the_seed_alone(cli, workspace):
+    def sample(seed):
+        words = ("generate", "run", "--prompt", "The", "--seed", seed, "--max-new-tokens", "30", "--json")
+        return cli(*words).document["text"]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_text_is_streamed_to_standard_output(cli, workspace):
+    words = ("generate", "run", "--prompt", "The", "--greedy", "--max-new-tokens", "8")
+    outcome = cli(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == "The" + cli(*words, "--json").document["text"] + "\n"
+
+
+def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
+    document = cli(
+        "plan", "--preset", "1b", "--batch-size", "8", "--sequence-length", "1024", "--gpu-memory", "24GB", "--json"
+    ).document
+    assert document["shape"] == {"batch_size": 8, "sequence_length": 1024}
+    assert document["budget"] == {"gpu_bytes": 24 * 10**9, "host_bytes": None}
+    config = ResNetBKConfig.from_preset("1b")
+    assert document["model"] == config.own_fields()
+    fitting = [plan["strategy"]["name"] for plan in document["strategies"] if plan["fits"]]
+    assert document["fastest_that_fits"] == (fitting[0] if fitting else None)
+    for plan in document["strategies"]:
+        assert plan["gpu_headroom"] == 24 * 10**9 - plan["gpu_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "seed"], ["4,112,776 parameters", "4,112,512", "Give --gpu-memory"]),
+        (["--preset", "tiny", "--gpu-memory", "1GB"], ["Take: fp32", "GPU fits with"]),
+        (["--preset", "70b", "--gpu-memory", "12GB", "--host-memory", "15GB"], ["Nothing here fits", "GPU misses by"]),
+        (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "attention projections"]),
+    ],
+)
+def test_a_plan_in_words_gives_a_verdict(cli, words, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    outcome = cli("plan", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert all(sentence in outcome.out for sentence in said)
+
+
+def test_a_plan_writes_nothing(cli, workspace):
+    before = contents(workspace)
+    assert cli("plan", "--preset", "tiny").code == 0
+    assert contents(workspace) == before
+
+
+def test_the_environment_is_one_document(cli, workspace):
+    document = cli("env", "--json").document
+    assert {"hardware", "system", "python", "packages", "commit", "device", "precisions", "operators"} == set(document)
+    assert {"bk_core", "bk_tunnel", "moe", "attention"} == set(document["operators"])
+    words = cli("env")
+    assert document["packages"]["torch"] in words.out and document["operators"]["moe"]["reason"] in words.out
+
+
+@pytest.mark.slow
+def test_a_benchmark_prints_the_report_it_writes(cli, workspace):
+    words = ("bench", "--profile", "smoke", "--preset", "tiny", "--data", "book.txt", "--tokenizer", "char")
+    sizes = ("--sequence-length", "16", "--batch-size", "2", "--only", "flops", "memory", "--out", "measured")
+    document = cli(*words, *sizes, "--json").document
+    assert document == json.loads((workspace / "measured" / "report.json").read_text())
+    assert document["results"]["flops"] and document["results"]["memory"] and not document["results"]["timing"]
+    for model in document["results"]["memory"]["models"]:
+        assert model["peak_step"] <= model["predicted_peak"] <= 1.15 * model["peak_step"]

@@ -1,0 +1,300 @@
+"""What a user can get wrong: exit code 2, one line that names the mend, and nothing written."""
+
+import json
+import random
+import re
+
+import pytest
+from small_run import SMALL, TRAINING, checkpoint_of, contents
+
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+# What may be said before the mistake is found.
+REMARKS = ("tokenizing ", "vocabulary: ")
+
+
+def check_refused(cli, workspace, words, mend):
+    before = contents(workspace)
+    outcome = cli(*words)
+    *remarks, last = outcome.err.splitlines()
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert last.startswith("error: ") and re.search(mend, last), outcome.err
+    assert all(remark.startswith(REMARKS) for remark in remarks), outcome.err
+    assert contents(workspace) == before
+    return last
+
+
+NEW = ["train", "--out", "new"]
+BOOK = ["--data", "book.txt"]
+TRAIN = [*NEW, *BOOK, *TRAINING]
+BENCH = ["bench", "--out", "new", *BOOK, *SMALL, "--profile", "smoke", "--only", "flops"]
+
+
+MISTAKES = [
+    # Words that are not the command line's.
+    ([], r"Expected one of \{plan, .*see `resnet-bk --help`"),
+    (["teach"], "teach; see `resnet-bk --help`"),
+    (["--bogus"], "--bogus; see `resnet-bk --help`"),
+    ([*TRAIN, "--bogus", "1"], "--bogus.*see `resnet-bk train --help`"),
+    (["plan", "--bogus"], "--bogus.*see `resnet-bk plan --help`"),
+    (["train", "--out"], "'--out'.*see `resnet-bk train --help`"),
+    ([*TRAIN, "--steps"], "'--steps'.*see `resnet-bk train --help`"),
+    ([*TRAIN, "--steps", "many"], "--steps.*'many'.*see `resnet-bk train --help`"),
+    ([*TRAIN, "--mixer", "conv"], "'conv'.*see `resnet-bk train --help`"),
+    ([*TRAIN, "--precision", "fp8"], "'fp8'.*see `resnet-bk train --help`"),
+    (["eval"], "run_folder|PATH"),
+    (["bench", "--only", "luck"], "'luck'.*stability.*see `resnet-bk bench --help`"),
+    (["bench", "--profile", "endless"], "'endless'.*see `resnet-bk bench --help`"),
+    # Numbers out of range.
+    ([*TRAIN, "--steps", "-3"], "steps is -3; give a number of at least 1"),
+    ([*TRAIN, "--steps", "0"], "at least 1"),
+    ([*TRAIN, "--batch-size", "0"], "batch_size is 0; give a number of at least 1"),
+    ([*TRAIN, "--sequence-length", "0"], "sequence_length is 0; give a number of at least 1"),
+    ([*TRAIN, "--learning-rate", "-1"], "above 0"),
+    ([*TRAIN, "--learning-rate", "nan"], "above 0"),
+    ([*TRAIN, "--warmup-steps", "-1"], "0 or more"),
+    ([*TRAIN, "--num-threads", "0"], "at least 1"),
+    ([*TRAIN, "--beta1", "2"], "0 to 1"),
+    ([*TRAIN, "--validation-fraction", "1"], "between 0 and 1"),
+    ([*TRAIN, "--num-layers", "0"], "num_layers is 0; give a number of at least 1"),
+    ([*TRAIN, "--bk-eta", "0"], "above 0"),
+    ([*TRAIN, "--mixer", "attention", "--num-attention-heads", "5"], "change num_attention_heads"),
+    ([*TRAIN, "--vocab-size", "3"], "leave --vocab-size out"),
+    # Presets, lengths, devices.
+    ([*NEW, *BOOK, "--preset", "huge"], "no preset 'huge'; choose one of seed, tiny"),
+    ([*NEW, *BOOK, "--tokenizer", "char", "--preset", "seed", "--sequence-length", "129"], "of 128; shorten it"),
+    ([*TRAIN, "--device", "abacus"], "use --device auto or cpu"),
+    # Text.
+    ([*NEW, *TRAINING, "--data", "missing.txt"], "missing.txt does not exist; give stdlib, a text file"),
+    ([*NEW, *TRAINING, "--data", "empty.txt"], "empty.txt is empty; give a file with text"),
+    ([*NEW, *TRAINING, "--data", "blank.txt"], "blank.txt is empty; give a file with text"),
+    ([*NEW, *TRAINING, "--data", "binary.bin"], "not UTF-8 text.*convert it or choose another"),
+    ([*NEW, *TRAINING, "--data", "latin.txt"], "not UTF-8 text.*convert it or choose another"),
+    ([*NEW, *TRAINING, "--data", "short.txt"], "fewer than sequence_length.*give more text or a shorter"),
+    ([*NEW, *TRAINING, "--data", "one.txt"], "give more text"),
+    ([*NEW, *TRAINING, "--data", "hollow"], "no text.*choose another"),
+    ([*NEW, *TRAINING, "--data", "*.nothing"], "check the pattern"),
+    ([*NEW, *TRAINING, "--data", "hf:"], "write hf:ORG/NAME"),
+    ([*TRAIN, "--tokenizer", "runes!"], "no tokenizer runes!; choose byte, char"),
+    ([*TRAIN, "--tokenizer", "bpe:10"], "at least 257"),
+    ([*TRAIN, "--tokenizer", "absent.json"], "check the path"),
+    # Where it goes.
+    (["train", *BOOK, *TRAINING], "--out runs/NAME"),
+    (["train", "--out", "run", *BOOK, *TRAINING], "--resume run, or choose another --out"),
+    (["train", "--out", "hollow", *BOOK, *TRAINING], "not empty; choose another --out"),
+    (["train", "--out", "book.txt", *BOOK, *TRAINING], "is a file; choose another --out"),
+    (["train", "--out", "book.txt/new", *BOOK, *TRAINING], "choose another place"),
+    (["train", "--out", "/proc/new", *BOOK, *TRAINING], "choose another place"),
+    # Other configurations and runs.
+    ([*NEW, "--config", "run/run.json", "--preset", "tiny"], "--preset or --config, not both"),
+    ([*NEW, "--config", "missing.json"], "missing.json does not exist; check the path"),
+    ([*NEW, "--config", "book.txt"], "not readable JSON.*restore it"),
+    ([*NEW, "--config", "run/tokenizer.json"], "give the one that a run folder holds"),
+    (["train", "--resume", "nowhere"], "not a run folder.*train --out nowhere"),
+    (["train", "--resume", "hollow"], "not a run folder.*train --out hollow"),
+    (["train", "--resume", "run", "--out", "new"], "leave out --out"),
+    (["train", "--resume", "run", "--steps", "9", "--learning-rate", "0.5"], "--learning-rate.*leave it out"),
+    (["train", "--resume", "run", "--mixer", "attention"], "--mixer.*or start a new run"),
+    (["train", "--resume", "run", "--data", "other.txt"], "--data.*or start a new run"),
+    (["train", "--resume", "run", "--steps", "0"], "at least 1"),
+    # Evaluation and generation.
+    (["eval", "nowhere"], "not a run folder.*start one with"),
+    (["eval", "book.txt"], "not a run folder.*start one with"),
+    (["eval", "run/checkpoints"], "not a run folder.*start one with"),
+    (["eval", "run", "--batch-size", "0"], "at least 1"),
+    (["eval", "run", "--sequence-length", "-2"], "at least 1"),
+    (["eval", "run", "--data", "missing.txt"], "give stdlib, a text file"),
+    (["eval", "run", "--data", "one.txt"], "give more text"),
+    (["eval", "run", "--device", "abacus"], "use --device auto or cpu"),
+    (["generate", "nowhere"], "not a run folder.*start one with"),
+    (["generate", "run", "--max-new-tokens", "0"], "at least 1"),
+    (["generate", "run", "--temperature", "0"], "above 0, or --greedy"),
+    (["generate", "run", "--temperature", "nan"], "above 0, or --greedy"),
+    (["generate", "run", "--top-k", "-1"], "0 for all"),
+    (["generate", "run", "--top-p", "1.5"], "up to 1"),
+    (["generate", "run", "--prompt", ""], "give some text"),
+    # Plans.
+    (["plan", "--preset", "huge"], "choose one of seed"),
+    (["plan", "--sequence-length", "129"], "position table of 128; shorten it"),
+    (["plan", "--sequence-length", "0"], "at least 1"),
+    (["plan", "--batch-size", "0"], "at least 1"),
+    (["plan", "--gpu-memory", "lots"], "write it like 12GB"),
+    (["plan", "--gpu-memory", "0GB"], "above 0, like 12GB"),
+    (["plan", "--host-memory", "12 apples"], "write it like 12GB"),
+    (["plan", "--host-memory", ""], "write it like 12GB"),
+    # Benchmarks.
+    ([*BENCH, "--causal", "False"], "leave it out"),
+    ([*BENCH, "--preset", "huge"], "choose one of seed"),
+    ([*BENCH, "--sequence-length", "4"], "lengthen it"),
+    ([*BENCH, "--data", "missing.txt"], "give stdlib, a text file"),
+    ([*BENCH, "--preset", "seed", "--sequence-length", "129"], "of 128; shorten it"),
+    ([*BENCH, "--out", "book.txt/new"], "choose another place"),
+    ([*BENCH, "--out", "book.txt"], "choose another place"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "mend"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_is_one_line_that_names_the_mend(cli, workspace, words, mend):
+    (workspace / "empty.txt").touch()
+    (workspace / "blank.txt").write_text(" \n\t\n")
+    (workspace / "binary.bin").write_bytes(bytes(range(256)))
+    (workspace / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    (workspace / "short.txt").write_text("eighteen signs now")
+    (workspace / "one.txt").write_text("a")
+    (workspace / "other.txt").write_text("another text, long enough to learn from\n" * 20)
+    (workspace / "hollow").mkdir()
+    (workspace / "hollow" / "noise.bin").write_bytes(b"\0\1\2")
+    check_refused(cli, workspace, words, mend)
+
+
+USES = {
+    "eval": ["eval", "run"],
+    "eval of the checkpoint": ["eval", str(checkpoint_of("run"))],
+    "generate": ["generate", "run"],
+    "resume": ["train", "--resume", "run"],
+    "longer resume": ["train", "--resume", "run", "--steps", "9"],
+}
+each_use = pytest.mark.parametrize("words", USES.values(), ids=USES)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+@each_use
+@pytest.mark.parametrize("name", [WEIGHTS, MOMENTS, "config.json", "state.json"])
+@pytest.mark.parametrize(
+    ("damage", "words_for_it"),
+    [(cut_short, "bytes instead of"), (flip_a_byte, "a byte has changed"), (lambda path: path.unlink(), "is missing")],
+    ids=["cut short", "flipped byte", "missing"],
+)
+def test_a_damaged_checkpoint_is_found_before_it_is_used(cli, workspace, words, name, damage, words_for_it):
+    damage(checkpoint_of("run") / name)
+    last = check_refused(cli, workspace, words, f"{words_for_it}.*delete step-00000004 to continue from step-00000002")
+    assert name in last
+
+
+@each_use
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"a": 1}', '{"model.safetensors": {"sha256": "0"}}', '{"a": {"bytes": "b"}}']
+)
+def test_a_damaged_list_of_checksums_is_found_too(cli, workspace, words, text):
+    (checkpoint_of("run") / "manifest.json").write_text(text)
+    check_refused(cli, workspace, words, "manifest.json.*restore it")
+
+
+def test_what_the_message_advises_works(cli, workspace):
+    flip_a_byte(checkpoint_of("run") / WEIGHTS)
+    for file in checkpoint_of("run").iterdir():
+        file.unlink()
+    checkpoint_of("run").rmdir()
+    assert cli("eval", "run", "--json").document["step"] == 2
+    assert cli("train", "--resume", "run", "--json").document["steps"] == 4
+
+
+@each_use
+def test_a_run_without_checkpoints_says_so(cli, workspace, words):
+    (workspace / "run" / "checkpoints").rename(workspace / "elsewhere")
+    check_refused(cli, workspace, words, "train again with another --out|not a run folder.*start one")
+
+
+def another_tokenizer(workspace):
+    (workspace / "other.txt").write_text("0123456789" * 50)
+    return ["train", "--data", "other.txt", "--out", "other", *TRAINING]
+
+
+@pytest.mark.parametrize("use", ["eval", "generate", "resume", "longer resume"])
+def test_a_vocabulary_that_is_not_the_runs_is_refused(cli, workspace, use):
+    assert cli(*another_tokenizer(workspace)).code == 0
+    (workspace / "run" / "tokenizer.json").write_text((workspace / "other" / "tokenizer.json").read_text())
+    check_refused(cli, workspace, USES[use], "not the vocabulary this run was trained with; restore it")
+
+
+@pytest.mark.parametrize("use", ["eval", "generate", "resume"])
+def test_a_damaged_tokenizer_is_refused(cli, workspace, use):
+    (workspace / "run" / "tokenizer.json").write_text("{")
+    check_refused(cli, workspace, USES[use], "not a readable tokenizer.json.*restore it")
+
+
+@pytest.mark.parametrize("use", ["eval", "resume", "longer resume"])
+def test_a_text_that_has_changed_is_refused(cli, workspace, use):
+    with (workspace / "book.txt").open("a") as file:
+        file.write("The end.\n")
+    check_refused(cli, workspace, USES[use], "not the one run was trained on; restore it")
+
+
+@pytest.mark.parametrize("use", ["eval", "resume"])
+def test_a_text_that_is_gone_is_refused(cli, workspace, use):
+    (workspace / "book.txt").unlink()
+    check_refused(cli, workspace, USES[use], "book.txt does not exist; give")
+
+
+@each_use
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: [],
+        lambda record: {**record, "kind": "shopping list"},
+        lambda record: {**record, "version": 99},
+        lambda record: {**record, "dataset": None},
+        lambda record: {**record, "dataset": {}},
+        lambda record: {key: value for key, value in record.items() if key != "training"},
+        lambda record: {**record, "training": {**record["training"], "steps": 0}},
+        lambda record: {**record, "training": {**record["training"], "luck": 7}},
+        lambda record: {**record, "model": {**record["model"], "hidden_size": -1}},
+        lambda record: {**record, "data": None},
+    ],
+)
+def test_a_damaged_record_is_refused(cli, workspace, words, change):
+    path = workspace / "run" / "run.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    check_refused(cli, workspace, words, "restore it|give the one|update it|give a number")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run.json", "tokenizer.json", "manifest.json", "state.json", "config.json"])
+def test_no_flipped_bit_of_a_text_file_ends_in_a_traceback(cli, workspace, name):
+    path = (workspace / "run" if name in ("run.json", "tokenizer.json") else checkpoint_of("run")) / name
+    good = path.read_bytes()
+    chance = random.Random(name)
+    for place in chance.sample(range(len(good)), 12):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(bytes(damaged))
+        for use in ("eval", "generate", "resume"):
+            outcome = cli(*USES[use])
+            assert outcome.code in (0, 2), (place, use)
+            assert outcome.code == 0 or outcome.err.splitlines()[-1].startswith("error: ")
+            if name != "run.json":
+                assert outcome.code == 2, f"bit {place} of {name} is not noticed by {use}"
+
+
+def test_generation_past_the_position_table_says_how_much_fits(cli, workspace):
+    with_table = [*TRAINING, "--max-position-embeddings", "20"]
+    assert cli("train", "--data", "book.txt", "--out", "table", *with_table).code == 0
+    words = ["generate", "table", "--prompt", "The quick"]
+    check_refused(cli, workspace, [*words, "--max-new-tokens", "12"], "position table of 20; use --max-new-tokens 11")
+    assert cli(*words, "--max-new-tokens", "11", "--json").document["new_tokens"] <= 11
+    check_refused(cli, workspace, ["eval", "table", "--sequence-length", "21"], "position table of 20; shorten it")
+
+
+def test_another_benchmark_is_not_written_over(cli, workspace):
+    assert cli(*BENCH, "--json").code == 0
+    check_refused(cli, workspace, [*BENCH, "--batch-size", "2"], "of another benchmark.*choose another --out")
+
+
+def test_ctrl_c_leaves_with_130_and_no_traceback(cli, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_bk.environment.describe_environment", interrupted)
+    outcome = cli("env")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
