@@ -73,8 +73,10 @@ def ratios(report: Report) -> dict[str, str]:
         if arm.seed == results.convergence.seeds[0] and (loss := convergence.final_loss(arm)) is not None
     }
     tokens = results.convergence.steps * results.convergence.tokens_per_step
-    name = f"held-out loss after {tokens:,} tokens, one seed (unigram {results.convergence.unigram_entropy:.2f})"
-    found[name] = f"{losses['transformer']:.2f} against {losses['resnet-bk']:.2f}"
+    found["held-out loss, the Transformer's against ours"] = (
+        f"{losses['transformer']:.2f} against {losses['resnet-bk']:.2f} after {tokens:,} tokens, one seed "
+        f"(unigram {results.convergence.unigram_entropy:.2f})"
+    )
     return found
 
 

@@ -45,12 +45,15 @@ def test_the_loss_is_the_plain_mean_over_the_same_windows(model, length, batch_s
 
 
 @pytest.mark.parametrize("max_tokens", [1, 16, 50, 199, 1000])
-def test_max_tokens_is_honoured(model, max_tokens):
+def test_max_tokens_takes_whole_windows_spread_over_the_text(model, max_tokens):
     model.eval()
-    tokens = random_tokens(200)
+    tokens = random_tokens(16 * 12 + 1)
     evaluation = evaluate(model, tokens, batch_size=3, sequence_length=16, max_tokens=max_tokens)
-    assert evaluation.tokens == min(max_tokens, 199)
-    assert evaluation.loss == pytest.approx(plain_loss(model, tokens[: max_tokens + 1], 16), rel=1e-5)
+    windows = min(12, -(-max_tokens // 16))
+    starts = [window * 12 // windows * 16 for window in range(windows)]
+    wanted = np.mean([plain_loss(model, tokens[start : start + 17], 16) for start in starts])
+    assert evaluation.tokens == 16 * windows
+    assert evaluation.loss == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from resnet_bk.bench.contestants import LABELS, OURS, build_model
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.schema import Arm, ConvergenceResult, CurvePoint
 from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.data import TokenDataset, training_batch
+from resnet_bk.training.data import TokenDataset, evaluation_batches, training_batch, unigram_entropy
 from resnet_bk.training.evaluate import evaluate
 from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.step import build_scaler, train_step
@@ -57,13 +60,14 @@ def measure_convergence(
             again = replace(training, learning_rate=best.learning_rate, seed=seed)
             arms.append(_train(variant, again, dataset, profile, device))
         on_progress(f"  {variant.label}: held-out loss {_final_loss(best):.3f} after {training.steps} steps")
+    evaluated = _evaluated_tokens(dataset, training, profile)
     return ConvergenceResult(
         steps=training.steps,
         tokens_per_step=training.tokens_per_step,
         seeds=list(profile.seeds),
         learning_rates=list(profile.learning_rates),
-        evaluated_tokens=min(profile.evaluated_tokens, len(dataset.validation.tokens) - 1),
-        unigram_entropy=dataset.validation.unigram_entropy(),
+        evaluated_tokens=len(evaluated),
+        unigram_entropy=unigram_entropy(evaluated),
         arms=arms,
     )
 
@@ -119,6 +123,18 @@ def _train(
         train=train,
         validation=validation,
     )
+
+
+def _evaluated_tokens(dataset: TokenDataset, training: TrainingConfig, profile: Profile) -> NDArray[np.int64]:
+    """The targets of :func:`_evaluate`, so that the unigram entropy is that of the same tokens."""
+    batches = evaluation_batches(
+        dataset.validation.tokens,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        max_tokens=profile.evaluated_tokens,
+    )
+    targets = torch.cat([targets.flatten() for _, targets in batches])
+    return np.asarray(targets[targets != IGNORE_INDEX], dtype=np.int64)
 
 
 def _evaluate(model: ResNetBKForCausalLM, dataset: TokenDataset, training: TrainingConfig, profile: Profile) -> float:

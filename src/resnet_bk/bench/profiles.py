@@ -52,7 +52,7 @@ PROFILES = {
         ),
         Profile(
             name="quick",
-            purpose="a first look in about three minutes on two CPU cores: one seed, the better of two learning rates",
+            purpose="a first look in about four minutes on two CPU cores: one seed, the best of three learning rates",
             warmup_rounds=3,
             rounds=15,
             decode_tokens=16,
@@ -60,7 +60,7 @@ PROFILES = {
             evaluations=6,
             evaluated_tokens=20_000,
             seeds=(0,),
-            learning_rates=(3e-3, 1e-2),
+            learning_rates=(3e-3, 1e-2, 3e-2),
             lengths=(128, 256, 512, 1024, 2048, 4096),
             scaling_rounds=3,
             accuracy_lengths=(128, 1024),

@@ -35,8 +35,14 @@ WIDTH = 6.3
 class Drawing:
     """Axes to draw on; ``svg`` is there when the block ends."""
 
+    figure: Figure
     axes: list[Axes]
     svg: str = ""
+
+    def legend_above(self) -> None:
+        """One legend for all axes, outside of them, so that it covers no curve."""
+        entries, labels = self.axes[0].get_legend_handles_labels()
+        self.figure.legend(entries, labels, loc="outside upper center", ncols=3, fontsize=8)
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def drawing(columns: int = 1, height: float = 2.6) -> Iterator[Drawing]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(1, columns, squeeze=False)[0]
-        result = Drawing(axes=list(axes))
+        result = Drawing(figure=figure, axes=list(axes))
         yield result
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

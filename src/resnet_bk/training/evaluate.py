@@ -40,7 +40,7 @@ def evaluate(
     max_tokens: int | None = None,
     precision: Precision = "fp32",
 ) -> Evaluation:
-    """Mean loss over consecutive windows of ``tokens``; the model's mode is restored afterwards."""
+    """Mean loss over windows of ``tokens`` (:func:`evaluation_batches`); the model's mode is restored afterwards."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0

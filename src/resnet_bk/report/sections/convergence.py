@@ -14,7 +14,7 @@ def build(report: Report, result: ConvergenceResult) -> Section:
             text=f"Every model is trained for {result.steps:,} steps of {result.tokens_per_step:,} tokens of "
             f"{work.description}, in the same order, and evaluated on the same {result.evaluated_tokens:,} held-out "
             f"tokens ({work.tokenizer}; {work.split}). Losses are in nats per token. A model without any context, "
-            "which only knows how often each token occurs in the held-out text, has "
+            "which only knows how often each of these tokens occurs, has "
             f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; ResNet-BK and the Transformer each keep "
             "the one with the lowest held-out loss, and variants of ResNet-BK take that of ResNet-BK."
         ),
@@ -102,7 +102,7 @@ def _table(result: ConvergenceResult) -> Table:
 
 
 def _plot(result: ConvergenceResult) -> Plot:
-    with drawing(columns=2, height=3.0) as canvas:
+    with drawing(columns=2, height=3.2) as canvas:
         for axes, horizontal in zip(canvas.axes, ("tokens", "seconds"), strict=True):
             for arm in result.arms:
                 points = [point for point in arm.validation if point.loss is not None]
@@ -119,7 +119,7 @@ def _plot(result: ConvergenceResult) -> Plot:
             plain_ticks(axes.xaxis)
             axes.set_xlabel("tokens trained on" if horizontal == "tokens" else "seconds of training")
         canvas.axes[0].set_ylabel("held-out loss, nats a token")
-        canvas.axes[0].legend(fontsize=7.5)
+        canvas.legend_above()
     ends = "; ".join(f"{arm.label} {loss:.2f}" for arm in result.arms if (loss := final_loss(arm)) is not None)
     return Plot(
         caption="Held-out loss over tokens (left) and over time (right)",

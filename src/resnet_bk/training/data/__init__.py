@@ -9,6 +9,7 @@ from resnet_bk.training.data.dataset import TokenDataset as TokenDataset
 from resnet_bk.training.data.dataset import TokenSplit as TokenSplit
 from resnet_bk.training.data.dataset import prepare_dataset as prepare_dataset
 from resnet_bk.training.data.dataset import tokenize_all as tokenize_all
+from resnet_bk.training.data.dataset import unigram_entropy as unigram_entropy
 from resnet_bk.training.data.tokenizer import TextTokenizer as TextTokenizer
 from resnet_bk.training.data.tokenizer import train_tokenizer as train_tokenizer
 
@@ -24,4 +25,5 @@ __all__ = [
     "tokenize_all",
     "train_tokenizer",
     "training_batch",
+    "unigram_entropy",
 ]

@@ -39,21 +39,22 @@ def training_batch(
 def evaluation_batches(
     tokens: Tokens, *, batch_size: int, sequence_length: int, max_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive windows that predict each token but the first once; ``-100`` fills the last rows' targets.
+    """Windows in order that predict each token but the first once; ``-100`` fills the last one's targets.
 
-    ``max_tokens`` ends it after about so many targets.
+    ``max_tokens``, rounded up to whole windows, takes only as many of them, spread evenly over the text: the first ones
+    alone would be those of a few documents.
     """
-    num_targets = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
-    per_batch = batch_size * sequence_length
-    for start in range(0, num_targets, per_batch):
-        count = min(per_batch, num_targets - start)
-        piece = np.asarray(tokens[start : start + count + 1]).astype(np.int64)
-        rows = -(-count // sequence_length)
-        input_ids = np.zeros(rows * sequence_length, dtype=np.int64)
-        targets = np.full(rows * sequence_length, IGNORE_INDEX, dtype=np.int64)
-        input_ids[:count], targets[:count] = piece[:-1], piece[1:]
-        shape = (rows, sequence_length)
-        yield torch.from_numpy(input_ids.reshape(shape)), torch.from_numpy(targets.reshape(shape))
+    all_windows = -(-(len(tokens) - 1) // sequence_length)
+    num_windows = all_windows if max_tokens is None else min(all_windows, -(-max_tokens // sequence_length))
+    starts = [window * all_windows // num_windows * sequence_length for window in range(num_windows)]
+    for begin in range(0, num_windows, batch_size):
+        rows = starts[begin : begin + batch_size]
+        input_ids = np.zeros((len(rows), sequence_length), dtype=np.int64)
+        targets = np.full((len(rows), sequence_length), IGNORE_INDEX, dtype=np.int64)
+        for row, start in enumerate(rows):
+            piece = tokens[start : start + sequence_length + 1]
+            input_ids[row, : len(piece) - 1], targets[row, : len(piece) - 1] = piece[:-1], piece[1:]
+        yield torch.from_numpy(input_ids), torch.from_numpy(targets)
 
 
 def check_long_enough(tokens: Tokens, sequence_length: int) -> None:

@@ -34,10 +34,15 @@ class TokenSplit:
     num_documents: int
 
     def unigram_entropy(self) -> float:
-        """Entropy of how often each token occurs here, in nats per token: what a model without context could reach."""
-        counts = np.bincount(self.tokens)
-        shares = counts[counts > 0] / len(self.tokens)
-        return float(-(shares * np.log(shares)).sum())
+        """:func:`unigram_entropy` of all tokens here."""
+        return unigram_entropy(self.tokens)
+
+
+def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
+    """Entropy of how often each token occurs, in nats per token: the best that a model without context could reach."""
+    counts = np.bincount(tokens)
+    shares = counts[counts > 0] / len(tokens)
+    return float(-(shares * np.log(shares)).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
