@@ -1,9 +1,8 @@
 """Section 4: what contestants learn from the same tokens in the same order.
 
 Every arm starts from the same seed, sees the same batches and is evaluated on the same held-out tokens; evaluation is
-not timed. Both contestants are trained with every learning rate of the profile at the first seed, and keep the one with
-the lowest held-out loss for all seeds; variants of ours take ours. One arm reads its own targets on purpose: its loss
-shows what a leak looks like.
+not timed. Each arm is trained with every learning rate of the profile at the first seed, and keeps the one with the
+lowest held-out loss for all seeds. One arm reads its own targets on purpose: its loss shows what a leak looks like.
 """
 
 import math
@@ -49,10 +48,9 @@ def measure_convergence(
     training = replace(training, warmup_steps=max(1, profile.convergence_steps // 10))
     arms: list[Arm] = []
     for variant in _variants(configs):
-        rates = profile.learning_rates if variant.key in configs else (arms[0].learning_rate,)
         tried = [
             _train(variant, replace(training, learning_rate=rate, seed=profile.seeds[0]), dataset, profile, device)
-            for rate in rates
+            for rate in profile.learning_rates
         ]
         best = min(tried, key=_final_loss)
         arms.append(best)

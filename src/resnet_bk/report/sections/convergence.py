@@ -15,8 +15,8 @@ def build(report: Report, result: ConvergenceResult) -> Section:
             f"{work.description}, in the same order, and evaluated on the same {result.evaluated_tokens:,} held-out "
             f"tokens ({work.tokenizer}; {work.split}). Losses are in nats per token. A model without any context, "
             "which only knows how often each of these tokens occurs, has "
-            f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; ResNet-BK and the Transformer each keep "
-            "the one with the lowest held-out loss, and variants of ResNet-BK take that of ResNet-BK."
+            f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; each model keeps the one with the lowest "
+            "held-out loss."
         ),
         _table(result),
         _plot(result),
@@ -35,7 +35,7 @@ def build(report: Report, result: ConvergenceResult) -> Section:
             Note(
                 text="The analytic gradient is the rule of the earlier work: it keeps only a token's own gradient and "
                 "mixes in 1/G^2, which is large wherever G is small; the exact gradient is the adjoint of the whole "
-                "chain. Same model, same data, same rates."
+                "chain. Same model, same data, same rates tried."
             )
         )
     if len(result.seeds) == 1:
@@ -74,8 +74,7 @@ def _at_the_edge(result: ConvergenceResult) -> list[str]:
     if len(rates) < 2:
         return []
     ends = (min(rates), max(rates))
-    swept = [arm for arm in result.arms if arm.key in ("resnet-bk", "transformer") and arm.seed == result.seeds[0]]
-    return [arm.label for arm in swept if arm.learning_rate in ends]
+    return [arm.label for arm in result.arms if arm.seed == result.seeds[0] and arm.learning_rate in ends]
 
 
 def _table(result: ConvergenceResult) -> Table:
