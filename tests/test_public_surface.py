@@ -33,6 +33,7 @@ SURFACE = {
         "tokenize_all",
         "train_tokenizer",
         "training_batch",
+        "unigram_entropy",
     },
 }
 # Names that a package has from its own imports and not to give away.
