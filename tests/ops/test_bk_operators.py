@@ -9,29 +9,30 @@ from resnet_bk.ops.bk import operators
 
 
 def causal_arguments(dtype, bonds_shape):
-    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     v = torch.randn(2, 5, 3, dtype=dtype, requires_grad=True)
-    shift = torch.complex(torch.randn(3, dtype=dtype), -torch.rand(3, dtype=dtype) - 0.5).requires_grad_()
+    shift = torch.stack([torch.randn(3, dtype=dtype), -torch.rand(3, dtype=dtype) - 0.5], dim=-1).requires_grad_()
     bonds = torch.rand(bonds_shape, dtype=dtype, requires_grad=True)
-    state = torch.zeros(2, 3, dtype=complex_dtype, requires_grad=True)
+    state = torch.zeros(2, 3, 2, dtype=dtype, requires_grad=True)
     return v, shift, bonds, state
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bonds_shape", [(3,), (2, 5, 3)])
 @pytest.mark.parametrize("blend", [None, 0.5])
-def test_torch_accepts_the_operators(dtype, bonds_shape, blend):
+def test_torch_accepts_the_operators(backend, dtype, bonds_shape, blend):
     v, shift, bonds, state = causal_arguments(dtype, bonds_shape)
     if blend is not None:
         bonds, state = bonds.detach(), state.detach()
-    torch.library.opcheck(operators.bk_causal, (v, shift, bonds, state, blend))
-    torch.library.opcheck(operators.bk_bidirectional, (v, shift, bonds, blend))
+    torch.library.opcheck(operators.bk_causal, (v, shift, bonds, state, blend, backend))
+    torch.library.opcheck(operators.bk_bidirectional, (v, shift, bonds, blend, backend))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_accepts_the_tunnel(dtype):
+def test_torch_accepts_the_tunnel(backend, dtype):
     w = torch.rand(2, 5, 3, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(operators.bk_tunnel, (w, torch.ones(2, 3, dtype=dtype, requires_grad=True)))
+    torch.library.opcheck(operators.bk_tunnel, (w, torch.ones(2, 3, dtype=dtype, requires_grad=True), backend))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from resnet_bk.ops import bk_tunnel
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["cpu", "torch", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -23,21 +23,6 @@ def test_it_is_the_resolvent_below_the_band(backend, shape, seed):
     zero, two = torch.zeros(heads, dtype=torch.complex128), torch.full((heads,), 2.0, dtype=torch.float64)
     expected = dense_resolvent(w, zero, two, bonds, causal=True).real
     assert relative_error(bk_tunnel(w, backend=backend).exp(), expected) < 1e-12
-
-
-@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.1, 3.0, 100.0])
-@pytest.mark.parametrize("length", [1, 2, 129, 1000, 3000])
-def test_float32_keeps_its_digits_at_every_gap(gap, length):
-    w = gap * torch.rand(2, length, 3, generator=torch.Generator().manual_seed(length))
-    weights = torch.randn(2, length, 3)
-    results = {}
-    for name, values in {"ours": w, "exact": w.double()}.items():
-        leaf = values.clone().requires_grad_()
-        result = bk_tunnel(leaf, backend="torch" if name == "ours" else "reference")
-        results[name] = result.detach(), torch.autograd.grad((result * weights).sum(), leaf)[0]
-    assert results["ours"][0].dtype == torch.float32
-    assert relative_error(results["ours"][0], results["exact"][0]) < 2e-6
-    assert relative_error(results["ours"][1], results["exact"][1]) < 2e-5
 
 
 @pytest.mark.parametrize("gap", [1e-6, 1e-2, 1.0])

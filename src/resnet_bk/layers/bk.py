@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_bk.layers.padding import Padding
-from resnet_bk.ops.bk import bk_core
+from resnet_bk.ops.bk import bk_core_pairs
 
 
 class BKMixer(nn.Module):
     """``W_o [Re G(v), Im G(v)]`` with the potential ``v = w . x``, one chain per head, in float32.
+
+    The columns of W_o go by head: Re and Im of the first, then of the second, ...
 
     The energy z = E + i eta is learned per head; eta = softplus(raw) > 0 by construction.
     """
@@ -51,18 +53,20 @@ class BKMixer(nn.Module):
         """softplus of it is the configured eta."""
         return torch.full((self.num_heads,), math.log(math.expm1(self.initial_eta)))
 
-    def forward(self, x_BND: Tensor, padding: Padding | None, state_BH: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The mixed tokens ``(B, N, D)``, and the state after each row's last real token (causal only)."""
         with torch.autocast(x_BND.device.type, enabled=False):
             dtype = torch.promote_types(x_BND.dtype, torch.float32)
             v_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
-            z_H = torch.complex(self.energy.to(dtype), F.softplus(self.raw_eta.to(dtype)))
-            g_BNH, state_BH = self._resolvent(v_BNH, z_H, padding, state_BH)
-            features_BNF = torch.cat([g_BNH.real, g_BNH.imag], dim=-1)
-        return self.output(features_BNF.to(self.output.weight.dtype)), state_BH
+            eta_H = F.softplus(self.raw_eta.to(dtype))
+            shift_H2 = torch.stack([self.h0 - self.energy.to(dtype), -eta_H], dim=-1)
+            g_BNH2, state_BH2 = self._resolvent(v_BNH, shift_H2, padding, state_BH2)
+        return self.output(g_BNH2.flatten(-2).to(self.output.weight.dtype)), state_BH2
 
     def _resolvent(
-        self, v_BNH: Tensor, z_H: Tensor, padding: Padding | None, state_BH: Tensor | None
+        self, v_BNH: Tensor, shift_H2: Tensor, padding: Padding | None, state_BH2: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         hopping: float | Tensor = self.hopping
         if padding is not None:
@@ -70,24 +74,24 @@ class BKMixer(nn.Module):
             if not self.causal:
                 hopping = (padding.neighbours_BN.unsqueeze(-1) * self.hopping).to(v_BNH.dtype)
                 hopping = hopping.expand(-1, -1, self.num_heads)
-        g_BNH = bk_core(
+        g_BNH2 = bk_core_pairs(
             v_BNH,
-            z_H,
-            h0=self.h0,
+            shift_H2,
             hopping=hopping,
             causal=self.causal,
             grad=self.grad,
             blend=self.blend,
-            initial_state=state_BH,
+            initial_state=state_BH2,
         )
-        assert isinstance(g_BNH, Tensor)
-        final_BH = self._final_state(g_BNH, padding, state_BH) if self.causal else None
-        return (g_BNH if padding is None else padding.restore(g_BNH)), final_BH
+        final_BH2 = self._final_state(g_BNH2, padding, state_BH2) if self.causal else None
+        if padding is not None:
+            g_BNH2 = padding.restore(g_BNH2.flatten(-2)).view_as(g_BNH2)
+        return g_BNH2, final_BH2
 
-    def _final_state(self, l_BNH: Tensor, padding: Padding | None, state_BH: Tensor | None) -> Tensor:
+    def _final_state(self, l_BNH2: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> Tensor:
         if padding is None:
-            return l_BNH[:, -1].detach()
+            return l_BNH2[:, -1].detach()
         last_B = (padding.num_real_B - 1).clamp(min=0)
-        last_BH = l_BNH.gather(1, last_B.view(-1, 1, 1).expand(-1, 1, self.num_heads)).squeeze(1).detach()
-        before_BH = torch.zeros_like(last_BH) if state_BH is None else state_BH
-        return torch.where(padding.num_real_B.unsqueeze(1) > 0, last_BH, before_BH)
+        last_BH2 = l_BNH2[torch.arange(len(last_B), device=last_B.device), last_B].detach()
+        before_BH2 = torch.zeros_like(last_BH2) if state_BH2 is None else state_BH2
+        return torch.where((padding.num_real_B > 0).view(-1, 1, 1), last_BH2, before_BH2)

@@ -19,12 +19,12 @@ class BKBlock(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, x_BND: Tensor, padding: Padding | None, state_BH: Tensor | None
+        self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Routing]:
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
         m_BND, routing = self.moe(self.norm(x_BND), None if padding is None else padding.real_BN)
-        mixed_BND, state_BH = self.mixer(m_BND, padding, state_BH)
-        return x_BND + m_BND + mixed_BND, state_BH, routing
+        mixed_BND, state_BH2 = self.mixer(m_BND, padding, state_BH2)
+        return x_BND + m_BND + mixed_BND, state_BH2, routing
 
 
 class MixerBlock(nn.Module):

@@ -10,7 +10,7 @@ from resnet_bk.models.configuration import ResNetBKConfig
 
 
 class ResolventLayer(CacheLayerMixin):
-    """The state of one bk layer: the last l of each chain, complex ``(B, H)``, whatever the number of tokens.
+    """The state of one bk layer: the last l of each chain, ``(B, H, 2)``, whatever the number of tokens.
 
     It lives in ``keys``, where ``transformers`` looks when it reorders, repeats or moves a cache.
     """
@@ -22,7 +22,7 @@ class ResolventLayer(CacheLayerMixin):
         self.num_tokens = 0
 
     @property
-    def state_BH(self) -> Tensor | None:
+    def state_BH2(self) -> Tensor | None:
         """The state, or None before the first token."""
         return self.keys
 
@@ -32,10 +32,10 @@ class ResolventLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a resolvent layer has a state, no keys and values; use advance")
 
-    def advance(self, state_BH: Tensor, num_tokens: int) -> None:
+    def advance(self, state_BH2: Tensor, num_tokens: int) -> None:
         """Replaces the state after ``num_tokens`` more tokens."""
-        self.keys = self.values = state_BH
-        self.device, self.dtype = state_BH.device, state_BH.dtype
+        self.keys = self.values = state_BH2
+        self.device, self.dtype = state_BH2.device, state_BH2.dtype
         self.is_initialized = True
         self.num_tokens += num_tokens
 

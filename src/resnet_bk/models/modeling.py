@@ -304,9 +304,9 @@ def _run_block(
 ) -> tuple[Tensor, Routing]:
     """One block, reading and replacing what its cache layer remembers."""
     if isinstance(block, BKBlock):
-        x_BND, state_BH, routing = block(x_BND, padding, None if layer is None else layer.state_BH)
+        x_BND, state_BH2, routing = block(x_BND, padding, None if layer is None else layer.state_BH2)
         if layer is not None:
-            layer.advance(state_BH, x_BND.shape[1])
+            layer.advance(state_BH2, x_BND.shape[1])
         return x_BND, routing
     past = (layer.keys, layer.values) if layer is not None and layer.get_seq_length() else None
     x_BND, (keys, values), routing = block(x_BND, padding, position_ids_BN, key_mask_BK, past)

@@ -4,7 +4,8 @@ For each sequence and head, H is tridiagonal with diagonal ``h0 + v_i`` and off-
 ``t_i = b_i c_i >= 0``, and ``a_i = h0 + v_i - z``. Read the modules in this order:
 
 - ``reference``: the definition, by leading and trailing determinants, in complex128;
-- ``sweep``: the algorithm, by ratios of those determinants, and its exact adjoint;
+- ``scan``: the algorithm, by ratios of those determinants, and its exact adjoint, in plain torch for every device;
+- ``cpu`` and ``gpu``: the same, compiled by numba and by Triton;
 - ``operators``: the sweeps as torch operators (autograd, fake tensors, FLOP formulas);
 - ``api``: the public functions, which check their arguments and choose a backend.
 """
@@ -12,7 +13,8 @@ For each sequence and head, H is tridiagonal with diagonal ``h0 + v_i`` and off-
 from resnet_bk.ops.bk.api import BackendChoice as BackendChoice
 from resnet_bk.ops.bk.api import available_backends as available_backends
 from resnet_bk.ops.bk.api import bk_core as bk_core
+from resnet_bk.ops.bk.api import bk_core_pairs as bk_core_pairs
 from resnet_bk.ops.bk.api import bk_tunnel as bk_tunnel
 from resnet_bk.ops.bk.api import choose_backend as choose_backend
 
-__all__ = ["BackendChoice", "available_backends", "bk_core", "bk_tunnel", "choose_backend"]
+__all__ = ["BackendChoice", "available_backends", "bk_core", "bk_core_pairs", "bk_tunnel", "choose_backend"]

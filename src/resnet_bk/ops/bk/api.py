@@ -1,14 +1,15 @@
 """The public BK-Core functions: they check their arguments, choose a backend, and call one operator."""
 
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from resnet_bk.ops.bk import operators, reference
 
-Backend = Literal["auto", "reference", "torch"]
+Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
 Gradient = Literal["exact", "blend"]
 
 
@@ -21,15 +22,19 @@ class BackendChoice:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends there are, fastest first. Both are plain torch and run on every device."""
-    return ("torch", "reference")
+    """The backends that this installation has, fastest first; each says by itself which devices it is for."""
+    return (*(("triton",) if find_spec("triton") else ()), "cpu", "torch", "reference")
 
 
 def choose_backend(device: torch.device) -> BackendChoice:
     """What ``backend="auto"`` means on ``device``."""
+    if device.type == "cpu":
+        return BackendChoice(name="cpu", reason="sweeps compiled by numba, vectorised over chains, on torch's threads")
+    if device.type == "cuda" and find_spec("triton"):
+        return BackendChoice(name="triton", reason="one pass over memory, chunks started from a halo that is proven")
+    why = "triton is not installed" if device.type == "cuda" else "no compiled kernels there"
     return BackendChoice(
-        name="torch",
-        reason=f"the ratio sweep in plain torch, vectorised over rows and heads, runs on {device.type}",
+        name="torch", reason=f"blocks side by side in plain torch, slower; on {device.type} because {why}"
     )
 
 
@@ -67,7 +72,8 @@ def bk_core(
         blend: share of the inverse in the analytic rule, from 0 to 1.
         initial_state: complex ``(B, H)``, the final state of the preceding tokens (causal form only).
         output_final_state: also return the state after the last token, which is the last l (causal form only).
-        backend: ``"auto"``, ``"torch"`` (the ratio sweep) or ``"reference"`` (the definition in complex128).
+        backend: ``"auto"``; ``"cpu"`` or ``"triton"`` (compiled sweeps), ``"torch"`` (every device) or ``"reference"``
+            (the definition in complex128).
 
     Returns:
         G, complex ``(B, N, H)``: complex128 for float64 input, complex64 for every other; and, if asked, the final
@@ -77,40 +83,84 @@ def bk_core(
         ValueError: a shape, dtype or value does not fit; the message names the mend.
     """
     _check_sequence("v", v)
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError("states belong to the causal form; leave them out or set causal=True")
+    complex_dtype = torch.complex128 if v.dtype == torch.float64 else torch.complex64
+    state_BH2 = None
+    if initial_state is not None:
+        _check_state(initial_state, v, complex_state=True)
+        state_BH2 = torch.view_as_real(initial_state.to(complex_dtype).resolve_conj())
+    pairs_BNH2 = bk_core_pairs(
+        v,
+        torch.view_as_real(_diagonal_shift(v, z, h0, complex_dtype)),
+        hopping=hopping,
+        causal=causal,
+        grad=grad,
+        blend=blend,
+        initial_state=state_BH2,
+        backend=backend,
+    )
+    result = torch.view_as_complex(pairs_BNH2)
+    if not output_final_state:
+        return result
+    if v.shape[1]:
+        return result, result[:, -1]
+    nothing = torch.zeros(v.shape[0], v.shape[2], dtype=complex_dtype, device=v.device)
+    return result, nothing if initial_state is None else initial_state.to(complex_dtype)
+
+
+def bk_core_pairs(
+    v: Tensor,
+    shift: Tensor,
+    *,
+    hopping: float | Tensor = 1.0,
+    causal: bool = True,
+    grad: Gradient = "exact",
+    blend: float = 0.5,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``bk_core`` with complex numbers as pairs of reals: what layers use, since compilers generate no complex code.
+
+    Args:
+        v: as in ``bk_core``, ``(B, N, H)``.
+        shift: h0 - z, real ``(H, 2)``: (h0 - E, -eta) of each head.
+        initial_state: real ``(B, H, 2)``.
+        hopping, causal, grad, blend, backend: as in ``bk_core``.
+
+    Returns:
+        (Re G, Im G), ``(B, N, H, 2)``, float64 for float64 ``v`` and float32 for every other.
+
+    Raises:
+        ValueError: a shape, dtype or value does not fit; the message names the mend.
+    """
+    _check_sequence("v", v)
     _check_choices(grad=grad, backend=backend)
     if not 0 <= blend <= 1:
         raise ValueError(f"blend is {blend}; it is a share, give a number from 0 to 1")
-    if not causal and (initial_state is not None or output_final_state):
-        raise ValueError("states belong to the causal form; leave them out or set causal=True")
-    real_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    complex_dtype = torch.complex128 if v.dtype == torch.float64 else torch.complex64
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     batch_size, length, heads = v.shape
-
-    shift = _diagonal_shift(v, z, h0, complex_dtype)
-    bonds = _bonds(v, hopping, real_dtype, has_state=initial_state is not None)
+    if shift.shape != (heads, 2) or not shift.is_floating_point():
+        raise ValueError(f"shift is {_describe(shift)}; give a real tensor of shape ({heads}, 2): h0 - E and -eta")
+    shift = shift.to(dtype)
+    bonds = _bonds(v, hopping, dtype, has_state=initial_state is not None)
     if initial_state is None:
-        state = torch.zeros(batch_size, heads, dtype=complex_dtype, device=v.device)
+        state = torch.zeros(batch_size, heads, 2, dtype=dtype, device=v.device)
     else:
-        _check_state(initial_state, v, complex_state=True)
-        state = initial_state.to(complex_dtype)
+        state = initial_state.to(dtype)
     if grad == "blend":
         _check_blend_inputs(bonds, state)
-
-    potential = v.to(real_dtype)
     if length == 0:
-        result = potential + shift
-    elif backend == "reference":
-        result = _reference(potential, shift, bonds, state, causal, blend if grad == "blend" else None)
+        return v.to(dtype).unsqueeze(-1) + shift
+    share = float(blend) if grad == "blend" else None
+    if backend == "reference":
+        return _reference(v, shift, bonds, state, causal, share)
+    name = choose_backend(v.device).name if backend == "auto" else backend
+    if causal:
+        pairs: Tensor = operators.bk_causal(v, shift, bonds, state, share, name)
     else:
-        share = float(blend) if grad == "blend" else None
-        result = (
-            operators.bk_causal(potential, shift, bonds, state, share)
-            if causal
-            else operators.bk_bidirectional(potential, shift, bonds, share)
-        )
-    if not output_final_state:
-        return result
-    return result, result[:, -1] if length else state
+        pairs = operators.bk_bidirectional(v, shift, bonds, share, name)
+    return pairs
 
 
 def bk_tunnel(
@@ -134,7 +184,7 @@ def bk_tunnel(
         initial_state: m = 1 - l of the preceding token, real ``(B, H)``; before a first token m is 1. The state is m
             and not l because 1 - l loses a small m to rounding.
         output_final_state: also return m after the last token.
-        backend: ``"auto"``, ``"torch"`` (the recurrence) or ``"reference"`` (the determinants in float64).
+        backend: as in ``bk_core``; the reference has the determinants in float64.
 
     Returns:
         log l, real ``(B, N, H)``: float64 for float64 input, float32 for every other; and, if asked, the final m,
@@ -152,26 +202,28 @@ def bk_tunnel(
     else:
         _check_state(initial_state, w, complex_state=False)
         state = initial_state.to(dtype)
-    gap = w.to(dtype)
     if length == 0:
-        log_l = gap
+        log_l = w.to(dtype)
     elif backend == "reference":
-        log_l = reference.bk_tunnel_reference(gap, state).to(dtype)
+        log_l = reference.bk_tunnel_reference(w, state).to(dtype)
     else:
-        log_l = operators.bk_tunnel(gap, state)
+        log_l = operators.bk_tunnel(w, state, choose_backend(w.device).name if backend == "auto" else backend)
     if not output_final_state:
         return log_l
     return log_l, -torch.expm1(log_l[:, -1]) if length else state
 
 
 def _reference(
-    potential: Tensor, shift: Tensor, bonds: Tensor, state: Tensor, causal: bool, blend: float | None
+    v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, causal: bool, blend: float | None
 ) -> Tensor:
     if blend is not None:
         raise ValueError("the reference differentiates its own definition; use grad='exact' or another backend")
+    shift_H, state_BH = torch.view_as_complex(shift_H2), torch.view_as_complex(state_BH2)
     if causal:
-        return reference.bk_causal_reference(potential, shift, bonds, state).to(shift.dtype)
-    return reference.bk_bidirectional_reference(potential, shift, bonds).to(shift.dtype)
+        result = reference.bk_causal_reference(v_BNH, shift_H, bonds, state_BH)
+    else:
+        result = reference.bk_bidirectional_reference(v_BNH, shift_H, bonds)
+    return torch.view_as_real(result.to(shift_H.dtype))
 
 
 def _diagonal_shift(v: Tensor, z: complex | Tensor, h0: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,8 +274,8 @@ def _check_sequence(name: str, x: Tensor) -> None:
 def _check_choices(*, grad: str, backend: str) -> None:
     if grad not in ("exact", "blend"):
         raise ValueError(f"grad is {grad!r}; choose 'exact' or 'blend'")
-    if backend not in ("auto", "reference", "torch"):
-        raise ValueError(f"backend is {backend!r}; choose 'auto', 'torch' or 'reference'")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(get_args(Backend))}")
 
 
 def _check_state(state: Tensor, v: Tensor, *, complex_state: bool) -> None:

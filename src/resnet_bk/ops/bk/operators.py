@@ -1,19 +1,25 @@
 """The sweeps as torch operators: visible to autograd, fake tensors, torch.compile and FlopCounterMode.
 
-Shapes: ``v_BNH`` real; ``shift_H = h0 - z`` complex, so that ``a_i = v_i + shift``; ``bonds`` real, ``(H,)`` or
-``(B, N, H)``, the bond to the left of each site; ``initial_state_BH`` complex, the l before the first site.
+Complex numbers are pairs of reals in the last axis here, which torch.compile can generate code around. Shapes:
+``v_BNH`` real of any floating type; ``shift_H2 = h0 - z``, so that ``a_i = v_i + shift``; ``bonds`` real, ``(H,)`` or
+``(B, N, H)``, the bond to the left of each site; ``initial_state_BH2`` the l before the first site. The shift's type,
+float32 or float64, is that of the arithmetic and the result.
 
 ``blend`` None asks for the exact gradient; a number b asks for the analytic rule that keeps only i = j and blends
 an inverse in, dL/da_i = -conj((1 - b) G_i^2 + b / G_i^2) g_i. It moves no gradient across tokens.
+
+``backend`` names the module that sweeps: ``torch`` (scan), ``cpu`` or ``triton``.
 """
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_bk.ops.bk import sweep
+from resnet_bk.ops.bk.scan import shift_left, shift_right, side_bonds
 
 # G -> 0 where the potential is huge, and 1/G^2 with it to infinity. This is the one bound on a magnitude in BK-Core,
 # far above what a potential within +-100 of the energy gives (1/|G|^2 about 1e4).
@@ -22,92 +28,136 @@ BLEND_INVERSE_SQUARE_LIMIT = 1e6
 # Real additions, multiplications and divisions per site and head: a complex product or square is 6, a product with a
 # real number 2, a sum 2, a reciprocal 5 (3 for |a|^2, 2 quotients); changes of sign are free.
 CAUSAL_FORWARD_FLOPS = 1 + 2 + 2 + 5  # a, t l, a - t l, reciprocal
-CAUSAL_BACKWARD_FLOPS = 6 + 2 + 6 + 2 + 6  # l^2, t l^2, times lambda, plus g, abar
-BIDIRECTIONAL_FORWARD_FLOPS = 1 + 2 * 9 + 2 * 4 + 5  # a, two sweeps, two bonds taken off, reciprocal
-BIDIRECTIONAL_BACKWARD_FLOPS = BIDIRECTIONAL_FORWARD_FLOPS + 6 + 6 + 2 * 2 + 2 * CAUSAL_BACKWARD_FLOPS + 2 * 2
+CAUSAL_BACKWARD_FLOPS = 6 + 2 + 2 + 6  # l^2, t abar, g minus it, product
+BIDIRECTIONAL_FORWARD_FLOPS = 2 * CAUSAL_FORWARD_FLOPS + 5 + 2 + 2 + 5  # two sweeps, 1/l, t r, 1/l minus it, reciprocal
+# The sweeps again, q = conj(G^2) g, what it gives either sweep, the adjoints, their sum.
+BIDIRECTIONAL_BACKWARD_FLOPS = 2 * CAUSAL_FORWARD_FLOPS + 6 + 6 + 2 * 2 + 2 * CAUSAL_BACKWARD_FLOPS + 2 * 2
 TUNNEL_FORWARD_FLOPS = 1 + 1 + 1 + 1  # s, 1 + s, quotient, log1p counted as one
-TUNNEL_BACKWARD_FLOPS = 1 + 1 + 1 + 2  # exp counted as one, -l g, l^2, multiply-add
+TUNNEL_BACKWARD_FLOPS = 1 + 1 + 1 + 1  # expm1 counted as one, l times the carry, minus g, times l
+
+BACKENDS = {"torch": "scan", "cpu": "cpu", "triton": "gpu"}
+
+
+class Sweeps(Protocol):
+    """What a backend's module offers; ``scan`` has the formulas."""
+
+    causal: Callable[..., Tensor]
+    causal_adjoint: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    bidirectional: Callable[..., Tensor]
+    tunnel: Callable[..., Tensor]
+    tunnel_adjoint: Callable[..., Tensor]
+
+
+def sweeps(backend: str) -> Sweeps:
+    """The module of a backend, imported at its first use: compilers are slow to load."""
+    return cast(Sweeps, import_module(f"resnet_bk.ops.bk.{BACKENDS[backend]}"))
 
 
 @torch.library.custom_op("resnet_bk::bk_causal", mutates_args=())
-def bk_causal(v_BNH: Tensor, shift_H: Tensor, bonds: Tensor, initial_state_BH: Tensor, blend: float | None) -> Tensor:
-    """l_i of the causal chain, complex ``(B, N, H)``."""
-    return sweep.causal_sweep(v_BNH + shift_H, bonds, initial_state_BH)
+def bk_causal(
+    v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, blend: float | None, backend: str
+) -> Tensor:
+    """l_i of the causal chain, ``(B, N, H, 2)``."""
+    return sweeps(backend).causal(v_BNH, shift_H2, bonds, initial_state_BH2)
 
 
 @torch.library.custom_op("resnet_bk::bk_causal_backward", mutates_args=())
 def bk_causal_backward(
-    grad_BNH: Tensor, l_BNH: Tensor, bonds: Tensor, initial_state_BH: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (abar complex ``(B, N, H)``, bonds as given, initial state complex ``(B, H)``)."""
-    abar_BNH = sweep.causal_adjoint(grad_BNH, l_BNH, bonds)
-    bonds_bar_BNH = sweep.bond_gradient(abar_BNH, l_BNH, initial_state_BH)
-    first_bond = bonds if bonds.dim() == 1 else bonds[:, 0]
-    return abar_BNH, _reduce_bonds(bonds_bar_BNH, bonds), -first_bond * abar_BNH[:, 0]
+    grad_BNH2: Tensor, l_BNH2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, wants_bonds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of v ``(B, N, H)``, shift ``(H, 2)``, bonds (empty if not wanted), initial state ``(B, H, 2)``."""
+    return sweeps(backend).causal_adjoint(grad_BNH2, l_BNH2, bonds, initial_state_BH2, wants_bonds=wants_bonds)
 
 
 @torch.library.custom_op("resnet_bk::bk_bidirectional", mutates_args=())
-def bk_bidirectional(v_BNH: Tensor, shift_H: Tensor, bonds: Tensor, blend: float | None) -> Tensor:
-    """G_ii of the whole chain, complex ``(B, N, H)``. It depends on tokens to the right of i."""
-    return sweep.bidirectional_sweeps(v_BNH + shift_H, bonds)[2]
+def bk_bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, blend: float | None, backend: str) -> Tensor:
+    """G_ii of the whole chain, ``(B, N, H, 2)``. It depends on tokens to the right of i."""
+    return sweeps(backend).bidirectional(v_BNH, shift_H2, bonds)
 
 
 @torch.library.custom_op("resnet_bk::bk_bidirectional_backward", mutates_args=())
-def bk_bidirectional_backward(grad_BNH: Tensor, v_BNH: Tensor, shift_H: Tensor, bonds: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (abar complex ``(B, N, H)``, bonds as given). The sweeps are done again rather than stored."""
-    l_BNH, r_BNH, g_BNH = sweep.bidirectional_sweeps(v_BNH + shift_H, bonds)
-    abar_BNH, bonds_bar_BNH = sweep.bidirectional_adjoint(grad_BNH, l_BNH, r_BNH, g_BNH, bonds)
-    return abar_BNH, _reduce_bonds(bonds_bar_BNH, bonds)
+def bk_bidirectional_backward(
+    grad_BNH2: Tensor, g_BNH2: Tensor, v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, wants_bonds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of v, shift and bonds: all of dG_jj/da_i = -G_ji G_ij, not only i = j.
+
+    G_ii = 1 / (a_i - t_{i-1} l_{i-1} - t_i r_{i+1}) hands q_i = conj(G_ii^2) g_i on to a_i, to the sweep from the left
+    and to the one from the right, each of which has its own adjoint. The sweeps are done again rather than stored.
+    """
+    backend_sweeps = sweeps(backend)
+    grad_BNH, g_BNH = torch.view_as_complex(grad_BNH2.contiguous()), torch.view_as_complex(g_BNH2)
+    q_BNH = (g_BNH * g_BNH).conj() * grad_BNH
+    left_BNH, right_BNH = side_bonds(bonds, g_BNH)
+    nothing_BH2 = torch.zeros_like(g_BNH2[:, 0])
+    v_bar_BNH, shift_bar_H2 = -q_BNH.real, -torch.view_as_real(q_BNH.sum((0, 1)))
+    bonds_bar = torch.empty_like(bonds[:0])
+    ratios = {}
+    for reverse, grad_ratio_BNH in ((False, shift_left(left_BNH * q_BNH)), (True, shift_right(right_BNH * q_BNH))):
+        ratio_BNH2 = backend_sweeps.causal(v_BNH, shift_H2, bonds, nothing_BH2, reverse=reverse)
+        v_bar, shift_bar, swept_bonds_bar, _ = backend_sweeps.causal_adjoint(
+            torch.view_as_real(grad_ratio_BNH.contiguous()),
+            ratio_BNH2,
+            bonds,
+            nothing_BH2,
+            wants_bonds=wants_bonds,
+            reverse=reverse,
+        )
+        v_bar_BNH, shift_bar_H2 = v_bar_BNH + v_bar, shift_bar_H2 + shift_bar
+        if wants_bonds:
+            bonds_bar = bonds_bar + swept_bonds_bar if reverse else swept_bonds_bar
+            ratios[reverse] = torch.view_as_complex(ratio_BNH2)
+    if wants_bonds:
+        # The bond between i-1 and i enters G_ii with l_{i-1}, G_{i-1,i-1} with r_i, and each sweep once.
+        l_BNH, r_BNH = ratios[False], ratios[True]
+        direct_BNH = (shift_right(l_BNH).conj() * q_BNH).real + (r_BNH.conj() * shift_right(q_BNH)).real
+        bonds_bar = bonds_bar + (direct_BNH.sum((0, 1)) if bonds.dim() == 1 else direct_BNH)
+    return v_bar_BNH, shift_bar_H2, bonds_bar
 
 
 @torch.library.custom_op("resnet_bk::bk_tunnel", mutates_args=())
-def bk_tunnel(w_BNH: Tensor, initial_state_BH: Tensor) -> Tensor:
-    """log l_i of the tunnelling chain, real ``(B, N, H)``."""
-    return sweep.tunnel_sweep(w_BNH, initial_state_BH)
+def bk_tunnel(w_BNH: Tensor, initial_state_BH: Tensor, backend: str) -> Tensor:
+    """log l_i of the tunnelling chain, ``(B, N, H)`` in the state's type."""
+    return sweeps(backend).tunnel(w_BNH, initial_state_BH)
 
 
 @torch.library.custom_op("resnet_bk::bk_tunnel_backward", mutates_args=())
-def bk_tunnel_backward(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
-    """Gradient of w, real ``(B, N, H)``; its first site is also the gradient of the initial m."""
-    return sweep.tunnel_adjoint(grad_BNH, log_l_BNH)
-
-
-def _reduce_bonds(bonds_bar_BNH: Tensor, bonds: Tensor) -> Tensor:
-    return bonds_bar_BNH.sum((0, 1)) if bonds.dim() == 1 else bonds_bar_BNH.clone()
-
-
-def _empty_complex(v_BNH: Tensor) -> Tensor:
-    dtype = torch.complex128 if v_BNH.dtype == torch.float64 else torch.complex64
-    return torch.empty(v_BNH.shape, dtype=dtype, device=v_BNH.device)
+def bk_tunnel_backward(grad_BNH: Tensor, log_l_BNH: Tensor, backend: str) -> Tensor:
+    """Gradient of w, ``(B, N, H)``; its first site is also the gradient of the initial m."""
+    return sweeps(backend).tunnel_adjoint(grad_BNH, log_l_BNH)
 
 
 @bk_causal.register_fake
-def _(v_BNH: Tensor, shift_H: Tensor, bonds: Tensor, initial_state_BH: Tensor, blend: float | None) -> Tensor:
-    return _empty_complex(v_BNH)
+def _(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, blend: Any, backend: str) -> Tensor:
+    return shift_H2.new_empty(*v_BNH.shape, 2)
 
 
 @bk_causal_backward.register_fake
-def _(grad_BNH: Tensor, l_BNH: Tensor, bonds: Tensor, initial_state_BH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _contiguous(l_BNH), _contiguous(bonds), _contiguous(initial_state_BH)
+def _(
+    grad_BNH2: Tensor, l_BNH2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, wants_bonds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shift_bar_H2 = l_BNH2.new_empty(l_BNH2.shape[2:])
+    return _real(l_BNH2), shift_bar_H2, _bonds_bar(bonds, wants_bonds), _contiguous(initial_state_BH2)
 
 
 @bk_bidirectional.register_fake
-def _(v_BNH: Tensor, shift_H: Tensor, bonds: Tensor, blend: float | None) -> Tensor:
-    return _empty_complex(v_BNH)
+def _(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, blend: float | None, backend: str) -> Tensor:
+    return shift_H2.new_empty(*v_BNH.shape, 2)
 
 
 @bk_bidirectional_backward.register_fake
-def _(grad_BNH: Tensor, v_BNH: Tensor, shift_H: Tensor, bonds: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_complex(v_BNH), _contiguous(bonds)
+def _(
+    grad_BNH2: Tensor, g_BNH2: Tensor, v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, wants_bonds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _real(g_BNH2), _contiguous(shift_H2), _bonds_bar(bonds, wants_bonds)
 
 
 @bk_tunnel.register_fake
-def _(w_BNH: Tensor, initial_state_BH: Tensor) -> Tensor:
-    return _contiguous(w_BNH)
+def _(w_BNH: Tensor, initial_state_BH: Tensor, backend: str) -> Tensor:
+    return initial_state_BH.new_empty(w_BNH.shape)
 
 
 @bk_tunnel_backward.register_fake
-def _(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
+def _(grad_BNH: Tensor, log_l_BNH: Tensor, backend: str) -> Tensor:
     return _contiguous(log_l_BNH)
 
 
@@ -115,51 +165,68 @@ def _contiguous(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def _real(like_BNH2: Tensor) -> Tensor:
+    return like_BNH2.new_empty(like_BNH2.shape[:-1])
+
+
+def _bonds_bar(bonds: Tensor, wanted: bool) -> Tensor:
+    return _contiguous(bonds) if wanted else bonds.new_empty(0, *bonds.shape[1:])
+
+
 def _save_causal(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, bonds, initial_state_BH, ctx.blend = inputs
-    ctx.save_for_backward(output, bonds, initial_state_BH)
+    v_BNH, _, bonds, initial_state_BH2, ctx.blend, ctx.backend = inputs
+    ctx.dtype = v_BNH.dtype
+    ctx.save_for_backward(output, bonds, initial_state_BH2)
 
 
-def _causal_gradients(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor | None, ...]:
-    l_BNH, bonds, initial_state_BH = ctx.saved_tensors
+def _causal_gradients(ctx: Any, grad_BNH2: Tensor) -> tuple[Tensor | None, ...]:
+    l_BNH2, bonds, initial_state_BH2 = ctx.saved_tensors
     if ctx.blend is not None:
-        abar_BNH = blended_gradient(grad_BNH, l_BNH, ctx.blend)
-        return abar_BNH.real, abar_BNH.sum((0, 1)), None, None, None
-    abar_BNH, bonds_bar, initial_bar_BH = bk_causal_backward(grad_BNH, l_BNH, bonds, initial_state_BH)
-    return abar_BNH.real, abar_BNH.sum((0, 1)), bonds_bar, initial_bar_BH, None
+        return *_blended(ctx, grad_BNH2, l_BNH2), None, None, None, None
+    wants_bonds = ctx.needs_input_grad[2]
+    v_bar, shift_bar, bonds_bar, state_bar = bk_causal_backward(
+        grad_BNH2, l_BNH2, bonds, initial_state_BH2, wants_bonds, ctx.backend
+    )
+    return v_bar.to(ctx.dtype), shift_bar, bonds_bar if wants_bonds else None, state_bar, None, None
 
 
 def _save_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v_BNH, shift_H, bonds, ctx.blend = inputs
-    # Only one of the two is needed: the blended rule reads G, the exact adjoint sweeps again from v.
-    ctx.save_for_backward(output if ctx.blend is not None else v_BNH, shift_H, bonds)
+    v_BNH, shift_H2, bonds, ctx.blend, ctx.backend = inputs
+    ctx.dtype = v_BNH.dtype
+    ctx.save_for_backward(output, v_BNH, shift_H2, bonds)
 
 
-def _bidirectional_gradients(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor | None, ...]:
-    saved_BNH, shift_H, bonds = ctx.saved_tensors
+def _bidirectional_gradients(ctx: Any, grad_BNH2: Tensor) -> tuple[Tensor | None, ...]:
+    g_BNH2, v_BNH, shift_H2, bonds = ctx.saved_tensors
     if ctx.blend is not None:
-        abar_BNH = blended_gradient(grad_BNH, saved_BNH, ctx.blend)
-        return abar_BNH.real, abar_BNH.sum((0, 1)), None, None
-    abar_BNH, bonds_bar = bk_bidirectional_backward(grad_BNH, saved_BNH, shift_H, bonds)
-    return abar_BNH.real, abar_BNH.sum((0, 1)), bonds_bar, None
+        return *_blended(ctx, grad_BNH2, g_BNH2), None, None, None
+    wants_bonds = ctx.needs_input_grad[2]
+    v_bar, shift_bar, bonds_bar = bk_bidirectional_backward(
+        grad_BNH2, g_BNH2, v_BNH, shift_H2, bonds, wants_bonds, ctx.backend
+    )
+    return v_bar.to(ctx.dtype), shift_bar, bonds_bar if wants_bonds else None, None, None
 
 
-def blended_gradient(grad_BNH: Tensor, g_BNH: Tensor, blend: float) -> Tensor:
-    """The analytic rule with i = j only, as a gradient of a: its real part is that of v."""
+def _blended(ctx: Any, grad_BNH2: Tensor, g_BNH2: Tensor) -> tuple[Tensor, Tensor]:
+    """The analytic rule with i = j only: gradients of v and shift."""
+    grad_BNH, g_BNH = torch.view_as_complex(grad_BNH2.contiguous()), torch.view_as_complex(g_BNH2)
     square = g_BNH * g_BNH
     inverse = square.reciprocal()
     bound = (BLEND_INVERSE_SQUARE_LIMIT / inverse.abs()).clamp(max=1.0)
-    return -((1 - blend) * square + blend * inverse * bound).conj() * grad_BNH
+    abar_BNH = -((1 - ctx.blend) * square + ctx.blend * inverse * bound).conj() * grad_BNH
+    return abar_BNH.real.to(ctx.dtype), torch.view_as_real(abar_BNH.sum((0, 1)))
 
 
 def _save_tunnel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w_BNH, _, ctx.backend = inputs
+    ctx.dtype = w_BNH.dtype
     ctx.save_for_backward(output)
 
 
-def _tunnel_gradients(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor, Tensor]:
+def _tunnel_gradients(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor, Tensor, None]:
     (log_l_BNH,) = ctx.saved_tensors
-    w_bar_BNH = bk_tunnel_backward(grad_BNH, log_l_BNH)
-    return w_bar_BNH, w_bar_BNH[:, 0]
+    w_bar_BNH = bk_tunnel_backward(grad_BNH, log_l_BNH, ctx.backend)
+    return w_bar_BNH.to(ctx.dtype), w_bar_BNH[:, 0], None
 
 
 bk_causal.register_autograd(_causal_gradients, setup_context=_save_causal)
@@ -167,15 +234,15 @@ bk_bidirectional.register_autograd(_bidirectional_gradients, setup_context=_save
 bk_tunnel.register_autograd(_tunnel_gradients, setup_context=_save_tunnel)
 
 
-def _count(flops_per_site: int, operator: Any) -> None:
+def _count(flops_per_site: int, operator: Any, *, pairs: bool = False) -> None:
     @register_flop_formula(operator)
     def flops(first_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-        return flops_per_site * first_shape.numel()
+        return flops_per_site * first_shape.numel() // (2 if pairs else 1)
 
 
 _count(CAUSAL_FORWARD_FLOPS, torch.ops.resnet_bk.bk_causal)
-_count(CAUSAL_BACKWARD_FLOPS, torch.ops.resnet_bk.bk_causal_backward)
+_count(CAUSAL_BACKWARD_FLOPS, torch.ops.resnet_bk.bk_causal_backward, pairs=True)
 _count(BIDIRECTIONAL_FORWARD_FLOPS, torch.ops.resnet_bk.bk_bidirectional)
-_count(BIDIRECTIONAL_BACKWARD_FLOPS, torch.ops.resnet_bk.bk_bidirectional_backward)
+_count(BIDIRECTIONAL_BACKWARD_FLOPS, torch.ops.resnet_bk.bk_bidirectional_backward, pairs=True)
 _count(TUNNEL_FORWARD_FLOPS, torch.ops.resnet_bk.bk_tunnel)
 _count(TUNNEL_BACKWARD_FLOPS, torch.ops.resnet_bk.bk_tunnel_backward)
