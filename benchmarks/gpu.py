@@ -2,13 +2,17 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
 
-Writes gpu.json (checks, losses, the planner against the allocator) and report.json (`resnet-bk bench` on the GPU).
+Writes gpu.json (checks, losses, the planner against the allocator), bk_core.json and step.json (those scripts on the
+GPU, the steps at preset 100m in bf16) and report.json (`resnet-bk bench` on the GPU). ``--only`` names what to do.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import bk_core as bk_core_speed
+import step as step_speed
 import torch
 
 from resnet_bk.bench.contestants import Subject, build_model, contestant_configs, random_batch
@@ -27,29 +31,49 @@ from resnet_bk.training.step import build_scaler, train_step
 
 STEPS = 200
 DEVICE = torch.device("cuda")
+DATA = DataConfig(data="stdlib", tokenizer="bpe:2048")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="+", choices=["bk_core", "step", "gpu", "report"])
+    arguments = parser.parse_args()
+    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Callable[[], object]] = {
+        "bk_core": lambda: write_json(out / "bk_core.json", bk_core_speed.measure(DEVICE)),
+        "gpu": lambda: measure_training_and_memory(out),
+        "step": lambda: write_json(out / "step.json", step_speed.measure(DEVICE, "100m", "bf16")),
+        "report": lambda: measure_report(out),
+    }
+    for name in arguments.only or parts:
+        began = time.perf_counter()
+        parts[name]()
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def measure_training_and_memory(out: Path) -> None:
+    """gpu.json, written as it grows."""
     document = {"environment": describe_environment(), "backend": choose_backend(DEVICE).name}
-    write_json(out / "gpu.json", document)
-    data = DataConfig(data="stdlib", tokenizer="bpe:2048")
-    dataset = prepare_dataset(data, on_progress=print)
-    for name, measure in (
-        ("errors", measure_errors),
-        ("other_inputs", check_other_inputs),
-        ("training", lambda: measure_training(dataset)),
-        ("memory", measure_planner),
-    ):
+    dataset = prepare_dataset(DATA, on_progress=print)
+    measures: dict[str, Callable[[], object]] = {
+        "errors": measure_errors,
+        "other_inputs": check_other_inputs,
+        "training": lambda: measure_training(dataset),
+        "memory": measure_planner,
+    }
+    for name, measure in measures.items():
         began = time.perf_counter()
         document[name] = measure()
-        print(f"{name}: {time.perf_counter() - began:.0f} s")
+        print(f"  {name}: {time.perf_counter() - began:.0f} s", flush=True)
         write_json(out / "gpu.json", document)
+
+
+def measure_report(out: Path) -> None:
+    """report.json of the quick benchmark, on this text and device."""
     config = BenchmarkConfig(
-        profile=PROFILES["quick"], preset="seed", overrides={}, data=data, training=TrainingConfig(device="cuda")
+        profile=PROFILES["quick"], preset="seed", overrides={}, data=DATA, training=TrainingConfig(device="cuda")
     )
     run_benchmark(config, out, command=["bench", "--tokenizer", "bpe:2048", "--device", "cuda"], on_progress=print)
 

@@ -76,3 +76,19 @@ def test_generation_with_the_state_is_generation_without_it():
     assert torch.equal(
         model.generate(row, use_cache=True, **arguments), model.generate(row, use_cache=False, **arguments)
     )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_operators_can_be_captured_in_a_cuda_graph(causal):
+    v = torch.randn(2, 3000, 4, device=GPU)
+    expected = bk_core(v, 1j, causal=causal)
+    static = torch.zeros_like(v)
+    z = torch.full((4,), 1j, device=GPU)  # a Python number would be copied to the device inside the graph
+    h0, hopping = torch.full((4,), -2.0, device=GPU), torch.ones(4, device=GPU)
+    bk_core(static, z, h0=h0, hopping=hopping, causal=causal)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = bk_core(static, z, h0=h0, hopping=hopping, causal=causal)
+    static.copy_(v)
+    graph.replay()
+    assert torch.equal(result, expected)

@@ -10,7 +10,14 @@ from resnet_bk.ops import bk_core, bk_tunnel
 SURFACE = {
     "resnet_bk": {"ResNetBKConfig", "ResNetBKForCausalLM", "__version__"},
     "resnet_bk.ops": {"bk_core", "bk_tunnel"},
-    "resnet_bk.ops.bk": {"BackendChoice", "available_backends", "bk_core", "bk_tunnel", "choose_backend"},
+    "resnet_bk.ops.bk": {
+        "BackendChoice",
+        "available_backends",
+        "bk_core",
+        "bk_core_pairs",
+        "bk_tunnel",
+        "choose_backend",
+    },
     "resnet_bk.layers": {"BKBlock", "BKMixer", "CausalAttention", "MixerBlock", "MixtureOfExperts"},
     "resnet_bk.models": {
         "PRESETS",

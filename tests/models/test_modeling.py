@@ -149,9 +149,9 @@ def test_autocast_keeps_router_resolvent_and_loss_in_float32():
     block = model.model.layers[0]
     original = block.mixer._resolvent
 
-    def spy(v_BNH, z_H, *rest):
-        dtypes["potential"], dtypes["energy"] = v_BNH.dtype, z_H.dtype
-        return original(v_BNH, z_H, *rest)
+    def spy(v_BNH, shift_H2, *rest):
+        dtypes["potential"], dtypes["energy"] = v_BNH.dtype, shift_H2.dtype
+        return original(v_BNH, shift_H2, *rest)
 
     block.mixer._resolvent = spy
     router_logits = block.moe._router_logits
@@ -163,7 +163,7 @@ def test_autocast_keeps_router_resolvent_and_loss_in_float32():
     block.moe._router_logits = router_spy
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(row, labels=row)
-    assert dtypes == {"potential": torch.float32, "energy": torch.complex64, "router": torch.float32}
+    assert dtypes == {"potential": torch.float32, "energy": torch.float32, "router": torch.float32}
     assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
     output.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -81,34 +81,46 @@ def _load_bonds(ptr, base, n, length, heads, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _pair_places(base, n, length, heads, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr):
-    """Where the pairs of sites n .. n+7 lie, ``(LANES, 16)``, and whether they are in the row.
+def _pairs_in_a_row(base, n, length):
+    """Where the pairs of sites n .. n+7 of the only head lie, ``(LANES, 16)``, and which of them are in the row.
 
-    With one head they lie side by side: said so that the compiler sees it, or it would move 8 bytes at a time.
+    They lie side by side, said so that the compiler sees it: it would move 8 bytes at a time otherwise.
     """
-    if ONE_HEAD and not REVERSE:
-        places = 2 * n.to(tl.int64)[:, None] + tl.arange(0, 16)[None, :]
-        at = 2 * base[:, None] + places
-        inside = (places >= 0) & (places < 2 * length)
-    else:
-        columns = n[:, None] + (tl.arange(0, 16) // 2)[None, :]
-        tokens = length - 1 - columns if REVERSE else columns
-        at = 2 * (base[:, None] + tokens.to(tl.int64) * heads) + (tl.arange(0, 16) % 2)[None, :]
-        inside = (columns >= 0) & (columns < length)
-    return at, inside
+    places = 2 * n.to(tl.int64)[:, None] + tl.arange(0, 16)[None, :]
+    return 2 * base[:, None] + places, (places >= 0) & (places < 2 * length)
+
+
+@triton.jit
+def _pairs_apart(base, n, length, heads, REVERSE: tl.constexpr):
+    """Where the pairs of sites n .. n+7 lie, ``(LANES, 8, 2)``, and which of them are in the row."""
+    columns = n[:, None] + tl.arange(0, 8)[None, :]
+    tokens = length - 1 - columns if REVERSE else columns
+    at = 2 * (base[:, None] + tokens.to(tl.int64) * heads)
+    parts = tl.arange(0, 2)[None, None, :]
+    inside = (columns >= 0) & (columns < length)
+    return at[:, :, None] + parts, inside[:, :, None] & (parts < 2)
 
 
 @triton.jit
 def _load_pairs(ptr, base, n, length, heads, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr):
     """Real and imaginary parts of sites n .. n+7, each ``(LANES, 8)``; 0 outside of the row."""
-    at, inside = _pair_places(base, n, length, heads, REVERSE, ONE_HEAD)
-    return tl.split(tl.reshape(tl.load(ptr + at, mask=inside, other=0.0), [base.shape[0], 8, 2]))
+    if ONE_HEAD and not REVERSE:
+        at, inside = _pairs_in_a_row(base, n, length)
+        pairs = tl.reshape(tl.load(ptr + at, mask=inside, other=0.0), [base.shape[0], 8, 2])
+    else:
+        at, inside = _pairs_apart(base, n, length, heads, REVERSE)
+        pairs = tl.load(ptr + at, mask=inside, other=0.0)
+    return tl.split(pairs)
 
 
 @triton.jit
 def _store_pairs(ptr, base, n, length, heads, re, im, inside_lanes, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr):
-    at, inside = _pair_places(base, n, length, heads, REVERSE, ONE_HEAD)
-    tl.store(ptr + at, tl.reshape(tl.join(re, im), [base.shape[0], 16]), mask=inside & inside_lanes[:, None])
+    if ONE_HEAD and not REVERSE:
+        at, inside = _pairs_in_a_row(base, n, length)
+        tl.store(ptr + at, tl.reshape(tl.join(re, im), [base.shape[0], 16]), mask=inside & inside_lanes[:, None])
+    else:
+        at, inside = _pairs_apart(base, n, length, heads, REVERSE)
+        tl.store(ptr + at, tl.join(re, im), mask=inside & inside_lanes[:, None, None])
 
 
 @triton.jit
