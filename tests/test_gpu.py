@@ -33,12 +33,14 @@ def test_both_devices_give_the_same(dtype):
 
 
 def test_the_operators_pass_torchs_own_checks_on_the_gpu():
-    v = torch.randn(2, 5, 3, device=GPU, dtype=torch.float64, requires_grad=True)
-    shift = torch.full((3,), -2 - 1j, device=GPU, dtype=torch.complex128, requires_grad=True)
+    v = torch.randn(2, 50, 3, device=GPU, dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([[-2.0, -1.0]] * 3, device=GPU, dtype=torch.float64, requires_grad=True)
     bonds = torch.ones(3, device=GPU, dtype=torch.float64, requires_grad=True)
-    state = torch.zeros(2, 3, device=GPU, dtype=torch.complex128, requires_grad=True)
-    torch.library.opcheck(torch.ops.resnet_bk.bk_causal, (v, shift, bonds, state, None))
-    torch.library.opcheck(torch.ops.resnet_bk.bk_bidirectional, (v, shift, bonds, None))
+    state = torch.zeros(2, 3, 2, device=GPU, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.resnet_bk.bk_causal, (v, shift, bonds, state, None, "triton"))
+    torch.library.opcheck(torch.ops.resnet_bk.bk_bidirectional, (v, shift, bonds, None, "triton"))
+    gap = v.detach().abs().requires_grad_()
+    torch.library.opcheck(torch.ops.resnet_bk.bk_tunnel, (gap, state[..., 0].detach(), "triton"))
 
 
 @pytest.mark.parametrize("key", ["resnet-bk", "transformer"])

@@ -135,14 +135,32 @@ def test_the_causal_ratio_stays_in_its_half_disc(length, eta, energy, hopping, s
     assert (ratios.abs() <= (1 + 1e-12) / eta).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_smaller_dtype_gives_complex64(dtype):
-    v = torch.randn(1, 4, 2).to(dtype).requires_grad_()
-    result = bk_core(v, 1j)
+def test_every_smaller_dtype_gives_complex64(dtype, causal, backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    v = torch.randn(1, 40, 2).to(device, dtype).requires_grad_()
+    result = bk_core(v, 1j, causal=causal, backend=backend)
     assert result.dtype == torch.complex64
     result.real.sum().backward()
     assert v.grad.dtype == dtype
-    assert torch.equal(result, bk_core(v.float(), 1j))
+    assert torch.equal(result, bk_core(v.float(), 1j, causal=causal, backend=backend))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_at_most_eight_bytes_an_element_are_kept_besides_the_input(causal):
+    v = torch.randn(2, 1000, 16, requires_grad=True)
+    kept = {}
+
+    def keep(saved):
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        bk_core(v, 1j, causal=causal)
+    kept.pop(v.untyped_storage().data_ptr(), None)
+    assert 8 * v.numel() <= sum(kept.values()) <= 8.01 * v.numel()
 
 
 def test_an_empty_sequence_passes_its_state_on():
