@@ -174,6 +174,8 @@ def test_a_steps_peak_is_what_the_allocator_hands_out(overrides):
         if event.name() == "[memory]":
             current += event.nbytes()
             peak = max(peak, current)
-    # The allocator also sees what operators use inside themselves, which the tracker does not claim to.
-    assert tracker.peak_bytes <= peak
+    # The allocator also sees what operators use inside themselves, which the tracker does not claim to; and the tracker
+    # makes autograd add a tied matrix's two gradients out of place.
+    tied = tracked.model.lm_head.weight.nbytes if tracked.model.config.tie_word_embeddings else 0
+    assert tracker.peak_bytes <= peak + tied
     assert peak - tracker.peak_bytes <= 0.001 * peak

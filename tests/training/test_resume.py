@@ -22,6 +22,7 @@ VARIANTS = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "attention": {"model": {"mixer": "attention"}},
+    "balanced by a bias": {"model": {"router_bias_update_rate": 0.01}, "gradient_accumulation_steps": 2},
     "tied": {"model": {"tie_word_embeddings": True, "num_experts": 3}},
 }
 COMMON = {"eval_every": 5, "save_every": 4}

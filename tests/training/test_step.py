@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_training import TEXT, refused
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.config import TrainingConfig
@@ -137,10 +138,17 @@ def test_noise_differs_between_places():
     assert len(draws) == 6
 
 
-def logit_dtypes(model):
-    seen = []
-    model.lm_head.register_forward_hook(lambda _module, _input, output: seen.append(output.dtype))
-    return seen
+class LogitDtypes(TorchDispatchMode):
+    """The types in which hidden states are multiplied with a head of this many tokens."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.seen = vocab_size, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[1].shape[1] == self.vocab_size:
+            self.seen |= {args[0].dtype, args[1].dtype}
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -148,14 +156,15 @@ def logit_dtypes(model):
 )
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixed_precision_multiplies_in_the_half_type_and_keeps_weights_in_float32(mixer, precision, dtype):
-    model, batch = tiny(mixer=mixer), random_batch()
+    model, batch = tiny(mixer=mixer, intermediate_size=72), random_batch()
     config = TrainingConfig(precision=precision, learning_rate=0.01, warmup_steps=0, gradient_accumulation_steps=2)
     optimizer, scaler = build_optimizer(model, config), build_scaler(CPU, precision)
-    seen, before, losses = logit_dtypes(model), weights(model), []
+    before, losses = weights(model), []
     for step in range(15):
-        result = train_step(model, optimizer, scaler, pieces(batch, 2), config, step)
+        with LogitDtypes(vocab_size=64) as logits:
+            result = train_step(model, optimizer, scaler, pieces(batch, 2), config, step)
         losses.append(float(result.cross_entropy))
-    assert set(seen) == {dtype}
+        assert logits.seen == {dtype}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}

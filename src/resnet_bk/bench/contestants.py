@@ -80,9 +80,9 @@ class Subject:
         )
 
     def forward(self) -> Tensor:
-        """The loss of the batch; logits are dropped, as in training."""
+        """The loss of the batch."""
         with autocast(self.model.device, self.training.precision):
-            loss = self.model(self.input_ids, shift_labels=self.targets, use_cache=False).loss
+            loss = self.model(self.input_ids, shift_labels=self.targets, use_cache=False, return_logits=False).loss
         assert isinstance(loss, Tensor)
         return loss
 

@@ -62,7 +62,8 @@ def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int)
             _products("query, key, value and output projection", 8 * tokens * hidden * hidden * layers),
             ComponentFlops(component="attention", forward=4 * pairs * hidden, backward=10 * pairs * hidden),
         ]
-    return [*parts, _products("head", 2 * tokens * hidden * config.vocab_size)]
+    # Its gradients are computed with the loss, so that no logits have to be kept for backward: all of it is forward.
+    return [*parts, ComponentFlops(component="head", forward=6 * tokens * hidden * config.vocab_size, backward=0)]
 
 
 def attended_pairs(queries: int, keys: int, causal: bool) -> int:

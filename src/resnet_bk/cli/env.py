@@ -48,10 +48,14 @@ def _capabilities() -> dict[str, Any]:
     import torch
 
     from resnet_bk.ops.bk import choose_backend
+    from resnet_bk.ops.grouped import choose_moe_backend
+    from resnet_bk.ops.loss import choose_loss_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     choice = choose_backend(device)
+    moe = choose_moe_backend(device, torch.bfloat16, 0, 0, 0)
+    loss = choose_loss_backend(device, torch.float32)
     attention = "torch's scaled_dot_product_attention chooses among its kernels by shape and dtype"
     return {
         "device": device.type,
@@ -59,7 +63,8 @@ def _capabilities() -> dict[str, Any]:
         "operators": {
             "bk_core": {"backend": choice.name, "reason": choice.reason},
             "bk_tunnel": {"backend": choice.name, "reason": choice.reason},
-            "moe": {"backend": "torch", "reason": "tokens sorted by expert, two matrix products per expert"},
+            "moe": {"backend": moe.name, "reason": moe.reason},
+            "loss": {"backend": loss.name, "reason": loss.reason},
             "attention": {"backend": "sdpa", "reason": attention},
         },
     }

@@ -50,6 +50,8 @@ class ModelFlags:
     """Temperature of the Gumbel-softmax in training."""
     router_aux_loss_coef: Annotated[float | None, preset("FLOAT")] = None
     """Weight of the load-balancing loss in training; 0 turns it off."""
+    router_bias_update_rate: Annotated[float | None, preset("FLOAT")] = None
+    """Step of each expert's bias towards an even load; 0 for no bias."""
     bk_h0: Annotated[float | None, preset("FLOAT")] = None
     """Constant part of the Hamiltonian's diagonal."""
     bk_hopping: Annotated[float | None, preset("FLOAT")] = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_bk.ops.moe import chosen_expert, gumbel_noise, load_balancing_loss
+from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,27 @@ class MixtureOfExperts(nn.Module):
     softmax((logits + noise) / temperature). The output is the chosen expert's, unscaled; its gradient reaches the
     router straight through the chosen probability. (The full straight-through estimator would run every expert on
     every token to get the others' gradients.) In evaluation there is no noise.
+
+    With a ``router_bias_update_rate`` there is a bias for each expert, a buffer, that is added where the choice is made
+    and nowhere else: no gradient and no probability knows of it. ``balance`` moves it after each optimizer step.
     """
 
+    router_bias: Tensor | None
+
     def __init__(
-        self, *, hidden_size: int, intermediate_size: int, num_experts: int, router_temperature: float
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        router_temperature: float,
+        router_bias_update_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.router_temperature = router_temperature
+        self.router_bias_update_rate = router_bias_update_rate
+        self.register_buffer("router_bias", torch.zeros(num_experts) if router_bias_update_rate else None)
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
@@ -41,7 +54,7 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BND.flatten(0, 1)
         logits_TE = self._router_logits(x_TD)
         noisy_TE = logits_TE + gumbel_noise(logits_TE) if self.training else logits_TE
-        expert_T = noisy_TE.argmax(-1)
+        expert_T = self._choice(noisy_TE)
         compute_dtype = torch.get_autocast_dtype(x_TD.device.type) if _autocast(x_TD) else x_TD.dtype
         mixed_TD = chosen_expert(
             x_TD.to(compute_dtype), expert_T, self.up.to(compute_dtype), self.down.to(compute_dtype)
@@ -51,6 +64,15 @@ class MixtureOfExperts(nn.Module):
             probability_T1 = probability_T.gather(1, expert_T.unsqueeze(1))
             mixed_TD = mixed_TD * (1 + probability_T1 - probability_T1.detach()).to(mixed_TD.dtype)
         return mixed_TD.view_as(x_BND), self._routing(logits_TE, expert_T, real_BN)
+
+    @torch.no_grad()
+    def balance(self, expert_load_E: Tensor) -> None:
+        """Makes experts with less than their share of the last step's tokens a little likelier; off without a rate."""
+        if self.router_bias is not None:
+            self.router_bias.copy_(balanced_bias(self.router_bias, expert_load_E, self.router_bias_update_rate))
+
+    def _choice(self, noisy_TE: Tensor) -> Tensor:
+        return (noisy_TE if self.router_bias is None else noisy_TE + self.router_bias).argmax(-1)
 
     def _router_logits(self, x_TD: Tensor) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):

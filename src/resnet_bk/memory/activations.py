@@ -1,7 +1,7 @@
 """What a training step keeps between forward and backward, by part, as formulas in the shapes.
 
     T = batch_size x sequence_length tokens, D hidden, I expert width, E experts, H chains, A attention heads,
-    V vocabulary, L layers; c = 4 bytes in fp32, 2 in the half types of autocast.
+    V vocabulary, L layers, C tokens of a chunk of the loss; c = 4 bytes in fp32, 2 in the half types of autocast.
 
 They list the tensors that autograd saves in this implementation, one by one. Against tensors tracked on a CPU the
 predicted peak of a step is between 0 and 15% above the measured one over the grid of
@@ -10,8 +10,11 @@ tests/memory/test_activations.py. What kernels use inside themselves is not in i
 
 from dataclasses import dataclass
 
+import torch
+
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.ops.loss import bytes_per_logit, chunk_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +58,15 @@ def block_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     norm_input = 8 * hidden + 8
     if config.mixer == "bk":
         heads = config.num_bk_heads
+        # Re G and Im G, which the operator and the output projection both read; a half copy; v if the sweeps go twice.
+        per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
         return [
             ActivationPart(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
             moe,
             ActivationPart(
                 name="BK-Core and projections",
-                num_bytes=tokens * (4 * hidden + (8 + 2 * c) * heads) + (4 * hidden * heads if half else 0),
-                formula="T (4 D + (8 + 2 c) H)" + (" + 4 D H" if half else ""),
+                num_bytes=tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if half else 0),
+                formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if half else ""),
             ),
         ]
     heads = config.num_attention_heads
@@ -82,22 +87,37 @@ def block_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
 
 
 def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
-    """What embedding, final norm and head save, without the logits."""
-    tokens, hidden = shape.tokens, config.hidden_size
-    copy = 2 * config.vocab_size * hidden if half else 0
+    """What embedding, final norm and loss save. The loss keeps no logits but the gradients that it has computed."""
+    tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
     return [
         ActivationPart(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
+        ActivationPart(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
         ActivationPart(
-            name="final norm and head input",
-            num_bytes=tokens * (8 * hidden + 8) + copy,
-            formula="T (8 D + 8)" + (" + 2 V D" if half else ""),
+            name="gradients of the head",
+            num_bytes=4 * config.vocab_size * hidden + tokens * c * hidden,
+            formula="4 V D + c T D",
         ),
     ]
 
 
-def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape) -> ActivationPart:
-    """Three float32 tensors of logits' size at the worst moment: log-probabilities, their gradient, the logits'."""
-    return ActivationPart(name="logits and loss", num_bytes=12 * shape.tokens * config.vocab_size, formula="12 T V")
+def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+    """What a chunk of the loss needs for a moment, beside the head's gradient, which a first chunk is yet to make.
+
+    fp32: logits and log-probabilities, both of 4 C V; then one of them and the gradient. Autocast has the logits twice,
+    in both types, and a half copy of the head throughout; at the end the product that is added to the gradient.
+    """
+    head = config.vocab_size * config.hidden_size
+    size = bytes_per_logit("torch", torch.bfloat16 if half else torch.float32)
+    rows = chunk_rows(shape.tokens, config.vocab_size, config.hidden_size, bytes_per_logit=size)
+    logits = min(rows, shape.tokens) * config.vocab_size
+    first = rows >= shape.tokens
+    probabilities = size * logits - (4 * head if first else 0)
+    gradient = (2 if half else 4) * logits + (0 if not half else 2 * head if first else 4 * head)
+    return ActivationPart(
+        name="logits and loss",
+        num_bytes=max(probabilities, gradient) + (2 * head if half else 0),
+        formula=f"{size} C V, C = {min(rows, shape.tokens):,}" + (" + 2 V D" if half else ""),
+    )
 
 
 def working_set(config: ResNetBKConfig, shape: TrainingShape) -> ActivationPart:

@@ -129,7 +129,7 @@ def activation_parts(
         *blocks,
         *outer_activations(config, shape, half=half),
         working_set(config, shape),
-        logits_and_loss(config, shape),
+        logits_and_loss(config, shape, half=half),
     ]
 
 

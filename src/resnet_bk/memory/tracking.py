@@ -16,7 +16,9 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     Storages are counted, so views cost nothing twice, and in-place work nothing at all; a storage counts until it is
     freed, also when only autograd holds it. Tensors that were there before count if ``include`` is told of them. What
-    an operator allocates and frees inside itself is not seen, nor is an allocator's rounding.
+    an operator allocates and frees inside itself is not seen, nor is an allocator's rounding. While anybody watches so,
+    autograd adds up the gradients of a tensor with two uses in a new tensor, and in place otherwise: of a tied matrix
+    there may be one gradient more.
 
     >>> with TensorTracker() as tracker:
     ...     x = torch.zeros(1000)

@@ -31,6 +31,8 @@ class ResNetBKConfig(PreTrainedConfig):
         tie_word_embeddings: the head reuses the embedding.
         router_temperature: of the Gumbel-softmax in training.
         router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
+        router_bias_update_rate: how far each expert's bias in the choice moves towards an even load after each
+            training step, beside the loss or instead of it; 0 for no bias at all. About 0.001 for long trainings.
         bk_h0: constant part of the Hamiltonian's diagonal.
         bk_hopping: product of the Hamiltonian's off-diagonals, >= 0.
         bk_energy: initial energy E of a single head (more heads are spread over the band).
@@ -60,6 +62,7 @@ class ResNetBKConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     router_temperature: float = 1.0
     router_aux_loss_coef: float = 0.01
+    router_bias_update_rate: float = 0.0
     bk_h0: float = -2.0
     bk_hopping: float = 1.0
     bk_energy: float = 0.0
@@ -98,7 +101,8 @@ class ResNetBKConfig(PreTrainedConfig):
         for name in ("bk_eta", "router_temperature", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("bk_hopping", "router_aux_loss_coef", "layer_norm_eps", "initializer_range"):
+        not_negative = ("bk_hopping", "router_aux_loss_coef", "router_bias_update_rate")
+        for name in (*not_negative, "layer_norm_eps", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.bk_blend <= 1:

@@ -17,7 +17,7 @@ from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
 from resnet_bk.models.cache import ResNetBKCache, ResolventLayer
 from resnet_bk.models.configuration import ResNetBKConfig
-from resnet_bk.ops.loss import cross_entropy, shift_targets
+from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
 
 
 @dataclass
@@ -40,7 +40,8 @@ class ResNetBKCausalLMOutput(ModelOutput):
     """Output of the language model.
 
     ``cross_entropy`` is the mean over the targets in nats. ``loss`` is the same in evaluation mode; in training mode
-    it adds ``router_aux_loss_coef`` times ``router_aux_loss``. ``logits`` is (B, N, V).
+    it adds ``router_aux_loss_coef`` times ``router_aux_loss``. ``logits`` is (B, N, V), or None where ``return_logits``
+    has it so: in training the loss is computed without ever having them all.
     """
 
     loss: Tensor | None = None
@@ -74,6 +75,8 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MixtureOfExperts):
             init.normal_(module.up, std=self.config.hidden_size**-0.5)
             init.normal_(module.down, std=self.config.intermediate_size**-0.5 * residual)
+            if module.router_bias is not None:
+                init.zeros_(module.router_bias)
         elif isinstance(module, BKMixer):
             init.copy_(module.energy, module.initial_energies())
             init.copy_(module.raw_eta, module.initial_raw_eta())
@@ -212,6 +215,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        return_logits: bool | None = None,
         **kwargs: Any,
     ) -> ResNetBKCausalLMOutput:
         """Logits, and a loss if targets are given.
@@ -222,6 +226,9 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
             shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
             logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
+            return_logits: None for logits except in training mode with targets, where they are by far the largest
+                tensor; True for logits then too; False for a loss without logits, a chunk of tokens at a time. A head
+                that is more than a matrix (an adapter, say, or one that is sharded by itself) always makes them all.
         """
         if labels is not None and shift_labels is not None:
             raise ValueError("give labels or shift_labels, not both")
@@ -237,21 +244,40 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         targets_BN = shift_targets(labels) if labels is not None else shift_labels
         if targets_BN is not None and logits_to_keep:
             raise ValueError("a loss needs every position; leave logits_to_keep at 0")
+        if targets_BN is None and return_logits is False:
+            raise ValueError("without targets there is nothing but logits to return; leave return_logits out")
         hidden_BND = _positions_to_keep(output.last_hidden_state, attention_mask, logits_to_keep)
-        logits_BNV = self.lm_head(hidden_BND)
-        nats = None if targets_BN is None else cross_entropy(logits_BNV, targets_BN)
+        if return_logits is None:
+            return_logits = targets_BN is None or not self.training
+        logits_BNV = self.lm_head(hidden_BND) if return_logits or not _is_matrix(self.lm_head) else None
+        nats = None
+        if targets_BN is not None:
+            nats = (
+                linear_cross_entropy(hidden_BND, self.lm_head.weight, targets_BN)
+                if logits_BNV is None
+                else cross_entropy(logits_BNV, targets_BN)
+            )
         loss = nats
         if nats is not None and self.training:
             loss = nats + self.config.router_aux_loss_coef * output.router_aux_loss
         return ResNetBKCausalLMOutput(
             loss=loss,
-            logits=logits_BNV,
+            logits=logits_BNV if return_logits else None,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             cross_entropy=None if nats is None else nats.detach(),
             router_aux_loss=output.router_aux_loss,
             expert_load=output.expert_load,
         )
+
+    def balance_experts(self, expert_load: Tensor) -> None:
+        """Moves the experts' biases after an optimizer step by its ``expert_load`` (layers x experts).
+
+        Nothing happens without a ``router_bias_update_rate``. ``train_step`` calls it; so must any other loop.
+        """
+        mixtures = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        for moe, expert_load_E in zip(mixtures, expert_load, strict=True):
+            moe.balance(expert_load_E)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As ``transformers`` does it, but positions follow the mask, which is right for padding on either side."""
@@ -271,6 +297,7 @@ def _block(config: ResNetBKConfig) -> nn.Module:
         intermediate_size=config.intermediate_size,
         num_experts=config.num_experts,
         router_temperature=config.router_temperature,
+        router_bias_update_rate=config.router_bias_update_rate,
     )
     if config.mixer == "bk":
         mixer = BKMixer(
@@ -292,6 +319,15 @@ def _block(config: ResNetBKConfig) -> nn.Module:
         causal=config.causal,
     )
     return MixerBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=attention, moe=moe)
+
+
+def _is_matrix(head: Any) -> bool:
+    """Whether calling ``head`` is multiplying with its weight and nothing else, hooks included."""
+    return (
+        type(head) is nn.Linear
+        and getattr(head, "bias", None) is None
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+    )
 
 
 def _run_block(

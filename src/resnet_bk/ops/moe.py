@@ -1,8 +1,12 @@
 """Top-1 mixture of experts: for each token, only the chosen expert's work is done."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from resnet_bk.ops.grouped import grouped_mm
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
@@ -13,18 +17,16 @@ def gumbel_noise(like: Tensor) -> Tensor:
 def chosen_expert(x_TD: Tensor, expert_T: Tensor, up_EDI: Tensor, down_EID: Tensor) -> Tensor:
     """Each token through its expert, gelu(x up_e) down_e, ``(T, D)``.
 
-    Tokens are sorted by expert once, so that each expert's work is two matrix products over its own tokens.
+    Tokens are sorted by expert once, so that each expert's work is two matrix products over its own tokens. Shapes do
+    not depend on who chose whom, so that nothing waits for the device to tell. A token's row goes through products of
+    rows alone: which tokens came with it changes nothing but, on a CPU, the order of its sums.
     """
-    num_experts = up_EDI.shape[0]
-    order_T = torch.argsort(expert_T, stable=True)
-    counts = torch.bincount(expert_T, minlength=num_experts).tolist()
-    segments = x_TD.index_select(0, order_T).split_with_sizes(counts)
-    # unbind, not up_EDI[e]: its gradient is one stack, where indexing would add E full-size zero-padded ones.
-    outputs = [
-        F.gelu(segment @ up_DI) @ down_ID
-        for segment, up_DI, down_ID in zip(segments, up_EDI.unbind(0), down_EID.unbind(0), strict=True)
-    ]
-    return torch.cat(outputs).index_select(0, torch.argsort(order_T))
+    sorted_T, order_T = torch.sort(expert_T, stable=True)
+    experts_E = torch.arange(up_EDI.shape[0], device=x_TD.device)
+    ends_E = torch.searchsorted(sorted_T, experts_E, right=True, out_int32=True)
+    inverse_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=x_TD.device))
+    hidden_TI = F.gelu(grouped_mm(_permuted(x_TD, order_T, inverse_T), up_EDI, ends_E))
+    return _permuted(grouped_mm(hidden_TI, down_EID, ends_E), inverse_T, order_T)
 
 
 def load_balancing_loss(probabilities_TE: Tensor, expert_load_E: Tensor) -> Tensor:
@@ -33,3 +35,33 @@ def load_balancing_loss(probabilities_TE: Tensor, expert_load_E: Tensor) -> Tens
     Source: W. Fedus et al., "Switch Transformers" (2022), equation 4.
     """
     return probabilities_TE.shape[1] * (probabilities_TE.mean(0) * expert_load_E).sum()
+
+
+def balanced_bias(bias_E: Tensor, expert_load_E: Tensor, rate: float) -> Tensor:
+    """bias + rate sign(mean load - load): an expert with less than its share is chosen a little sooner.
+
+    Source: L. Wang et al., "Auxiliary-loss-free load balancing strategy for mixture-of-experts" (2024), algorithm 1.
+    """
+    return bias_E + rate * torch.sign(expert_load_E.mean(-1, keepdim=True) - expert_load_E).to(bias_E.dtype)
+
+
+def _permuted(x_TD: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
+    """Rows in another order, ``x[order]``."""
+    if not x_TD.requires_grad:
+        return x_TD.index_select(0, order_T)
+    rows: Tensor = _Permutation.apply(x_TD, order_T, inverse_T)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _Permutation(torch.autograd.Function):
+    """Its gradient is a permutation too; torch's own for an index adds rows to zeros one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_T)
+        return x_TD.index_select(0, order_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_T,) = ctx.saved_tensors
+        return grad_TD.index_select(0, inverse_T), None, None

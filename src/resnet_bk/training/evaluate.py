@@ -48,7 +48,12 @@ def evaluate(
         tokens, batch_size=batch_size, sequence_length=sequence_length, max_tokens=max_tokens
     ):
         with autocast(model.device, precision):
-            output = model(input_ids.to(model.device), shift_labels=targets.to(model.device), use_cache=False)
+            output = model(
+                input_ids.to(model.device),
+                shift_labels=targets.to(model.device),
+                use_cache=False,
+                return_logits=False,
+            )
         predicted = int((targets != IGNORE_INDEX).sum())
         total += float(output.cross_entropy) * predicted
         count += predicted

@@ -78,12 +78,10 @@ def train_step(
     for micro_step, (input_ids, targets) in enumerate(batches):
         seed_micro_step(config.seed, step, micro_step)
         with autocast(device, config.precision):
-            output = model(input_ids.to(device), shift_labels=targets.to(device), use_cache=False)
+            output = model(_moved(input_ids, device), shift_labels=_moved(targets, device), use_cache=False)
         loss = output.loss / config.gradient_accumulation_steps
         nats.append(output.cross_entropy)
         loads.append(output.expert_load)
-        # The logits are the largest tensor of a step and backward does not need them: the loss keeps what it does.
-        del output
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -91,9 +89,18 @@ def train_step(
     set_learning_rate(optimizer, rate)
     scaler.step(optimizer)
     scaler.update()
+    expert_load = torch.stack(loads).mean(0)
+    model.balance_experts(expert_load)
     return StepResult(
         cross_entropy=torch.stack(nats).mean(),
         grad_norm=grad_norm,
-        expert_load=torch.stack(loads).mean(0),
+        expert_load=expert_load,
         learning_rate=rate,
     )
+
+
+def _moved(tokens: Tensor, device: torch.device) -> Tensor:
+    """Tokens on the device. To a GPU they go from pinned memory, so that nobody waits for those before them."""
+    if device.type == "cuda" and tokens.device.type == "cpu":
+        return tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(device)
