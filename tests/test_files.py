@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_bk.errors import UserError
-from resnet_bk.files import make_directory, new_directory, read_json, write_bytes, write_json, write_text
+from resnet_bk.files import (
+    check_writable,
+    make_directory,
+    new_directory,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 no_space = pytest.raises(UserError, match="No space left on device; free some space or choose another place")
 
@@ -225,3 +233,17 @@ def test_a_real_write_that_fails_halfway_leaves_the_old_file(tmp_path):
     assert result.stdout == f"cannot write {target}: File too large; free some space or choose another place\n"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["new", "new/below/it", "."])
+def test_asking_whether_a_folder_could_be_made_leaves_nothing_behind(tmp_path, name):
+    check_writable(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", 300 * "x", f"new/{300 * 'x'}/below", f"new/{250 * 'x'}"])
+def test_a_folder_that_cannot_be_made_is_found_out_before_it_is_needed(tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="choose another place"):
+        check_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -65,6 +65,19 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raises a UserError if the folder ``path`` is not there and could not be made; leaves nothing behind."""
+    with _reporting_disk_errors(path):
+        if path.is_file():
+            raise UserError(f"{path} is a file; choose another place")
+        present = path
+        missing: list[str] = []
+        while not present.exists() and present.parent != present:
+            present, missing = present.parent, [*missing, present.name]
+        if missing:
+            Path(tempfile.mkdtemp(dir=present, prefix=f".{max(missing, key=len)}.")).rmdir()
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside ``path``; when the block ends well it becomes ``path``.

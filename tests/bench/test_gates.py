@@ -55,7 +55,7 @@ def test_nothing_is_timed_after_a_gate_has_failed(tmp_path, smoke_config, monkey
         return {**found, "resnet-bk": leak}
 
     monkeypatch.setattr(suite, "contestant_configs", leaking_configs)
-    monkeypatch.setattr(suite, "_check_models", lambda models, training: None)
+    monkeypatch.setattr(suite, "_check_models", lambda models, training, device: None)
     report = suite.run_benchmark(smoke_config, tmp_path / "bench", command=["bench"])
     assert [gate.name for gate in report.gates if not gate.passed] == ["ResNet-BK: no logit depends on a later token"]
     assert all(result is None for result in vars(report.results).values())

@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+import torch
 from small_run import SMALL, TRAINING, checkpoint_of, contents
 
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
@@ -29,6 +30,13 @@ BOOK = ["--data", "book.txt"]
 TRAIN = [*NEW, *BOOK, *TRAINING]
 BENCH = ["bench", "--out", "new", *BOOK, *SMALL, "--profile", "smoke", "--only", "flops"]
 
+FLOATS = (
+    *("router-temperature", "router-aux-loss-coef", "bk-h0", "bk-hopping", "bk-energy", "bk-eta"),
+    *("rope-theta", "layer-norm-eps", "initializer-range"),
+)
+TOO_LARGE = str(2**63)
+LONG_NAME = 300 * "x"
+TOO_MUCH = "of memory and .* are free; take a smaller .*resnet-bk plan"
 
 MISTAKES = [
     # Words that are not the command line's.
@@ -60,10 +68,30 @@ MISTAKES = [
     ([*TRAIN, "--bk-eta", "0"], "above 0"),
     ([*TRAIN, "--mixer", "attention", "--num-attention-heads", "5"], "change num_attention_heads"),
     ([*TRAIN, "--vocab-size", "3"], "leave --vocab-size out"),
+    *(
+        ([*TRAIN, f"--{name}", "inf"], "is inf; give a finite number")
+        for name in ("learning-rate", "weight-decay", "max-grad-norm", *FLOATS)
+    ),
+    *(([*TRAIN, f"--{name}", "nan"], "is nan; give") for name in FLOATS),
+    *(([*TRAIN, f"--{name}", "1e300"], "is 1e.300; give") for name in ("learning-rate", "weight-decay", "bk-h0")),
+    ([*TRAIN, "--num-threads", "100000000"], "num_threads is 100000000; give at most"),
+    ([*TRAIN, "--seed", TOO_LARGE], "seed is .*; give a number up to"),
+    ([*TRAIN, "--warmup-steps", "1" + 400 * "0"], "warmup_steps is .*; give a number up to"),
+    ([*TRAIN, "--max-position-embeddings", "many"], "give a number, or none for no table"),
+    # What no machine has room for.
+    *(([*TRAIN, f"--{name}", "100000000"], TOO_MUCH) for name in ("hidden-size", "num-layers", "batch-size")),
+    ([*TRAIN, "--vocab-size", "10000000000"], TOO_MUCH),
+    ([*TRAIN, "--hidden-size", "1" + 400 * "0"], "parameters; make it smaller"),
+    ([*BENCH, "--batch-size", "100000000"], TOO_MUCH),
+    ([*BENCH, "--num-layers", "100000000"], TOO_MUCH),
     # Presets, lengths, devices.
     ([*NEW, *BOOK, "--preset", "huge"], "no preset 'huge'; choose one of seed, tiny"),
     ([*NEW, *BOOK, "--tokenizer", "char", "--preset", "seed", "--sequence-length", "129"], "of 128; shorten it"),
     ([*TRAIN, "--device", "abacus"], "use --device auto or cpu"),
+    ([*TRAIN, "--device", "meta"], "use --device auto or cpu"),
+    ([*BENCH, "--device", "meta"], "use --device auto or cpu"),
+    ([*BENCH, "--num-threads", "100000000"], "give at most"),
+    ([*BENCH, "--seed", TOO_LARGE], "give a number up to"),
     # Text.
     ([*NEW, *TRAINING, "--data", "missing.txt"], "missing.txt does not exist; give stdlib, a text file"),
     ([*NEW, *TRAINING, "--data", "empty.txt"], "empty.txt is empty; give a file with text"),
@@ -82,9 +110,17 @@ MISTAKES = [
     (["train", *BOOK, *TRAINING], "--out runs/NAME"),
     (["train", "--out", "run", *BOOK, *TRAINING], "--resume run, or choose another --out"),
     (["train", "--out", "hollow", *BOOK, *TRAINING], "not empty; choose another --out"),
-    (["train", "--out", "book.txt", *BOOK, *TRAINING], "is a file; choose another --out"),
+    (["train", "--out", "book.txt", *BOOK, *TRAINING], "is a file; choose another place"),
     (["train", "--out", "book.txt/new", *BOOK, *TRAINING], "choose another place"),
     (["train", "--out", "/proc/new", *BOOK, *TRAINING], "choose another place"),
+    (["train", "--out", LONG_NAME, *BOOK, *TRAINING], "name too long; choose another place"),
+    (["train", "--out", f"above/{LONG_NAME}", *BOOK, *TRAINING], "name too long; choose another place"),
+    ([*BENCH, "--out", LONG_NAME], "name too long; choose another place"),
+    (["train", "--resume", LONG_NAME], "choose another path"),
+    ([*NEW, "--config", LONG_NAME], "restore it"),
+    ([*TRAIN, "--tokenizer", LONG_NAME], "choose"),
+    ([*NEW, *TRAINING, "--data", LONG_NAME], "choose another file"),
+    (["report", LONG_NAME], "check the path"),
     # Other configurations and runs.
     ([*NEW, "--config", "run/run.json", "--preset", "tiny"], "--preset or --config, not both"),
     ([*NEW, "--config", "missing.json"], "missing.json does not exist; check the path"),
@@ -106,10 +142,18 @@ MISTAKES = [
     (["eval", "run", "--data", "missing.txt"], "give stdlib, a text file"),
     (["eval", "run", "--data", "one.txt"], "give more text"),
     (["eval", "run", "--device", "abacus"], "use --device auto or cpu"),
+    (["eval", "run", "--device", "meta"], "use --device auto or cpu"),
+    (["eval", LONG_NAME], "choose another path"),
     (["generate", "nowhere"], "not a run folder.*start one with"),
     (["generate", "run", "--max-new-tokens", "0"], "at least 1"),
-    (["generate", "run", "--temperature", "0"], "above 0, or --greedy"),
-    (["generate", "run", "--temperature", "nan"], "above 0, or --greedy"),
+    *(
+        (["generate", "run", "--temperature", value], "0.001 to 1000, or --greedy")
+        for value in ("0", "nan", "inf", "1e-40", "-1")
+    ),
+    (["generate", "run", "--seed", "-1"], "from 0 to"),
+    (["generate", "run", "--seed", TOO_LARGE], "from 0 to"),
+    (["generate", "run", "--device", "meta"], "use --device auto or cpu"),
+    (["generate", LONG_NAME], "choose another path"),
     (["generate", "run", "--top-k", "-1"], "0 for all"),
     (["generate", "run", "--top-p", "1.5"], "up to 1"),
     (["generate", "run", "--prompt", ""], "give some text"),
@@ -275,6 +319,73 @@ def test_no_flipped_bit_of_a_text_file_ends_in_a_traceback(cli, workspace, name)
             assert outcome.code == 0 or outcome.err.splitlines()[-1].startswith("error: ")
             if name != "run.json":
                 assert outcome.code == 2, f"bit {place} of {name} is not noticed by {use}"
+
+
+DAMAGE = {
+    "random bytes": lambda good: random.Random(0).randbytes(200),
+    "a list": lambda good: b"[1]\n" + good,
+    "a line without a step": lambda good: b"{}\n" + good,
+    "a step that is none": lambda good: b'{"step": true}\n' + good,
+    "a number that JSON lacks": lambda good: b'{"step": 1, "loss": NaN}\n' + good,
+    "nests": lambda good: 100_000 * b"[" + b"\n" + good,
+    "half a character": lambda good: good + b'{"step": 2, "\xc3"}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_log_does_not_keep_a_run_from_going_on(cli, workspace, damage):
+    path = workspace / "run" / "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    assert cli("train", "--resume", "run", "--steps", "6", "--json").document["steps"] == 6
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[-1]["step"] == 6 and all(type(line["step"]) is int for line in lines)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_running_out_of_memory_is_one_line_that_names_the_plan(cli, workspace, monkeypatch, error):
+    def too_much(*_, **__):
+        raise error
+
+    monkeypatch.setattr("resnet_bk.training.start.ResNetBKForCausalLM", too_much)
+    check_refused(cli, workspace, TRAIN, "out of memory; take a smaller .*resnet-bk plan")
+
+
+def test_another_runtime_error_is_not_called_a_lack_of_memory(cli, workspace, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("resnet_bk.training.start.ResNetBKForCausalLM", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli(*TRAIN)
+
+
+@pytest.mark.parametrize("slip", [["--tokenizer", "nosuch.json"], ["--device", "abacus"], ["--out", LONG_NAME]])
+@pytest.mark.parametrize("command", [TRAIN, BENCH], ids=["train", "bench"])
+def test_a_slip_is_found_before_the_text_is_read(cli, workspace, monkeypatch, command, slip):
+    def read(*_, **__):
+        pytest.fail("the text was read first")
+
+    monkeypatch.setattr("resnet_bk.training.data.dataset.load_corpus", read)
+    check_refused(cli, workspace, [*command, *slip], "choose|check the path|use --device")
+
+
+@pytest.mark.parametrize("word", ["none", "0", "None"])
+def test_no_position_table_is_a_length_that_nothing_bounds(cli, workspace, word):
+    without = ["--preset", "seed", "--max-position-embeddings", word]
+    document = cli("plan", *without, "--sequence-length", "4096", "--json").document
+    assert document["model"]["max_position_embeddings"] is None
+    assert "position embedding" not in document["parameters"]["by_component"]
+    small = [*TRAINING[2:], "--num-layers", "1", "--sequence-length", "200"]
+    assert cli("train", "--data", "book.txt", "--out", "free", *small, *without).code == 0
+    assert json.loads((workspace / "free" / "run.json").read_text())["model"]["max_position_embeddings"] is None
+    assert cli("train", "--resume", "free", "--max-position-embeddings", word).code == 0
 
 
 def test_generation_past_the_position_table_says_how_much_fits(cli, workspace):

@@ -60,6 +60,18 @@ def test_a_last_line_cut_anywhere_is_left_out_and_written_over(path):
         assert [entry["loss"] for entry in read_metrics(path)] == [1.0, 0.25]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b"3", b"{}", b'{"step": "2"}', b'{"step": 2.0}', b'{"step": true}', b'{"step": 2, "x": NaN}', b"\xff"],
+)
+def test_reading_stops_at_a_damaged_line(path, line):
+    good = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    path.write_bytes(b"\n".join([json.dumps(good[0]).encode(), line, json.dumps(good[1]).encode(), b""]))
+    assert read_metrics(path) == good[:1]
+    write(path, good[1], first_step=1)
+    assert read_metrics(path) == good
+
+
 def test_a_file_that_is_not_there_has_no_entries(path):
     assert read_metrics(path) == []
 

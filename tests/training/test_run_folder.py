@@ -116,7 +116,7 @@ def test_a_folder_that_holds_other_files_is_not_touched(tmp_path, text_file):
 
 def test_a_file_is_not_written_over(tmp_path, text_file):
     (tmp_path / "out").write_text("a file")
-    with refused("out is a file; choose another --out"):
+    with refused("out is a file; choose another place"):
         start(tmp_path / "out", text_file)
     assert (tmp_path / "out").read_text() == "a file"
 

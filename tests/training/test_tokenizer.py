@@ -1,12 +1,15 @@
 """The tokenizers: what they give back, what is unknown to them, what they refuse."""
 
+from types import SimpleNamespace
+
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_training import TEXT, refused
 
 from resnet_bk.training.data import TextTokenizer, train_tokenizer
-from resnet_bk.training.data.tokenizer import END_OF_TEXT, UNKNOWN
+from resnet_bk.training.data.tokenizer import END_OF_TEXT, UNKNOWN, check_tokenizer
 
 SPECS = ["byte", "char", "word:60", "bpe:300"]
 ANY_TEXT = st.text(max_size=60) | st.lists(
@@ -128,14 +131,42 @@ def test_bad_names_and_sizes_are_refused(spec, message):
 
 
 def test_a_name_that_is_not_on_the_hub_is_refused(monkeypatch):
-    class Offline:
-        @staticmethod
-        def from_pretrained(name):
-            raise Exception(f"{name} cannot be\nreached")
+    def absent(url):
+        raise HfHubHTTPError("404 Client Error", response=SimpleNamespace(headers={}, request=None, status_code=404))
 
-    monkeypatch.setattr("resnet_bk.training.data.tokenizer.Tokenizer", Offline)
-    with refused("no tokenizer someone/words here or on the Hub; choose byte, .* and check the network"):
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", absent)
+    with refused("no tokenizer someone/words on the Hub .*; choose byte"):
         train_tokenizer("someone/words", [TEXT])
+
+
+def test_without_a_network_one_try_is_enough(monkeypatch, caplog):
+    tries = []
+
+    def offline(url):
+        tries.append(url)
+        raise ConnectionError(f"{url} cannot be\nreached")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", offline)
+    with refused("no tokenizer someone/words here and the Hub cannot be reached .*; choose byte, .* check the network"):
+        check_tokenizer("someone/words")
+    assert len(tries) == 1 and not caplog.records
+
+
+def test_a_tokenizer_that_was_brought_before_needs_no_network(tmp_path, monkeypatch):
+    train_tokenizer("char", [TEXT]).save(tmp_path / "tokenizer.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda spec, name, local_files_only: tmp_path / name)
+    assert train_tokenizer("someone/words", []).encode("the") == train_tokenizer("char", [TEXT]).encode("the")
+
+
+@pytest.mark.parametrize("spec", ["word", "bpe:256", "byte:5", "chars please", "nowhere/tokenizer.json"])
+def test_a_slip_is_found_without_any_text(spec):
+    with refused("tokenizer"):
+        check_tokenizer(spec)
+
+
+@pytest.mark.parametrize("spec", ["byte", "char", "word:30000", "bpe:2048"])
+def test_what_is_trained_on_text_passes_the_check(spec):
+    check_tokenizer(spec)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b'{"version": "1.0"', b"\xff\xfe"])

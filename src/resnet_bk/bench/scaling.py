@@ -17,6 +17,7 @@ from resnet_bk.bench.contestants import (
 from resnet_bk.bench.memory import peak_bytes
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.bench.statistics import power_law, summarize
+from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.schema import Exponent, ScalingPoint, ScalingResult
 from resnet_bk.training.config import TrainingConfig
@@ -60,8 +61,8 @@ def _measure(
         subject = Subject.build(config, training, random_batch(config, 1, length, device))
         seconds = _times(subject, profile.scaling_rounds)
         peak = peak_bytes(subject)
-    except RuntimeError as error:  # CUDA's out of memory is one, and so is the CPU allocator's
-        if not _out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # CUDA's out of memory is one, and so is the CPU allocator's
+        if not is_out_of_memory(error):
             raise
         return ScalingPoint(
             contestant=key, sequence_length=length, seconds=None, peak_memory=None, failure="out of memory"
@@ -120,7 +121,3 @@ def _crossover(points: Sequence[ScalingPoint]) -> int | None:
             break
         crossover = length
     return crossover
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -25,12 +25,15 @@ from resnet_bk.bench.stability import measure_stability, run_gates
 from resnet_bk.bench.timing import measure_timing
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import make_directory, write_json
+from resnet_bk.files import check_writable, make_directory, write_json
+from resnet_bk.memory.activations import TrainingShape
+from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.schema import KIND, SECTIONS, VERSION, Report, Results, SectionStatus, Workload, read_report, to_json
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
 from resnet_bk.training.data.batches import check_long_enough
+from resnet_bk.training.data.tokenizer import check_tokenizer
 from resnet_bk.training.step import choose_device
 
 REPORT_FILE = "report.json"
@@ -116,6 +119,7 @@ def run_benchmark(
     """
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
+    check_writable(out)
     path = out / REPORT_FILE
     previous = _previous(path)
     bench, report = _begin(config, command, on_progress)
@@ -141,6 +145,7 @@ def run_benchmark(
 
 def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[str], None]) -> tuple[_Bench, Report]:
     training, device = config.training, choose_device(config.training.device)
+    check_tokenizer(config.data.tokenizer)
     dataset = prepare_dataset(config.data, on_progress=on_progress)
     check_long_enough(dataset.train.tokens, training.sequence_length)
     overrides = {"vocab_size": dataset.tokenizer.vocab_size, **config.overrides}
@@ -148,7 +153,7 @@ def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[s
         models = contestant_configs(config.preset, overrides)
     except ValueError as error:
         raise UserError(str(error)) from None
-    _check_models(models, training)
+    _check_models(models, training, device)
     workload = Workload(
         preset=config.preset,
         data=config.data.data,
@@ -182,7 +187,8 @@ def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[s
     return bench, report
 
 
-def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig) -> None:
+def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig, device: torch.device) -> None:
+    shape = TrainingShape(batch_size=training.batch_size, sequence_length=training.sequence_length)
     for model in models.values():
         limit = model.max_position_embeddings
         if limit is not None and training.sequence_length > limit:
@@ -195,6 +201,7 @@ def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig) -
                 "causal=False would compare a model that reads its targets; leave it out (the convergence section "
                 "shows that variant beside the others)"
             )
+        check_training_fits(model, shape, half=training.precision != "fp32", device=device)
 
 
 def _measure(bench: _Bench, report: Report, section: str) -> Report:

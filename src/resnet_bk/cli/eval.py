@@ -47,10 +47,11 @@ class EvalCommand:
         from resnet_bk.training.run import find_checkpoint
         from resnet_bk.training.step import choose_device
 
+        device = choose_device(self.device)
         run, checkpoint = find_checkpoint(self.run_folder)
         training = run.config.training
         batch_size, length = self._shape(run)
-        model = load_model_checkpoint(checkpoint).to(choose_device(self.device))
+        model = load_model_checkpoint(checkpoint).to(device)
         split = self._text(run)
         evaluation = evaluate(
             model, split.tokens, batch_size=batch_size, sequence_length=length, precision=training.precision

@@ -18,6 +18,25 @@ def preset(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
 
 
+def _length_or_none(words: list[str]) -> int:
+    """None is a flag that was not given, so that "no table" is 0 until :func:`given` reads it."""
+    if words[0].lower() == "none":
+        return 0
+    try:
+        return int(words[0])
+    except ValueError:
+        raise ValueError(f"{words[0]!r} is not a length; give a number, or none for no table") from None
+
+
+LENGTH_OR_NONE = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="INT|none",
+    instance_from_str=_length_or_none,
+    is_instance=lambda value: value is None or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """Fields of the model that differ from the preset's."""
@@ -42,8 +61,8 @@ class ModelFlags:
     """Heads of the attention mixer."""
     causal: Annotated[bool | None, preset("True|False")] = None
     """False lets tokens read the future: a loss of such a model is a leak."""
-    max_position_embeddings: Annotated[int | None, preset("INT")] = None
-    """Length of a learned position table."""
+    max_position_embeddings: Annotated[int | None, preset("INT|none"), LENGTH_OR_NONE] = None
+    """Length of a learned position table, which bounds the sequence; none (or 0) for no table and no bound."""
     tie_word_embeddings: Annotated[bool | None, preset("True|False")] = None
     """The head reuses the embedding."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None
@@ -133,5 +152,9 @@ class TrainingFlags:
 
 
 def given(flags: Any) -> dict[str, Any]:
-    """The flags that were given, by name."""
-    return {field.name: getattr(flags, field.name) for field in fields(flags) if getattr(flags, field.name) is not None}
+    """The flags that were given, by name and as the configurations have them."""
+    found = {field.name: getattr(flags, field.name) for field in fields(flags)}
+    found = {name: value for name, value in found.items() if value is not None}
+    if found.get("max_position_embeddings") == 0:
+        found["max_position_embeddings"] = None
+    return found

@@ -10,17 +10,22 @@ import tyro
 
 from resnet_bk.cli.console import print_json
 from resnet_bk.errors import UserError
+from resnet_bk.training.config import LARGEST_INTEGER
+
+# Beyond these, float32's probabilities are those of --greedy, or the same for every token.
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.001, 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
     """Continue a text, a token at a time, as it is made.
 
-    Decoding keeps a state of constant size: a token costs the same after ten tokens and after ten thousand.
+    Decoding keeps a state of constant size: a token costs the same after ten tokens and after ten thousand. A model
+    with a position table, as preset seed's of 128, takes no more tokens than that, prompt and text together.
 
     Examples:
       resnet-bk generate runs/first --prompt "def main("
-      resnet-bk generate runs/first --prompt "import " --max-new-tokens 500 --temperature 0.7 --top-k 40
+      resnet-bk generate runs/first --prompt "import " --max-new-tokens 100 --temperature 0.7 --top-k 40
       resnet-bk generate runs/first --prompt "class " --greedy --json
     """
 
@@ -29,9 +34,9 @@ class GenerateCommand:
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
     """Text to continue."""
     max_new_tokens: int = 100
-    """Tokens to make at most."""
+    """Tokens to make at most. Prompt and text together must fit a position table, where the model has one."""
     temperature: float = 0.8
-    """Below 1 prefers likely tokens, above 1 flattens."""
+    """Below 1 prefers likely tokens, above 1 flattens; from 0.001 to 1000."""
     top_k: int = 0
     """Choose among the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
@@ -54,12 +59,13 @@ class GenerateCommand:
         from resnet_bk.training.run import find_checkpoint
         from resnet_bk.training.step import choose_device
 
+        device = choose_device(self.device)
         run, checkpoint = find_checkpoint(self.run_folder)
         tokenizer = run.tokenizer()
         prompt_ids = tokenizer.encode(self.prompt)
         if not prompt_ids:
             raise UserError("the prompt has no token; give some text")
-        model = load_model_checkpoint(checkpoint).to(choose_device(self.device))
+        model = load_model_checkpoint(checkpoint).to(device)
         limit = model.config.max_position_embeddings
         if limit is not None and len(prompt_ids) + self.max_new_tokens > limit:
             raise UserError(
@@ -96,8 +102,13 @@ class GenerateCommand:
     def _check(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; give a number of at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}; give a number above 0, or --greedy")
+        if not SMALLEST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:
+            raise UserError(
+                f"temperature is {self.temperature}; give a number from {SMALLEST_TEMPERATURE} to "
+                f"{LARGEST_TEMPERATURE:g}, or --greedy for the likeliest token"
+            )
+        if not 0 <= self.seed <= LARGEST_INTEGER:
+            raise UserError(f"seed is {self.seed}; give a number from 0 to {LARGEST_INTEGER}")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; give 0 for all, or a number of tokens")
         if not 0 < self.top_p <= 1:

@@ -65,6 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output (`| head`) left; point stdout elsewhere so that the exit flush stays silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        from resnet_bk.memory.limits import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "take a smaller --batch-size, --sequence-length or model (`resnet-bk plan` shows what needs how much)"
+        print(f"error: out of memory; {advice}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return EXIT_OK
 
 

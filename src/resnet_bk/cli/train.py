@@ -63,11 +63,15 @@ class TrainCommand:
         if self.out is None:
             raise UserError("say where the run goes: --out runs/NAME (or --resume a run folder)")
         from resnet_bk.training.data import prepare_dataset
+        from resnet_bk.training.data.tokenizer import check_tokenizer
         from resnet_bk.training.run import check_new_run
         from resnet_bk.training.start import start_run
+        from resnet_bk.training.step import choose_device
 
         check_new_run(self.out)
         config = self._configuration()
+        choose_device(config.training.device)
+        check_tokenizer(config.data.tokenizer)
         dataset = prepare_dataset(config.data, on_progress=remark)
         config = self._with_vocabulary(config, dataset)
         ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe)

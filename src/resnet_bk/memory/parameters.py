@@ -44,16 +44,26 @@ class SeedRow:
 
 
 def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
-    """Counts the model of ``config`` on the meta device; tied weights count once, as embedding."""
-    with torch.device("meta"):
-        model = ResNetBKForCausalLM(config)
-    by_component: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        component = component_of(name)
-        by_component[component] = by_component.get(component, 0) + parameter.numel()
+    """Counts the model of ``config`` on the meta device; tied weights count once, as embedding.
+
+    Layers are alike: one and two of them are built, and the difference stands for all the others.
+    """
+    one, two = _count_with_layers(config, 1), _count_with_layers(config, 2)
+    others = config.num_layers - 1
+    by_component = {component: number + others * (two[component] - number) for component, number in one.items()}
     total = sum(by_component.values())
     idle = by_component["experts"] // config.num_experts * (config.num_experts - 1)
     return ParameterCounts(by_component=by_component, total=total, active=total - idle)
+
+
+def _count_with_layers(config: ResNetBKConfig, num_layers: int) -> dict[str, int]:
+    with torch.device("meta"):
+        model = ResNetBKForCausalLM(ResNetBKConfig(**{**config.own_fields(), "num_layers": num_layers}))
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        component = component_of(name)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts
 
 
 def component_of(name: str) -> str:

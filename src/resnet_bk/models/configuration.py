@@ -1,5 +1,6 @@
 """The model's configuration."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -11,6 +12,8 @@ from resnet_bk.models.presets import PRESETS
 
 Mixer = Literal["bk", "attention"]
 GradientRule = Literal["exact", "blend"]
+MOST_PARAMETERS = 2**60  # their bytes still fit in 64 bits
+LARGEST_FLOAT = 1e30  # float32 holds it, with room to compute
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -107,6 +110,15 @@ class ResNetBKConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
+        self._check_largest()
+
+    def _check_largest(self) -> None:
+        for name in field_names():
+            value = getattr(self, name)
+            if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST_FLOAT):
+                raise ValueError(f"{name} is {value}; give a finite number of at most {LARGEST_FLOAT:g}")
+        if total_parameters(self) > MOST_PARAMETERS:
+            raise ValueError(f"this model would have more than {MOST_PARAMETERS:.0e} parameters; make it smaller")
 
     def own_fields(self) -> dict[str, Any]:
         """The fields that this class adds to ``PreTrainedConfig``: what ``derive`` takes, JSON-able."""

@@ -1,12 +1,21 @@
 """What a training run is made of. Light to import: the command line reads its defaults from here."""
 
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from resnet_bk.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 SHORTEST_DEFAULT_DECAY = 1000
+LARGEST_INTEGER = 2**63 - 1  # torch's and numpy's
+LARGEST_RATE = 1000.0  # more is no training, and its products leave float32
+
+
+def most_threads() -> int:
+    """More threads than this help nobody, and creating them can fail in torch's own way: by a crash."""
+    return max(256, 4 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; give a number of at least 1, or leave it out")
+        if self.num_threads is not None and self.num_threads > most_threads():
+            raise UserError(f"num_threads is {self.num_threads}; give at most {most_threads()}, or leave it out")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
@@ -72,8 +83,20 @@ class TrainingConfig:
         for name in ("min_learning_rate_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 to 1")
+        self._check_largest()
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise UserError(f"precision is {self.precision!r}; choose fp32, bf16 or fp16")
+
+    def _check_largest(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} is {value}; give a finite number")
+            if isinstance(value, int) and value > LARGEST_INTEGER:
+                raise UserError(f"{field.name} is {value}; give a number up to {LARGEST_INTEGER}")
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self, name) > LARGEST_RATE:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number up to {LARGEST_RATE:g}")
 
     @property
     def tokens_per_step(self) -> int:

@@ -57,20 +57,28 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The entries of a metrics.jsonl, up to the first line that a kill cut short or that is otherwise damaged."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            break
+        entries.append(entry)
     return entries
 
 
 def _keep_until(path: Path, step: int) -> None:
     """Drops what was logged after the checkpoint that training goes on from: it is about to be logged again."""
     kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    lines = [json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n" for entry in kept]
+    write_text(path, "".join(lines))
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(value: Any) -> Any:

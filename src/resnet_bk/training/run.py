@@ -8,7 +8,7 @@ import msgspec
 
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import read_json, write_json
+from resnet_bk.files import check_writable, read_json, write_json
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.checkpoint import checkpoints
 from resnet_bk.training.config import DataConfig, TrainingConfig
@@ -109,12 +109,11 @@ class Run:
 
 def check_new_run(out: Path) -> None:
     """Raises a UserError if ``out`` cannot become a run folder: it holds something, or cannot be written."""
+    check_writable(out)
     if (out / RECORD).exists():
         raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --out")
 
 
 def write_record(folder: Path, config: RunConfig, dataset: TokenDataset, command: list[str]) -> None:

@@ -7,6 +7,8 @@ import torch
 
 from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory
+from resnet_bk.memory.activations import TrainingShape
+from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.training.checkpoint import TrainingState, load_model_checkpoint, restore_optimizer, save_checkpoint
 from resnet_bk.training.data import TokenDataset
@@ -52,6 +54,7 @@ def start_run(
     check_new_run(out)
     check_config(config, dataset)
     device = choose_device(config.training.device)
+    _check_memory(config, device)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     config = replace(config, training=replace(config.training, num_threads=torch.get_num_threads()))
@@ -78,6 +81,7 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyR
         torch.set_num_threads(run.config.training.num_threads)
     checkpoint = run.latest_checkpoint()
     device = choose_device(run.config.training.device)
+    _check_memory(run.config, device)
     model = load_model_checkpoint(checkpoint).to(device)
     if model.config.own_fields() != run.config.model.own_fields():
         raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
@@ -85,3 +89,9 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyR
     state = restore_optimizer(checkpoint, model, optimizer, scaler)
     trainer = Trainer(run=run, model=model, optimizer=optimizer, scaler=scaler, dataset=dataset, observer=observer)
     return ReadyRun(trainer=trainer, state=state)
+
+
+def _check_memory(config: RunConfig, device: torch.device) -> None:
+    training = config.training
+    shape = TrainingShape(batch_size=training.batch_size, sequence_length=training.sequence_length)
+    check_training_fits(config.model, shape, half=training.precision != "fp32", device=device)

@@ -33,15 +33,18 @@ def choose_device(name: str) -> torch.device:
     """The device that ``name`` asks for; ``auto`` is the GPU where there is one.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or nothing can be trained on it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name} is not available here; use --device auto or cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"nothing can be trained on device {name}; use --device auto or cpu")
+    return device
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

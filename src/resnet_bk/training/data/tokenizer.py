@@ -1,6 +1,7 @@
 """Tokenizers, all of them ``tokenizers.Tokenizer`` underneath and saved as tokenizer.json."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -15,6 +16,7 @@ from resnet_bk.files import write_text
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 NUM_BYTES = 256
+MINIMUM_SIZES = {"word": 3, "bpe": NUM_BYTES + 1}
 # Training reserves memory for the whole size asked for, and the process dies where there is not enough.
 LARGEST_VOCABULARY = 1_000_000
 CHOICES = "byte, char, word:N, bpe:N, the path of a tokenizer.json, or a Hub name"
@@ -115,10 +117,19 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> TextTokenizer:
     if kind == "char" and not size:
         return TextTokenizer(_char_tokenizer(texts), spec)
     if kind == "word":
-        return TextTokenizer(_word_tokenizer(texts, _vocabulary_size(spec, size, minimum=3)), spec)
+        return TextTokenizer(_word_tokenizer(texts, _vocabulary_size(spec, size)), spec)
     if kind == "bpe":
-        return TextTokenizer(_bpe_tokenizer(texts, _vocabulary_size(spec, size, minimum=NUM_BYTES + 1)), spec)
+        return TextTokenizer(_bpe_tokenizer(texts, _vocabulary_size(spec, size)), spec)
     return _existing_tokenizer(spec)
+
+
+def check_tokenizer(spec: str) -> None:
+    """Raises a UserError if ``spec`` names no tokenizer, so that a slip is found before any text is read."""
+    kind, _, size = spec.partition(":")
+    if kind in MINIMUM_SIZES:
+        _vocabulary_size(spec, size)
+    elif spec not in ("byte", "char"):
+        _existing_tokenizer(spec)
 
 
 def tokenizer_file(spec: str) -> Path:
@@ -127,7 +138,8 @@ def tokenizer_file(spec: str) -> Path:
     return path / "tokenizer.json" if path.is_dir() else path
 
 
-def _vocabulary_size(spec: str, size: str, *, minimum: int) -> int:
+def _vocabulary_size(spec: str, size: str) -> int:
+    minimum = MINIMUM_SIZES[spec.partition(":")[0]]
     if not size.isdecimal() or int(size) < minimum:
         raise UserError(f"tokenizer {spec} needs a size of at least {minimum}, as in {spec.partition(':')[0]}:4096")
     if int(size) > LARGEST_VOCABULARY:
@@ -186,7 +198,27 @@ def _existing_tokenizer(spec: str) -> TextTokenizer:
         return TextTokenizer.load(path, spec)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise UserError(f"there is no tokenizer {spec}; choose {CHOICES}")
+    return TextTokenizer.load(_hub_file(spec), spec)
+
+
+def _hub_file(spec: str) -> Path:
+    """The tokenizer.json of a Hub repository: the copy that an earlier call brought, else a new one."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = "tokenizer.json"
     try:
-        return TextTokenizer(Tokenizer.from_pretrained(spec), spec)
-    except Exception:  # tokenizers raises plain Exception for a missing name and a missing network alike
-        raise UserError(f"no tokenizer {spec} here or on the Hub; choose {CHOICES}, and check the network") from None
+        return Path(hf_hub_download(spec, name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
+    try:
+        get_hf_file_metadata(hf_hub_url(spec, name))  # one try: a download would retry for half a minute
+        return Path(hf_hub_download(spec, name))
+    except HfHubHTTPError:
+        raise UserError(f"there is no tokenizer {spec} on the Hub (or it is private); choose {CHOICES}") from None
+    except Exception as error:  # of the network, and of the HTTP library in use
+        raise UserError(
+            f"there is no tokenizer {spec} here and the Hub cannot be reached ({' '.join(str(error).split())}); "
+            f"choose {CHOICES}, and check the network"
+        ) from None
