@@ -6,7 +6,7 @@ figure over ours, so that above 1 is in our favour.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -14,31 +14,41 @@ from resnet_bk.errors import UserError
 
 KIND, VERSION = "resnet-bk benchmark", 1
 SECTIONS = ("flops", "timing", "memory", "convergence", "scaling", "stability")
+COMPARED = ("resnet-bk", "transformer")
+
+# What a damaged or foreign report.json is refused for: figures are shares, logarithms and quotients of these.
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+T = TypeVar("T")
+Filled = Annotated[list[T], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """Raw samples and what they amount to; ``low`` and ``high`` bound the median with 95% confidence."""
 
-    samples: list[float]
-    mean: float
-    std: float
-    minimum: float
-    maximum: float
-    median: float
-    first_quartile: float
-    third_quartile: float
-    low: float
-    high: float
+    samples: Filled[Positive]
+    mean: Positive
+    std: Amount
+    minimum: Positive
+    maximum: Positive
+    median: Positive
+    first_quartile: Positive
+    third_quartile: Positive
+    low: Positive
+    high: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A figure and its 95% interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +67,8 @@ class Contestant:
 
     key: str
     label: str
-    parameters: int
-    active_parameters: int
+    parameters: Count
+    active_parameters: Count
     config: dict[str, Any]
 
 
@@ -70,16 +80,16 @@ class Workload:
     data: str
     description: str
     tokenizer: str
-    vocab_size: int
-    train_tokens: int
-    validation_tokens: int
+    vocab_size: Count
+    train_tokens: Count
+    validation_tokens: Count
     split: str
-    batch_size: int
-    sequence_length: int
+    batch_size: Count
+    sequence_length: Count
     precision: str
     device: str
-    threads: int
-    seed: int
+    threads: Count
+    seed: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +97,8 @@ class ComponentFlops:
     """FLOPs of one part of the model for one batch, by formula."""
 
     component: str
-    forward: int
-    backward: int
+    forward: Size
+    backward: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +106,13 @@ class ModelFlops:
     """FLOPs of one training step: counted while it ran, and by formula."""
 
     contestant: str
-    forward: int
-    backward: int
-    optimizer: int
-    forward_per_token: float
+    forward: Count
+    backward: Count
+    optimizer: Size
+    forward_per_token: Positive
     components: list[ComponentFlops]
-    formula_forward: int
-    formula_backward: int
+    formula_forward: Count
+    formula_backward: Count
     counted_as_zero: list[str]
 
     @property
@@ -115,8 +125,8 @@ class ModelFlops:
 class FlopsResult:
     """Section 1."""
 
-    models: list[ModelFlops]
-    ratio: float
+    models: Filled[ModelFlops]
+    ratio: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +150,11 @@ class PhaseRatio:
 class TimingResult:
     """Section 2."""
 
-    warmup_rounds: int
-    rounds: int
-    phases: list[PhaseTime]
-    ratios: list[PhaseRatio]
-    tokens_per_second: dict[str, float]
+    warmup_rounds: Size
+    rounds: Count
+    phases: Filled[PhaseTime]
+    ratios: Filled[PhaseRatio]
+    tokens_per_second: dict[str, Positive]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +162,15 @@ class ModelMemory:
     """Bytes of tensors in one training step, and what the planner had said of its peak."""
 
     contestant: str
-    parameters: int
-    optimizer: int
-    after_forward: int
-    peak_forward: int
-    peak_backward: int
-    peak_step: int
-    predicted_peak: int
+    parameters: Size
+    optimizer: Size
+    after_forward: Size
+    peak_forward: Size
+    peak_backward: Size
+    peak_step: Count
+    predicted_peak: Size
     largest_part: str
-    largest_part_bytes: int
+    largest_part_bytes: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,18 +178,18 @@ class MemoryResult:
     """Section 3; ``counter`` says what counted, ``process`` is the resident set at the end."""
 
     counter: str
-    models: list[ModelMemory]
-    ratio: float
-    process: int
+    models: Filled[ModelMemory]
+    ratio: Positive
+    process: Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
     """A loss after so many steps, tokens and seconds of training (evaluations not timed); None if not a number."""
 
-    step: int
-    tokens: int
-    seconds: float
+    step: Size
+    tokens: Size
+    seconds: Amount
     loss: float | None
 
 
@@ -189,25 +199,25 @@ class Arm:
 
     key: str
     label: str
-    seed: int
-    learning_rate: float
+    seed: Size
+    learning_rate: Positive
     leaks: bool
-    parameters: int
+    parameters: Count
     train: list[CurvePoint]
-    validation: list[CurvePoint]
+    validation: Filled[CurvePoint]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvergenceResult:
     """Section 4."""
 
-    steps: int
-    tokens_per_step: int
-    seeds: list[int]
-    learning_rates: list[float]
-    evaluated_tokens: int
-    unigram_entropy: float
-    arms: list[Arm]
+    steps: Count
+    tokens_per_step: Count
+    seeds: Filled[Size]
+    learning_rates: list[Positive]
+    evaluated_tokens: Count
+    unigram_entropy: Amount
+    arms: Filled[Arm]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +225,9 @@ class ScalingPoint:
     """Forward and backward of one sequence; a failure (out of memory) instead of figures."""
 
     contestant: str
-    sequence_length: int
+    sequence_length: Count
     seconds: Summary | None
-    peak_memory: int | None
+    peak_memory: Size | None
     failure: str | None
 
 
@@ -227,7 +237,7 @@ class Exponent:
 
     contestant: str
     quantity: str
-    from_length: int
+    from_length: Count
     exponent: Interval
 
 
@@ -235,9 +245,9 @@ class Exponent:
 class ScalingResult:
     """Section 5; ``crossover`` is the shortest measured length from which on ours is faster, None if there is none."""
 
-    points: list[ScalingPoint]
+    points: Filled[ScalingPoint]
     exponents: list[Exponent]
-    crossover: int | None
+    crossover: Count | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,9 +255,9 @@ class AccuracyPoint:
     """Largest error of bk_core in float32 against complex128, relative to the largest magnitude; None if not finite."""
 
     form: str
-    sequence_length: int
-    eta: float
-    potential: float
+    sequence_length: Count
+    eta: Positive
+    potential: Amount
     value_error: float | None
     gradient_error: float | None
 
@@ -265,7 +275,7 @@ class CausalityMeasurement:
 class StabilityResult:
     """Section 6."""
 
-    accuracy: list[AccuracyPoint]
+    accuracy: Filled[AccuracyPoint]
     extremes: list[Check]
     causality: list[CausalityMeasurement]
     determinism: list[Check]
@@ -287,7 +297,7 @@ class Results:
 class SectionStatus:
     """How a section's measurement ended."""
 
-    seconds: float
+    seconds: Amount
     failure: str | None
 
 
@@ -346,4 +356,26 @@ def read_report(path: Path) -> Report:
         )
     if len(report.contestants) != 2:
         raise UserError(f"{path} has {len(report.contestants)} contestants instead of 2; make it again")
+    if complaint := _inconsistency(report):
+        raise UserError(f"{path} is damaged: {complaint}; make it again with `resnet-bk bench`")
     return report
+
+
+def _inconsistency(report: Report) -> str | None:
+    """What a table or plot would look for in vain."""
+    keys, results = [contestant.key for contestant in report.contestants], report.results
+    if tuple(keys) != COMPARED:
+        return f"its contestants are {' and '.join(keys)} instead of {' and '.join(COMPARED)}"
+    for name, models in (("flops", results.flops), ("memory", results.memory)):
+        if models and [model.contestant for model in models.models] != keys:
+            return f"section {name} does not have its two contestants"
+    if results.timing:
+        measured = {(row.phase, row.contestant) for row in results.timing.phases}
+        for row in results.timing.ratios:
+            if not {(row.phase, key) for key in keys} <= measured:
+                return f"no time of phase {row.phase!r}"
+            if row.ratio.value <= 0:
+                return f"the ratio of phase {row.phase!r} is {row.ratio.value}"
+    if results.scaling and not {point.contestant for point in results.scaling.points} <= set(keys):
+        return "section scaling has an unknown contestant"
+    return None

@@ -1,16 +1,20 @@
 """From JSON to PDF: what it says, that it says losses too, and that damaged input is refused."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from pypdf import PdfReader
 
 from resnet_bk.errors import UserError
 from resnet_bk.report import summary
 from resnet_bk.report.blocks import Bullets, Note, Table
 from resnet_bk.report.document import compose
+from resnet_bk.report.figures import length_ticks
 from resnet_bk.report.pdf import write_pdf
+from resnet_bk.report.sections import convergence as convergence_section
 from resnet_bk.schema import Check, Interval, PhaseRatio, Results, SectionStatus, read_report, to_json
 
 
@@ -53,7 +57,7 @@ def texts(section):
         "6. Scaling with sequence length",
         "7. Numerical stability",
         "8. How this report was made",
-        "bidirectional is a leak, not skill",
+        "ResNet-BK (bidirectional) is a leak, not skill",
         "One seed",
         "the planner’s prediction",
         "resnet-bk bench --profile smoke",
@@ -104,9 +108,49 @@ def test_the_summary_says_who_is_ahead_either_way(report):
             replace(arm, validation=[replace(arm.validation[-1], loss=losses[arm.key])]) if arm.key in losses else arm
             for arm in convergence.arms
         ]
-        changed = replace(report, results=replace(report.results, convergence=replace(convergence, arms=arms)))
+        three = replace(convergence, arms=arms, seeds=[0, 1, 2])
+        changed = replace(report, results=replace(report.results, convergence=three))
         said = "\n".join(texts(summary.build(changed)))
         assert f"{'Transformer' if swapped else 'ResNet-BK'} is ahead by 1.000" in said
+
+
+def test_one_seed_without_a_sweep_claims_nothing(report):
+    said = "\n".join(texts(summary.build(report)))
+    assert "one seed and learning rates that are not tuned this does not say which model learns better" in said
+    assert "is ahead" not in said
+    section = convergence_section.build(report, report.results.convergence)
+    shown = "\n".join(texts(section))
+    assert "fixed beforehand" in shown and "No model is tuned here" in shown
+    assert "tried" not in shown
+
+
+@pytest.mark.parametrize(
+    ("at_the_edge", "words"), [(1, "The best rate of A is the"), (2, "The best rates of A and B are")]
+)
+def test_the_sentence_about_rates_agrees_with_their_number(report, at_the_edge, words):
+    convergence = report.results.convergence
+    arms = [
+        replace(arm, label=label, learning_rate=0.1 if place < at_the_edge else 0.2)
+        for place, (arm, label) in enumerate(zip(convergence.arms, "ABCD", strict=True))
+    ]
+    changed = replace(convergence, arms=arms, learning_rates=[0.1, 0.2, 0.3])
+    assert words in "\n".join(texts(convergence_section.build(report, changed)))
+
+
+def test_no_word_is_marked_up_for_another_medium(report):
+    shown = "\n".join(text for section in compose(report).sections for text in texts(section))
+    assert "`" not in shown
+
+
+def test_the_lengths_on_the_axis_are_those_measured(report):
+    axis = Figure().subplots().xaxis
+    for lengths, shown in (
+        ([128, 256, 512, 1024, 2048, 4096], ["128", "256", "512", "1,024", "2,048", "4,096"]),
+        ([2**k for k in range(7, 15)], ["256", "1,024", "4,096", "16,384"]),
+    ):
+        length_ticks(axis, lengths)
+        ticks = axis.get_major_locator().tick_values(1, 1)
+        assert [axis.get_major_formatter()(tick, 0) for tick in ticks] == shown
 
 
 def test_a_diverged_run_is_said_and_not_averaged(report, tmp_path):
@@ -165,6 +209,48 @@ def damaged(text):
     yield "one contestant", json.dumps({**document, "contestants": document["contestants"][:1]})
     yield "a word for a number", text.replace('"batch_size": 4', '"batch_size": "four"', 1)
     yield "without its machine", json.dumps({**document, "environment": {}})
+    yield "no phases", changed(document, [], "results", "timing", "phases")
+    yield "a phase fewer", changed(document, document["results"]["timing"]["phases"][2:], "results", "timing", "phases")
+    yield "a length of 0", changed(document, 0, "results", "scaling", "points", 0, "sequence_length")
+    yield "a negative time", changed(document, -1.0, "results", "timing", "phases", 0, "seconds", "median")
+    yield "no points", changed(document, [], "results", "scaling", "points")
+    yield "no curve", changed(document, [], "results", "convergence", "arms", 0, "validation")
+    yield "a stranger", changed(document, "gpt", "contestants", 1, "key")
+    yield "a stranger's arm", changed(document, "gpt", "results", "convergence", "arms", 0, "key")
+
+
+def changed(document, value, *place):
+    """The document as JSON with another value at a place."""
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return json.dumps(copy)
+
+
+def places(value, path=()):
+    """Where every list, object and leaf of a document is."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.slow
+def test_no_value_at_any_place_ends_in_a_traceback(smoke_report, tmp_path, monkeypatch):
+    document = json.loads(smoke_report[1].read_text())
+    chance = random.Random(0)
+    values = [0, -1, 1e300, 10**18, "", "text", [], {}, None, [[]], True]
+    path = tmp_path / "report.json"
+    for place in chance.sample(list(places(document)), 60):
+        value = chance.choice(values)
+        path.write_text(changed(document, value, *place))
+        try:
+            write_pdf(path, tmp_path / "report.pdf")
+        except UserError as error:
+            assert "\n" not in str(error), (place, value)
 
 
 def test_damaged_json_is_one_clear_line(smoke_report, tmp_path):

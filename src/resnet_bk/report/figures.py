@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 OURS, BASELINE, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = {"resnet-bk": OURS, "transformer": BASELINE, "blend": THIRD, "bidirectional": FOURTH}
@@ -63,6 +63,15 @@ def plain_ticks(axis: Axis) -> None:
     """Numbers as people write them (2k, 400) instead of powers of ten."""
     axis.set_major_formatter(EngFormatter(sep=""))
     axis.set_minor_formatter(NullFormatter())
+
+
+def length_ticks(axis: Axis, lengths: list[int]) -> None:
+    """The lengths that were measured, in full; every other one (the longest included) where all would touch."""
+    shown = lengths[::-1][:: 1 + len(lengths) // 7][::-1]
+    axis.set_major_locator(FixedLocator(shown))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_tick_params(labelsize=7.5)
 
 
 def grouped_bars(

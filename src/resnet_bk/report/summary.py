@@ -123,9 +123,12 @@ def _comparison(result: ConvergenceResult, ours: Arm, baseline: Arm) -> str:
     a, b = (sum(found) / len(found) for found in losses.values())
     tokens = result.steps * result.tokens_per_step
     lead = f"After {tokens:,} tokens the held-out loss is {a:.3f} ({ours.label}) against {b:.3f} ({baseline.label})"
-    ahead = ours.label if a < b else baseline.label
-    seeds = "one seed" if len(result.seeds) == 1 else f"the mean of {len(result.seeds)} seeds"
     unigram = f"Without any context it would be {result.unigram_entropy:.3f}."
+    if len(result.seeds) == 1:
+        rates = "" if len(result.learning_rates) > 1 else " and learning rates that are not tuned"
+        return f"{lead} nats a token. With one seed{rates} this does not say which model learns better. {unigram}"
+    ahead = ours.label if a < b else baseline.label
+    seeds = f"the mean of {len(result.seeds)} seeds"
     return f"{lead} nats a token, {seeds}: {ahead} is ahead by {abs(a - b):.3f}. {unigram}"
 
 

@@ -2,21 +2,27 @@
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
 from resnet_bk.report.figures import COLOURS, GREY, MARKERS, drawing, plain_ticks
+from resnet_bk.report.wording import listing
 from resnet_bk.schema import Arm, ConvergenceResult, Report
 
 
 def build(report: Report, result: ConvergenceResult) -> Section:
     """Final losses and curves over tokens and over time."""
     work = report.workload
-    rates = ", ".join(f"{rate:g}" for rate in result.learning_rates)
+    tuned = len(result.learning_rates) > 1
+    rates = (
+        f"Learning rates tried: {', '.join(f'{rate:g}' for rate in result.learning_rates)}; each model keeps the one "
+        "with the lowest held-out loss."
+        if tuned
+        else "Each model has the learning rate in the table, fixed beforehand."
+    )
     blocks: list[Block] = [
         Paragraph(
             text=f"Every model is trained for {result.steps:,} steps of {result.tokens_per_step:,} tokens of "
             f"{work.description}, in the same order, and evaluated on the same {result.evaluated_tokens:,} held-out "
             f"tokens ({work.tokenizer}; {work.split}). Losses are in nats per token. A model without any context, "
             "which only knows how often each of these tokens occurs, has "
-            f"{result.unigram_entropy:.3f}. Learning rates tried: {rates}; each model keeps the one with the lowest "
-            "held-out loss."
+            f"{result.unigram_entropy:.3f}. {rates}"
         ),
         _table(result),
         _plot(result),
@@ -24,9 +30,9 @@ def build(report: Report, result: ConvergenceResult) -> Section:
     if leaking := sorted({arm.label for arm in result.arms if arm.leaks}):
         blocks.append(
             Note(
-                text=f"The loss of {', '.join(leaking)} is a leak, not skill: in this variant every token reads the "
+                text=f"The loss of {listing(leaking)} is a leak, not skill: in this variant every token reads the "
                 "tokens to its right, its own target among them. It is shown because earlier work on this architecture "
-                "trained it as a language model. It cannot generate text, and its loss must not be compared.",
+                "trained it as a language model. It is no language model, and its loss must not be compared.",
                 grave=True,
             )
         )
@@ -35,20 +41,23 @@ def build(report: Report, result: ConvergenceResult) -> Section:
             Note(
                 text="The analytic gradient is the rule of the earlier work: it keeps only a token's own gradient and "
                 "mixes in 1/G^2, which is large wherever G is small; the exact gradient is the adjoint of the whole "
-                "chain. Same model, same data, same rates tried."
+                f"chain. Same model, same data{', same rates tried' if tuned else ''}."
             )
         )
     if len(result.seeds) == 1:
         blocks.append(
             Note(
                 text=f"One seed ({result.seeds[0]}): differences of the size that a seed makes cannot be told from "
-                "noise here. The profile `standard` takes three."
+                "noise here. The profile standard takes three."
             )
         )
     if edge := _at_the_edge(result):
         blocks.append(
             Note(
-                text=f"The best rate of {', '.join(edge)} is the largest or the smallest that was tried: a better one "
+                text=f"The best rate of {edge[0]} is the largest or the smallest that was tried: a better one may lie "
+                "beyond."
+                if len(edge) == 1
+                else f"The best rates of {listing(edge)} are the largest or the smallest that were tried: better ones "
                 "may lie beyond."
             )
         )
@@ -56,8 +65,9 @@ def build(report: Report, result: ConvergenceResult) -> Section:
         Note(
             text="The learning rate is chosen on the same held-out text that the table reports, so the losses of all "
             "models are a little too good."
-            if len(result.learning_rates) > 1
-            else "One learning rate for every model: none of them is tuned, and another rate may change the order."
+            if tuned
+            else "No model is tuned here: each rate is one that did well in an earlier sweep at preset seed, and with "
+            "others the order may be another. The profile standard tries four for each model."
         )
     )
     return Section(title="Convergence", blocks=blocks)

@@ -1,7 +1,9 @@
 """Time and memory over the length of a sequence."""
 
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
-from resnet_bk.report.figures import COLOURS, MARKERS, drawing, plain_ticks
+from resnet_bk.report.figures import COLOURS, MARKERS, drawing, length_ticks
 from resnet_bk.report.wording import interval, megabytes, milliseconds
 from resnet_bk.schema import Report, ScalingPoint, ScalingResult
 
@@ -92,8 +94,9 @@ def _plot(result: ScalingResult, labels: dict[str, str]) -> Plot:
         for axes, quantity in ((left, "milliseconds"), (right, "MB at the peak")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
-            plain_ticks(axes.xaxis)
-            plain_ticks(axes.yaxis)
+            length_ticks(axes.xaxis, sorted({point.sequence_length for point in result.points}))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("tokens in the sequence")
             axes.set_ylabel(quantity)
         left.legend()
