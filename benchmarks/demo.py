@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = "bpe:2048"
+VOCABULARY = 2048
+TOKENIZER = f"bpe:{VOCABULARY}"
 STEPS = 600
 LEARNING_RATE = "5e-3"
 WANTED_BELOW_UNIGRAM = 1.0
@@ -27,16 +28,22 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     run, bench = folder / "run", folder / "bench"
     text = ["--data", "stdlib", "--tokenizer", TOKENIZER]
+    budget = ["--gpu-memory", "12GB", "--host-memory", "15GB"]
     train = ["train", "--preset", "seed", *text, "--steps", str(STEPS), "--learning-rate", LEARNING_RATE]
     unfinished = (run / "run.json").exists()
     steps: list[tuple[str, str, list[str]]] = [
         (
-            "What will training need?",
-            "plan.txt",
-            ["plan", "--preset", "seed", "--gpu-memory", "12GB", "--host-memory", "15GB"],
+            "What will training need? The seed as it is, with a vocabulary of 30,000",
+            "plan-seed.txt",
+            ["plan", "--preset", "seed", *budget],
         ),
         (
-            "Train a model of the seed's size on the source text of Python's standard library",
+            f"The same width, depth and experts with this demo's vocabulary of {VOCABULARY:,}",
+            "plan.txt",
+            ["plan", "--preset", "seed", "--vocab-size", str(VOCABULARY), *budget],
+        ),
+        (
+            "Train the second of them on the source text of Python's standard library",
             "train.json",
             ["train", "--resume", relative(run), "--json"]
             if unfinished
@@ -106,6 +113,7 @@ def conclude(folder: Path, pdf: Path, seconds: float) -> int:
     if below < WANTED_BELOW_UNIGRAM:
         print(f"error: less than {WANTED_BELOW_UNIGRAM} nat below: training did not work as it should", file=sys.stderr)
         return 1
+    print("Go on by yourself: `. .venv/bin/activate`, then `resnet-bk --help`. The report:", file=sys.stderr)
     print(relative(pdf))
     return 0
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from resnet_bk.bench import suite
-from resnet_bk.bench.profiles import PROFILES
+from resnet_bk.bench.profiles import FIXED_RATES, PROFILES, fixed_rate
 from resnet_bk.errors import UserError
 from resnet_bk.schema import SECTIONS, read_report
 
@@ -52,6 +52,25 @@ def test_memory_grows_through_the_step_and_the_planner_does_not_promise_less(smo
         assert resident < model.after_forward <= model.peak_forward <= model.peak_step
         assert model.peak_backward <= model.peak_step <= model.predicted_peak
         assert model.optimizer >= 2 * model.parameters
+
+
+def test_on_a_cpu_the_largest_part_is_not_the_gpus_workspace(smoke_report):
+    for model in smoke_report[0].results.memory.models:
+        assert model.largest_part != "cuBLAS"
+        assert 0 < model.largest_part_bytes <= model.predicted_peak
+
+
+def test_quick_tunes_nothing_and_standard_does():
+    assert PROFILES["quick"].learning_rates == () and PROFILES["quick"].seeds == (0,)
+    assert len(PROFILES["standard"].learning_rates) > 1 and len(PROFILES["standard"].seeds) >= 3
+
+
+def test_a_rate_that_is_not_tuned_is_the_arms_own_and_less_for_wider_models(smoke_report):
+    convergence = smoke_report[0].results.convergence
+    assert convergence.learning_rates == []
+    assert {arm.key: arm.learning_rate for arm in convergence.arms} == FIXED_RATES
+    assert fixed_rate("transformer", 64) == FIXED_RATES["transformer"]
+    assert fixed_rate("transformer", 512) == pytest.approx(FIXED_RATES["transformer"] / 8)
 
 
 def test_the_leaking_arm_is_marked_and_no_other(smoke_report):

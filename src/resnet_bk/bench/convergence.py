@@ -1,8 +1,9 @@
 """Section 4: what contestants learn from the same tokens in the same order.
 
 Every arm starts from the same seed, sees the same batches and is evaluated on the same held-out tokens; evaluation is
-not timed. Each arm is trained with every learning rate of the profile at the first seed, and keeps the one with the
-lowest held-out loss for all seeds. One arm reads its own targets on purpose: its loss shows what a leak looks like.
+not timed. Where the profile has learning rates, each arm is trained with every one of them at the first seed and keeps
+the one with the lowest held-out loss for all seeds; elsewhere each arm has a fixed rate and nothing is tuned. One arm
+reads its own targets on purpose: its loss shows what a leak looks like.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from resnet_bk.bench.contestants import LABELS, OURS, build_model
-from resnet_bk.bench.profiles import Profile
+from resnet_bk.bench.profiles import Profile, fixed_rate
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.schema import Arm, ConvergenceResult, CurvePoint
@@ -48,9 +49,10 @@ def measure_convergence(
     training = replace(training, warmup_steps=max(1, profile.convergence_steps // 10))
     arms: list[Arm] = []
     for variant in _variants(configs):
+        rates = profile.learning_rates or (fixed_rate(variant.key, variant.config.hidden_size),)
         tried = [
             _train(variant, replace(training, learning_rate=rate, seed=profile.seeds[0]), dataset, profile, device)
-            for rate in profile.learning_rates
+            for rate in rates
         ]
         best = min(tried, key=_final_loss)
         arms.append(best)
@@ -75,8 +77,8 @@ def _variants(configs: dict[str, ResNetBKConfig]) -> list[_Variant]:
     variants = [_Variant(key=key, label=LABELS[key], config=config) for key, config in configs.items()]
     if ours.mixer == "bk":
         variants += [
-            _Variant(key="blend", label="ResNet-BK, analytic gradient", config=_changed(ours, bk_grad="blend")),
-            _Variant(key="bidirectional", label="ResNet-BK, bidirectional", config=_changed(ours, causal=False)),
+            _Variant(key="blend", label="ResNet-BK (analytic gradient)", config=_changed(ours, bk_grad="blend")),
+            _Variant(key="bidirectional", label="ResNet-BK (bidirectional)", config=_changed(ours, causal=False)),
         ]
     return variants
 

@@ -69,7 +69,8 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
         subject.model.config, TrainingShape(batch_size=batch_size, sequence_length=sequence_length), Budget()
     )
     strategy = plan.strategies[0 if subject.training.precision == "fp32" else 1]
-    largest = max(strategy.gpu_parts, key=lambda part: strategy.gpu_parts[part])
+    parts = {name: size for name, size in strategy.gpu_parts.items() if on_gpu or name != "cuBLAS"}
+    largest = max(parts, key=lambda name: parts[name])
     state = [value for entry in subject.optimizer.state.values() for value in entry.values()]
     return ModelMemory(
         contestant=key,
@@ -78,7 +79,7 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
         **figures,
         predicted_peak=strategy.gpu_bytes if on_gpu else strategy.tensor_bytes,
         largest_part=largest,
-        largest_part_bytes=strategy.gpu_parts[largest],
+        largest_part_bytes=parts[largest],
     )
 
 

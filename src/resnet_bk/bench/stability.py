@@ -127,7 +127,7 @@ def extremes(device: torch.device) -> list[Check]:
 def _causality(configs: dict[str, ResNetBKConfig], device: torch.device) -> list[CausalityMeasurement]:
     variants = {LABELS[key]: config for key, config in configs.items()}
     fields = {**configs[OURS].own_fields(), "causal": False}
-    variants[f"{LABELS[OURS]}, bidirectional"] = ResNetBKConfig(**fields)
+    variants[f"{LABELS[OURS]} (bidirectional)"] = ResNetBKConfig(**fields)
     return [
         CausalityMeasurement(label=label, causal=config.causal, largest_change=largest_change_before(config, device))
         for label, config in variants.items()
