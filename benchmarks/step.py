@@ -37,10 +37,7 @@ from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.step import AUTOCAST_DTYPES
 
 WARMUP, ROUNDS = 3, 7
-LENGTHS = {
-    "cuda": [128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072],
-    "cpu": [128, 512, 2048, 8192],
-}
+LENGTHS = {"cuda": [128, 512, 1024, 4096, 16_384, 65_536, 131_072], "cpu": [128, 512, 2048, 8192]}
 TOKENS = {"cuda": 131_072, "cpu": 8192}
 
 

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The Triton kernels behind ``grouped_gpu``, which explains them.
 
 They are written in Triton's language, which only looks like Python to a type checker.

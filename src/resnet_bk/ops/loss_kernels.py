@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The Triton kernel behind ``loss_gpu``.
 
 It is written in Triton's language, which only looks like Python to a type checker.
