@@ -74,7 +74,7 @@ PROFILES = {
         ),
         Profile(
             name="quick",
-            purpose="a first look: one seed, learning rates fixed beforehand",
+            purpose="a first look, with one seed and learning rates fixed beforehand",
             warmup_rounds=3,
             rounds=15,
             decode_tokens=16,

@@ -49,20 +49,17 @@ def _provenance(report: Report) -> Section:
         Table(
             caption="Machine, versions and workload",
             header=["", ""],
-            rows=[[name, value] for name, value in {**_machine(report.environment), **_workload(report)}.items()],
+            rows=[[name, value] for name, value in _facts(report).items()],
             align=["left", "left"],
         ),
         _models(report),
-        Table(
-            caption="How long each section took to measure",
-            header=["section", "seconds", "outcome"],
-            rows=[
-                [name, f"{status.seconds:.1f}", status.failure or "measured"] for name, status in report.status.items()
-            ],
-            align=["left", "right", "left"],
-        ),
     ]
     return Section(title="How this report was made", blocks=blocks)
+
+
+def _facts(report: Report) -> dict[str, str]:
+    took = {"took": ", ".join(f"{name} {status.seconds:,.0f} s" for name, status in report.status.items())}
+    return {**_machine(report.environment), **_workload(report), **(took if report.status else {})}
 
 
 def _machine(environment: dict[str, Any]) -> dict[str, str]:
