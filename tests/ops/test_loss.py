@@ -264,11 +264,12 @@ def test_the_kernel_gives_loss_and_gradient_in_the_logits_place(dtype, rows, voc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_with_the_kernel_the_loss_and_its_gradients_are_the_same(monkeypatch, small_chunks, dtype):
-    x, w, targets = inputs(2, 9, 16, 40, dtype=torch.float32)
-    results = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, w, targets = (tensor.detach().to(device) for tensor in inputs(2, 9, 16, 40, dtype=torch.float32))
+    x, w, results = x.requires_grad_(), w.requires_grad_(), []
     for backend in ("torch", "triton"):
         monkeypatch.setattr(module, "choose_loss_backend", lambda *_, name=backend: BackendChoice(name=name, reason=""))
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+        with torch.autocast(device, dtype, enabled=dtype == torch.float16):
             results.append(
                 [linear_cross_entropy(x, w, targets).detach(), *gradients(linear_cross_entropy, x, w, targets)]
             )

@@ -101,22 +101,26 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
 
 
 def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
-    """What a chunk of the loss needs for a moment, beside the head's gradient, which a first chunk is yet to make.
+    """What a chunk of the loss needs for a moment, beside what it keeps.
 
-    fp32: logits and log-probabilities, both of 4 C V; then one of them and the gradient. Autocast has the logits twice,
-    in both types, and a half copy of the head throughout; at the end the product that is added to the gradient.
+    fp32: logits and log-probabilities, 4 C V each. Autocast: logits in both types and log-probabilities, 10 C V; a half
+    copy of the head; and a product that is yet to be added to the head's gradient. (The kernel on a GPU works in the
+    logits' place; its chunks are larger, and take as much.) With but one chunk, the head's gradient is not there yet
+    when the log-probabilities are.
     """
     head = config.vocab_size * config.hidden_size
     size = bytes_per_logit("torch", torch.bfloat16 if half else torch.float32)
     rows = chunk_rows(shape.tokens, config.vocab_size, config.hidden_size, bytes_per_logit=size)
-    logits = min(rows, shape.tokens) * config.vocab_size
-    first = rows >= shape.tokens
-    probabilities = size * logits - (4 * head if first else 0)
-    gradient = (2 if half else 4) * logits + (0 if not half else 2 * head if first else 4 * head)
+    chunk = min(rows, shape.tokens)
+    logits = chunk * config.vocab_size
+    if rows < shape.tokens:
+        worst = size * logits + (4 * head if half else 0)
+    else:
+        worst = max(size * logits - 4 * head, 2 * logits + 2 * head if half else 4 * logits)
     return ActivationPart(
         name="logits and loss",
-        num_bytes=max(probabilities, gradient) + (2 * head if half else 0),
-        formula=f"{size} C V, C = {min(rows, shape.tokens):,}" + (" + 2 V D" if half else ""),
+        num_bytes=worst + (2 * head if half else 0),
+        formula=f"at most {size} C V" + (" + 6 V D" if half else "") + f", C = {chunk:,}",
     )
 
 
