@@ -53,9 +53,7 @@ class BKMixer(nn.Module):
         """softplus of it is the configured eta."""
         return torch.full((self.num_heads,), math.log(math.expm1(self.initial_eta)))
 
-    def forward(
-        self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The mixed tokens ``(B, N, D)``, and the state after each row's last real token (causal only)."""
         with torch.autocast(x_BND.device.type, enabled=False):
             dtype = torch.promote_types(x_BND.dtype, torch.float32)
