@@ -270,3 +270,9 @@ def test_a_missing_report_and_a_strange_name_are_refused(smoke_report, tmp_path)
         read_report(tmp_path / "nothing.json")
     with pytest.raises(UserError, match=r"does not end in \.pdf"):
         write_pdf(smoke_report[1], tmp_path / "report.docx")
+
+
+def test_what_describes_the_machine_is_shown_whatever_it_is(smoke_report, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(changed(json.loads(smoke_report[1].read_text()), -1, "environment", "commit"))
+    write_pdf(path, tmp_path / "report.pdf")

@@ -71,7 +71,7 @@ def _machine(environment: dict[str, Any]) -> dict[str, str]:
         "GPU": f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, CUDA {gpu['cuda']}" if gpu else "none",
         "system": f"{environment['system']}, Python {environment['python']}",
         "packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        "commit": environment["commit"] or "not run from a checkout",
+        "commit": str(environment["commit"] or "not run from a checkout"),
     }
 
 
