@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ops import grouped
+from resnet_bk.ops.bk.api import BackendChoice
 from resnet_bk.ops.grouped import choose_moe_backend, grouped_mm
 
 CUDA = torch.device("cuda")
@@ -32,7 +34,7 @@ def outer(x, g, group, groups):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_operators_multiply_each_row_with_its_groups_matrix(shape):
+def test_each_row_is_multiplied_with_its_groups_matrix(shape):
     x, w, g, ends, group = rows_of_groups(*shape)
     x, w = x.requires_grad_(), w.requires_grad_()
     y = grouped_mm(x, w, ends)
@@ -58,6 +60,18 @@ def test_the_kernels_do_the_same_with_sums_in_float32(shape, dtype):
         torch.testing.assert_close(found.double(), exact, **tolerance)
 
 
+def test_gradients_through_the_kernels_are_those_of_the_loops(monkeypatch):
+    x, w, g, ends, group = rows_of_groups(130, 20, 33, 5, dtype=torch.float32)
+    monkeypatch.setattr(grouped, "_needs_no_operator", lambda _x: False)
+    monkeypatch.setattr(grouped, "choose_moe_backend", lambda *_: BackendChoice(name="triton", reason=""))
+    y = grouped_mm(x.requires_grad_(), w.requires_grad_(), ends)
+    x_bar, w_bar = torch.autograd.grad(y, (x, w), g)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), product(x, w, group), **tolerance)
+    torch.testing.assert_close(x_bar.double(), product(g, w.transpose(1, 2), group), **tolerance)
+    torch.testing.assert_close(w_bar.double(), outer(x, g, group, 5), **tolerance)
+
+
 def test_a_row_does_not_depend_on_its_place_in_a_tile_nor_on_its_neighbours():
     from resnet_bk.ops import grouped_gpu
 
@@ -72,8 +86,29 @@ def test_a_row_does_not_depend_on_its_place_in_a_tile_nor_on_its_neighbours():
 
 def test_the_operators_pass_torchs_own_checks():
     x, w, g, ends, _ = rows_of_groups(9, 4, 6, 3)
-    torch.library.opcheck(torch.ops.resnet_bk.grouped_mm, (x.requires_grad_(), w.requires_grad_(), ends))
-    torch.library.opcheck(torch.ops.resnet_bk.grouped_outer, (x.detach(), g, ends))
+    torch.library.opcheck(torch.ops.resnet_bk.grouped_product, (x, w, ends))
+    torch.library.opcheck(torch.ops.resnet_bk.grouped_sums, (x, g, ends))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_operators_are_the_loops_with_their_work_counted(shape):
+    x, w, g, ends, group = rows_of_groups(*shape)
+    rows, width_in, width_out, groups = shape
+    for operator, other, exact in (
+        (grouped.grouped_product, w, product(x, w, group)),
+        (grouped.grouped_sums, g, outer(x, g, group, groups)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            found = operator(x, other, ends)
+        torch.testing.assert_close(found, exact)
+        assert counter.get_total_flops() == 2 * rows * width_in * width_out
+
+
+def test_a_second_derivative_is_refused():
+    x, w, _, ends, _ = rows_of_groups(9, 4, 6, 3)
+    y = grouped_mm(x.requires_grad_(), w, ends)
+    with pytest.raises(RuntimeError, match="grouped_mm has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize(
@@ -101,4 +136,4 @@ def test_sizes_that_nobody_reads_are_not_read_under_fake_tensors():
     with torch._subclasses.FakeTensorMode() as mode:
         x, w, g, ends = (mode.from_tensor(t) for t in rows_of_groups(9, 4, 6, 3)[:4])
         assert grouped_mm(x, w, ends).shape == (9, 6)
-        assert grouped._grouped_outer(x, g, ends).shape == (3, 4, 6)
+        assert grouped.grouped_sums(x, g, ends).shape == (3, 4, 6)

@@ -26,7 +26,9 @@ MANY_PRODUCTS = 2**32
 
 def grouped_mm(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     """y_t = x_t w_e for the group e of row t, ``(T, M)``."""
-    result: Tensor = _grouped_mm(x_TK, w_EKM, ends_E)
+    if not torch.is_grad_enabled():
+        return _product(x_TK, w_EKM, ends_E)
+    result: Tensor = _GroupedProduct.apply(x_TK, w_EKM, ends_E)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -61,14 +63,61 @@ def _kernels() -> _Kernels:
     return cast(_Kernels, import_module("resnet_bk.ops.grouped_gpu"))
 
 
-@torch.library.custom_op("resnet_bk::grouped_mm", mutates_args=())
-def _grouped_mm(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
-    """y_t = x_t w_e."""
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TK, w_EKM, ends_E)
+        return _product(x_TK, w_EKM, ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TK, w_EKM, ends_E = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("grouped_mm has no second derivative")
+        grad_TM = grad_TM.contiguous()
+        x_bar_TK = _product(grad_TM, w_EKM.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+        w_bar_EKM = _sums(x_TK, grad_TM, ends_E) if ctx.needs_input_grad[1] else None
+        return x_bar_TK, w_bar_EKM, None
+
+
+def _product(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
+    product: Tensor = (_product_loop if _needs_no_operator(x_TK) else grouped_product)(x_TK, w_EKM, ends_E)
+    return product
+
+
+def _sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
+    sums: Tensor = (_sums_loop if _needs_no_operator(x_TK) else grouped_sums)(x_TK, g_TM, ends_E)
+    return sums
+
+
+def _needs_no_operator(x: Tensor) -> bool:
+    """On a CPU where nobody traces, an operator around the loop is but overhead: with few tokens, a third of it all."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
+@torch.library.custom_op("resnet_bk::grouped_product", mutates_args=())
+def grouped_product(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
+    """y_t = x_t w_e, as an operator: no compiler looks inside, where the CPU reads the groups' sizes."""
     backend = choose_moe_backend(x_TK.device, x_TK.dtype, *x_TK.shape, w_EKM.shape[2]).name
     if backend == "grouped_mm":
         return F.grouped_mm(x_TK, w_EKM, offs=ends_E)
     if backend == "triton":
         return _kernels().grouped_mm(x_TK, w_EKM, ends_E)
+    return _product_loop(x_TK, w_EKM, ends_E)
+
+
+@torch.library.custom_op("resnet_bk::grouped_sums", mutates_args=())
+def grouped_sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
+    """The gradient of the matrices: for each group the sum of x_t g_t^T over its rows, ``(E, K, M)``."""
+    backend = choose_moe_backend(x_TK.device, x_TK.dtype, *x_TK.shape, g_TM.shape[1]).name
+    if backend == "grouped_mm":
+        return F.grouped_mm(x_TK.t(), g_TM, offs=ends_E)
+    if backend == "triton":
+        return _kernels().grouped_outer(x_TK, g_TM, ends_E)
+    return _sums_loop(x_TK, g_TM, ends_E)
+
+
+def _product_loop(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     y_TM = x_TK.new_empty(x_TK.shape[0], w_EKM.shape[2])
     sizes = _sizes(ends_E)
     for x, w_KM, y in zip(x_TK.split_with_sizes(sizes), w_EKM.unbind(0), y_TM.split_with_sizes(sizes), strict=True):
@@ -77,14 +126,7 @@ def _grouped_mm(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     return y_TM
 
 
-@torch.library.custom_op("resnet_bk::grouped_outer", mutates_args=())
-def _grouped_outer(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
-    """The gradient of the matrices: for each group the sum of x_t g_t^T over its rows, ``(E, K, M)``."""
-    backend = choose_moe_backend(x_TK.device, x_TK.dtype, *x_TK.shape, g_TM.shape[1]).name
-    if backend == "grouped_mm":
-        return F.grouped_mm(x_TK.t(), g_TM, offs=ends_E)
-    if backend == "triton":
-        return _kernels().grouped_outer(x_TK, g_TM, ends_E)
+def _sums_loop(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
     sums_EKM = x_TK.new_empty(ends_E.shape[0], x_TK.shape[1], g_TM.shape[1])
     sizes = _sizes(ends_E)
     for x, g, sum_KM in zip(
@@ -100,32 +142,17 @@ def _sizes(ends_E: Tensor) -> list[int]:
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-@_grouped_mm.register_fake
-def _(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:  # noqa: ARG001
+@grouped_product.register_fake
+def _(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:  # noqa: ARG001  # the operator's arguments
     return x_TK.new_empty(x_TK.shape[0], w_EKM.shape[2])
 
 
-@_grouped_outer.register_fake
+@grouped_sums.register_fake
 def _(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
     return x_TK.new_empty(ends_E.shape[0], x_TK.shape[1], g_TM.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_TK, w_EKM, ends_E = ctx.saved_tensors
-    grad_TM = grad_TM.contiguous()
-    x_bar_TK = _grouped_mm(grad_TM, w_EKM.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
-    w_bar_EKM = _grouped_outer(x_TK, grad_TM, ends_E) if ctx.needs_input_grad[1] else None
-    return x_bar_TK, w_bar_EKM, None
-
-
-_grouped_mm.register_autograd(_gradients, setup_context=_save)
-
-
-@register_flop_formula([torch.ops.resnet_bk.grouped_mm, torch.ops.resnet_bk.grouped_outer])
+@register_flop_formula([torch.ops.resnet_bk.grouped_product, torch.ops.resnet_bk.grouped_sums])
 def _flops(x_shape: torch.Size, other_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
     """Both multiply each row's K numbers with M: two for each multiply-add."""
     return 2 * x_shape[0] * x_shape[1] * other_shape[-1]
