@@ -24,7 +24,8 @@ def smoke_config(tmp_path_factory):
         profile=PROFILES["smoke"],
         preset="tiny",
         overrides={},
-        data=DataConfig(data=str(source), tokenizer="byte"),
+        # Not the folder: what compilers put into its caches would count as files too.
+        data=DataConfig(data=str(source / "**" / "*.py"), tokenizer="byte"),
         training=TrainingConfig(batch_size=4, sequence_length=64, device="cpu"),
     )
 

@@ -182,6 +182,8 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
 class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
     """The language model. With ``mixer="attention"`` it is the Transformer baseline."""
 
+    # The loss is a mean over the batch at hand: transformers' Trainer divides by its accumulation steps itself.
+    accepts_loss_kwargs = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # transformers' own form
 
     def __init__(self, config: ResNetBKConfig) -> None:

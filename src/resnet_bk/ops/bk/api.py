@@ -11,6 +11,8 @@ from resnet_bk.ops.bk import operators, reference
 
 Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
 Gradient = Literal["exact", "blend"]
+# Looked up once, since torch.compile cannot follow the search for a package.
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +25,14 @@ class BackendChoice:
 
 def available_backends() -> tuple[str, ...]:
     """The backends that this installation has, fastest first; each says by itself which devices it is for."""
-    return (*(("triton",) if find_spec("triton") else ()), "cpu", "torch", "reference")
+    return (*(("triton",) if HAS_TRITON else ()), "cpu", "torch", "reference")
 
 
 def choose_backend(device: torch.device) -> BackendChoice:
     """What ``backend="auto"`` means on ``device``."""
     if device.type == "cpu":
         return BackendChoice(name="cpu", reason="sweeps compiled by numba, vectorised over chains, on torch's threads")
-    if device.type == "cuda" and find_spec("triton"):
+    if device.type == "cuda" and HAS_TRITON:
         return BackendChoice(name="triton", reason="one pass over memory, chunks started from a halo that is proven")
     why = "triton is not installed" if device.type == "cuda" else "no compiled kernels there"
     return BackendChoice(

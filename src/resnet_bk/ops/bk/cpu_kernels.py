@@ -46,11 +46,14 @@ def causal_kernel(v, shift, bonds, bond_row, bond_token, state, out, reverse, ro
 
 @_compiled
 def onto_diagonal_kernel(v, shift, bonds, bond_row, bond_token, out, row_begin, row_end, lane_begin, lane_end):
-    """Turns ``out`` from l_i into G_ii = 1 / (1 / l_i - t_i r_{i+1}), with the sweep from the right in passing."""
+    """Turns ``out`` from l_i into G_ii = 1 / (a_i - t_i r_{i+1} - t_{i-1} l_{i-1}), sweeping from the right."""
     length = v.shape[1]
     width = lane_end - lane_begin
     one = v.dtype.type(1)
+    # What the sweep from the right divides by; the sweep begins without a neighbour.
+    d_re, d_im = np.empty(width, v.dtype), np.empty(width, v.dtype)
     r_re, r_im = np.empty(width, v.dtype), np.empty(width, v.dtype)
+    no_neighbour = np.zeros(2 * width, v.dtype)
     shift_re = shift[lane_begin:lane_end, 0].copy()
     shift_im = shift[lane_begin:lane_end, 1].copy()
     for row in range(row_begin, row_end):
@@ -58,22 +61,23 @@ def onto_diagonal_kernel(v, shift, bonds, bond_row, bond_token, out, row_begin, 
         r_im[:] = 0
         for n in range(length - 1, -1, -1):
             v_n = v[row, n, lane_begin:lane_end]
-            t_n = bonds[row * bond_row, min(n + 1, length - 1) * bond_token, lane_begin:lane_end]
+            left_n = bonds[row * bond_row, n * bond_token, lane_begin:lane_end]
+            right_n = bonds[row * bond_row, min(n + 1, length - 1) * bond_token, lane_begin:lane_end]
+            before_n = out[row, n - 1, 2 * lane_begin : 2 * lane_end] if n > 0 else no_neighbour
             out_n = out[row, n, 2 * lane_begin : 2 * lane_end]
             for h in range(width):
-                l_re, l_im = out_n[2 * h], out_n[2 * h + 1]
-                inverse = one / (l_re * l_re + l_im * l_im)
-                g_re = l_re * inverse - t_n[h] * r_re[h]
-                g_im = -l_im * inverse - t_n[h] * r_im[h]
-                scale = one / (g_re * g_re + g_im * g_im)
-                out_n[2 * h] = g_re * scale
-                out_n[2 * h + 1] = -g_im * scale
+                d_re[h] = v_n[h] + shift_re[h] - right_n[h] * r_re[h]
+                d_im[h] = shift_im[h] - right_n[h] * r_im[h]
             for h in range(width):
-                re = v_n[h] + shift_re[h] - t_n[h] * r_re[h]
-                im = shift_im[h] - t_n[h] * r_im[h]
+                scale = one / (d_re[h] * d_re[h] + d_im[h] * d_im[h])
+                r_re[h] = d_re[h] * scale
+                r_im[h] = -d_im[h] * scale
+            for h in range(width):
+                re = d_re[h] - left_n[h] * before_n[2 * h]
+                im = d_im[h] - left_n[h] * before_n[2 * h + 1]
                 scale = one / (re * re + im * im)
-                r_re[h] = re * scale
-                r_im[h] = -im * scale
+                out_n[2 * h] = re * scale
+                out_n[2 * h + 1] = -im * scale
 
 
 @_compiled

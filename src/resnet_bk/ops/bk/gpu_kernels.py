@@ -250,7 +250,11 @@ def causal_kernel(
 
 @triton.jit
 def _sweep_back(v, t, shift_re, shift_im, l_re, l_im, r_re, r_im):
-    """Eight times, from the last site to the first: G = 1 / (1 / l - t r) into l's place, then r = 1 / (a - t r)."""
+    """Eight times, from the last site to the first: G = 1 / (1 / l - t r) into l's place, then r = 1 / (a - t r).
+
+    1 / l is a less what is on the left, at hand in fewer registers. Where a potential near 1e19 and more makes l vanish
+    in float32, G does too.
+    """
     v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v)
     t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t)
     b7, d7 = r_re, r_im
@@ -262,10 +266,12 @@ def _sweep_back(v, t, shift_re, shift_im, l_re, l_im, r_re, r_im):
     b1, d1 = _ratio(v2, shift_re, shift_im, t2, b2, d2)
     b0, d0 = _ratio(v1, shift_re, shift_im, t1, b1, d1)
     r_re, r_im = _ratio(v0, shift_re, shift_im, t0, b0, d0)
-    inverse = _reciprocal(l_re * l_re + l_im * l_im)
+    square = l_re * l_re + l_im * l_im
+    vanished = square == 0.0
+    inverse = _reciprocal(tl.where(vanished, 1.0, square))
     g_re = l_re * inverse - t * _tile(b0, b1, b2, b3, b4, b5, b6, b7)
     g_im = -l_im * inverse - t * _tile(d0, d1, d2, d3, d4, d5, d6, d7)
-    scale = _reciprocal(g_re * g_re + g_im * g_im)
+    scale = tl.where(vanished, 0.0, _reciprocal(g_re * g_re + g_im * g_im))
     return g_re * scale, -g_im * scale, r_re, r_im
 
 

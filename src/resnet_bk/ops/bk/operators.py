@@ -29,7 +29,7 @@ BLEND_INVERSE_SQUARE_LIMIT = 1e6
 # real number 2, a sum 2, a reciprocal 5 (3 for |a|^2, 2 quotients); changes of sign are free.
 CAUSAL_FORWARD_FLOPS = 1 + 2 + 2 + 5  # a, t l, a - t l, reciprocal
 CAUSAL_BACKWARD_FLOPS = 6 + 2 + 2 + 6  # l^2, t abar, g minus it, product
-BIDIRECTIONAL_FORWARD_FLOPS = 2 * CAUSAL_FORWARD_FLOPS + 5 + 2 + 2 + 5  # two sweeps, 1/l, t r, 1/l minus it, reciprocal
+BIDIRECTIONAL_FORWARD_FLOPS = 2 * CAUSAL_FORWARD_FLOPS + 2 + 2 + 5  # two sweeps, t l off the right one's divisor, 1/x
 # The sweeps again, q = conj(G^2) g, what it gives either sweep, the adjoints, their sum.
 BIDIRECTIONAL_BACKWARD_FLOPS = 2 * CAUSAL_FORWARD_FLOPS + 6 + 6 + 2 * 2 + 2 * CAUSAL_BACKWARD_FLOPS + 2 * 2
 TUNNEL_FORWARD_FLOPS = 1 + 1 + 1 + 1  # s, 1 + s, quotient, log1p counted as one
@@ -89,7 +89,7 @@ def bk_bidirectional_backward(
     q_BNH = (g_BNH * g_BNH).conj() * grad_BNH
     left_BNH, right_BNH = side_bonds(bonds, g_BNH)
     nothing_BH2 = torch.zeros_like(g_BNH2[:, 0])
-    v_bar_BNH, shift_bar_H2 = -q_BNH.real, -torch.view_as_real(q_BNH.sum((0, 1)))
+    v_bar_BNH, shift_bar_H2 = -q_BNH.real, -torch.view_as_real(q_BNH).sum((0, 1))
     bonds_bar = torch.empty_like(bonds[:0])
     ratios = {}
     for reverse, grad_ratio_BNH in ((False, shift_left(left_BNH * q_BNH)), (True, shift_right(right_BNH * q_BNH))):

@@ -53,13 +53,16 @@ def causal_adjoint(
         before_BNH = torch.cat([state_BH.unsqueeze(1), l_BNH[:, :-1]], dim=1)
         per_token_BNH = -(before_BNH.conj() * abar_BNH).real
         if bonds.dim() == 1:
-            bonds_bar = per_token_BNH.sum((0, 1))
+            bonds_bar = per_token_BNH.sum((0, 1), dtype=_widest(per_token_BNH)).to(per_token_BNH.dtype)
         else:
             # Mirrored, the bond before the first site is the one that is not there.
             bonds_bar = mirror_bonds(per_token_BNH) if reverse else per_token_BNH.contiguous()
     if reverse:
         abar_BNH = abar_BNH.flip(1)
-    return abar_BNH.real.contiguous(), torch.view_as_real(abar_BNH.sum((0, 1))), bonds_bar, state_bar_BH2
+    abar_BNH2 = torch.view_as_real(abar_BNH)
+    # A sum over a million sites of either sign may be small beside them.
+    shift_bar_H2 = abar_BNH2.sum((0, 1), dtype=_widest(abar_BNH2)).to(abar_BNH2.dtype)
+    return abar_BNH.real.contiguous(), shift_bar_H2, bonds_bar, state_bar_BH2
 
 
 def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
