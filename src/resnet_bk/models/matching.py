@@ -36,6 +36,6 @@ def match_total_parameters(config: "ResNetBKConfig", target: int) -> int:
         if abs(rest + per_width * width - target) <= 0.01 * target:
             return width
     raise ValueError(
-        f"a model of {target:,} parameters with mixer {config.mixer} does not exist at hidden_size {config.hidden_size} "
-        f"and num_layers {config.num_layers}; give intermediate_size yourself"
+        f"a model of {target:,} parameters with mixer {config.mixer} does not exist at hidden_size "
+        f"{config.hidden_size} and num_layers {config.num_layers}; give intermediate_size yourself"
     )

@@ -71,10 +71,10 @@ def causal_adjoint(
     _run(
         causal_adjoint_kernel,
         (rows, length, lanes),
-        _array(grad_RNL.flatten(-2)),
-        _array(l_RNL.flatten(-2)),
+        _array(torch.view_as_complex(grad_RNL)),
+        _array(torch.view_as_complex(l_RNL)),
         *_bond_arrays(bonds, like_BNH, l_RNL),
-        _array(state_BH2.reshape(rows, 2 * lanes)),
+        _array(torch.view_as_complex(state_BH2.reshape(rows, lanes, 2).contiguous())),
         _array(v_bar_RNL),
         _array(shift_bar_RL),
         _array(bonds_bar_RNL),
@@ -156,7 +156,7 @@ def _array(x: Tensor) -> Array:
     return array
 
 
-def _run(kernel: Callable[..., None], shape: tuple[int, ...] | torch.Size, *arguments: Any) -> None:
+def _run(kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any) -> None:
     """Calls a kernel for all rows and lanes, in as many pieces as there are threads and the work is worth."""
     rows, length, lanes = shape[:3]
     pieces = min(torch.get_num_threads(), max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD))

@@ -12,6 +12,21 @@ from numba import njit
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
 TOKENS_PER_PARTIAL_SUM = 256
+TOKENS_READ_AHEAD = 64
+
+
+@_compiled
+def _read_ahead(block):
+    """Reads a number of each cache line of some tokens, forwards, before they are swept backwards.
+
+    Processors fetch ahead of reads that go forwards: from memory this halves the time of a sweep from the right. The
+    sum is returned so that the compiler does not leave the reading out.
+    """
+    total = block.real.dtype.type(0)
+    for n in range(block.shape[0]):
+        for h in range(0, block.shape[1], 8):
+            total += block[n, h].real
+    return total
 
 
 @_compiled
@@ -46,7 +61,10 @@ def causal_kernel(v, shift, bonds, bond_row, bond_token, state, out, reverse, ro
 
 @_compiled
 def onto_diagonal_kernel(v, shift, bonds, bond_row, bond_token, out, row_begin, row_end, lane_begin, lane_end):
-    """Turns ``out`` from l_i into G_ii = 1 / (a_i - t_i r_{i+1} - t_{i-1} l_{i-1}), sweeping from the right."""
+    """Turns ``out`` from l_i into G_ii = 1 / (a_i - t_i r_{i+1} - t_{i-1} l_{i-1}), sweeping from the right.
+
+    Returns nothing of meaning.
+    """
     length = v.shape[1]
     width = lane_end - lane_begin
     one = v.dtype.type(1)
@@ -54,12 +72,17 @@ def onto_diagonal_kernel(v, shift, bonds, bond_row, bond_token, out, row_begin, 
     d_re, d_im = np.empty(width, v.dtype), np.empty(width, v.dtype)
     r_re, r_im = np.empty(width, v.dtype), np.empty(width, v.dtype)
     no_neighbour = np.zeros(2 * width, v.dtype)
+    read = one - one
     shift_re = shift[lane_begin:lane_end, 0].copy()
     shift_im = shift[lane_begin:lane_end, 1].copy()
     for row in range(row_begin, row_end):
         r_re[:] = 0
         r_im[:] = 0
         for n in range(length - 1, -1, -1):
+            if (length - 1 - n) % TOKENS_READ_AHEAD == 0:
+                block = slice(max(n + 1 - TOKENS_READ_AHEAD, 0), n + 1)
+                read += _read_ahead(v[row, block, lane_begin:lane_end])
+                read += _read_ahead(out[row, block, 2 * lane_begin : 2 * lane_end])
             v_n = v[row, n, lane_begin:lane_end]
             left_n = bonds[row * bond_row, n * bond_token, lane_begin:lane_end]
             right_n = bonds[row * bond_row, min(n + 1, length - 1) * bond_token, lane_begin:lane_end]
@@ -78,19 +101,7 @@ def onto_diagonal_kernel(v, shift, bonds, bond_row, bond_token, out, row_begin, 
                 scale = one / (re * re + im * im)
                 out_n[2 * h] = re * scale
                 out_n[2 * h + 1] = -im * scale
-
-
-@_compiled
-def _conjugate_step(grad_n, l_n, t_n, abar, first, last):
-    """abar_i = -conj(l_i^2) (g_i - t_{i+1} abar_{i+1}) for lanes in a range, in place."""
-    for h in range(first, last):
-        re, im = l_n[2 * h], l_n[2 * h + 1]
-        square_re = im * im - re * re
-        square_im = re * im + re * im
-        lambda_re = grad_n[2 * h] - t_n[h] * abar[2 * h]
-        lambda_im = grad_n[2 * h + 1] - t_n[h] * abar[2 * h + 1]
-        abar[2 * h] = square_re * lambda_re - square_im * lambda_im
-        abar[2 * h + 1] = square_re * lambda_im + square_im * lambda_re
+    return read
 
 
 @_compiled
@@ -98,62 +109,75 @@ def causal_adjoint_kernel(
     grad, l, bonds, bond_row, bond_token, state, v_bar, shift_bar, bonds_bar, state_bar, reverse, row_begin, row_end,
     lane_begin, lane_end,
 ):  # fmt: skip
-    """Adjoint of ``causal_kernel``; ``bonds_bar`` (0, 0, 0) if not wanted, (B, 1, H) for sums, or (B, N, H)."""
+    """Adjoint of ``causal_kernel``: abar_i = -conj(l_i^2) (g_i - t_i abar_{i+1}). Returns nothing of meaning.
+
+    ``grad``, ``l`` and ``state`` are complex; ``bonds_bar`` is (0, 0, 0) if not wanted, (rows, 1, lanes) for sums, or
+    (rows, N, lanes).
+    """
     length = l.shape[1]
     width = lane_end - lane_begin
-    abar = np.empty(2 * width, l.dtype)
-    part = np.zeros(2 * width, l.dtype)
-    bond_part = np.zeros(width, l.dtype)
+    abar_re, abar_im = np.empty(width, v_bar.dtype), np.empty(width, v_bar.dtype)
+    part_re, part_im = np.zeros(width, v_bar.dtype), np.zeros(width, v_bar.dtype)
+    bond_part = np.zeros(width, v_bar.dtype)
     wants_bonds = bonds_bar.size > 0
     per_token = bonds_bar.shape[1] > 1 or (wants_bonds and length == 1)
-    blocks = (width + 15) // 16
+    read = v_bar.dtype.type(0)
     for row in range(row_begin, row_end):
-        abar[:] = 0
+        abar_re[:] = 0
+        abar_im[:] = 0
         for step in range(length):
             n = step if reverse else length - 1 - step
+            if step % TOKENS_READ_AHEAD == 0 and not reverse:
+                block = slice(max(n + 1 - TOKENS_READ_AHEAD, 0), n + 1)
+                read += _read_ahead(grad[row, block, lane_begin:lane_end])
+                read += _read_ahead(l[row, block, lane_begin:lane_end])
             # The bond to the site that comes later in the sweep, whose abar is at hand; at the end there is none.
             bond_index = n if reverse else min(n + 1, length - 1)
-            l_n = l[row, n, 2 * lane_begin : 2 * lane_end]
-            grad_n = grad[row, n, 2 * lane_begin : 2 * lane_end]
+            l_n = l[row, n, lane_begin:lane_end]
+            grad_n = grad[row, n, lane_begin:lane_end]
             t_n = bonds[row * bond_row, bond_index * bond_token, lane_begin:lane_end]
-            # Blocks in the direction of the tokens: memory is then read in one direction, which prefetching wants.
-            for block in range(blocks):
-                first = 16 * (block if reverse else blocks - 1 - block)
-                _conjugate_step(grad_n, l_n, t_n, abar, first, min(first + 16, width))
+            for h in range(width):
+                re, im = l_n[h].real, l_n[h].imag
+                square_re = im * im - re * re
+                square_im = re * im + re * im
+                lambda_re = grad_n[h].real - t_n[h] * abar_re[h]
+                lambda_im = grad_n[h].imag - t_n[h] * abar_im[h]
+                abar_re[h] = square_re * lambda_re - square_im * lambda_im
+                abar_im[h] = square_re * lambda_im + square_im * lambda_re
             v_bar_n = v_bar[row, n, lane_begin:lane_end]
             for h in range(width):
-                v_bar_n[h] = abar[2 * h]
-            for h in range(2 * width):
-                part[h] += abar[h]
+                v_bar_n[h] = abar_re[h]
+            for h in range(width):
+                part_re[h] += abar_re[h]
+            for h in range(width):
+                part_im[h] += abar_im[h]
             if wants_bonds:
                 earlier = n + 1 if reverse else n - 1
                 inside = 0 <= earlier < length
-                l_before = (
-                    l[row, earlier, 2 * lane_begin : 2 * lane_end]
-                    if inside
-                    else state[row, 2 * lane_begin : 2 * lane_end]
-                )
-                if per_token:
-                    # The mirrored sweep has no bond before its first site.
-                    if inside or not reverse:
-                        place = bonds_bar[row, n + 1 if reverse else n, lane_begin:lane_end]
-                        for h in range(width):
-                            place[h] = -(l_before[2 * h] * abar[2 * h] + l_before[2 * h + 1] * abar[2 * h + 1])
-                else:
+                before = l[row, earlier, lane_begin:lane_end] if inside else state[row, lane_begin:lane_end]
+                if not per_token:
                     for h in range(width):
-                        bond_part[h] -= l_before[2 * h] * abar[2 * h] + l_before[2 * h + 1] * abar[2 * h + 1]
+                        bond_part[h] -= before[h].real * abar_re[h] + before[h].imag * abar_im[h]
+                elif inside or not reverse:
+                    # The mirrored sweep has no bond before its first site.
+                    place = bonds_bar[row, n + 1 if reverse else n, lane_begin:lane_end]
+                    for h in range(width):
+                        place[h] = -(before[h].real * abar_re[h] + before[h].imag * abar_im[h])
             if step % TOKENS_PER_PARTIAL_SUM == TOKENS_PER_PARTIAL_SUM - 1 or step == length - 1:
-                for h in range(2 * width):
-                    shift_bar[row, 2 * lane_begin + h] += part[h]
-                part[:] = 0
+                for h in range(width):
+                    shift_bar[row, 2 * (lane_begin + h)] += part_re[h]
+                    shift_bar[row, 2 * (lane_begin + h) + 1] += part_im[h]
+                part_re[:] = 0
+                part_im[:] = 0
                 if wants_bonds and not per_token:
                     for h in range(width):
                         bonds_bar[row, 0, lane_begin + h] += bond_part[h]
                     bond_part[:] = 0
         first_bond = bonds[row * bond_row, 0, lane_begin:lane_end]
         for h in range(width):
-            state_bar[row, 2 * (lane_begin + h)] = -first_bond[h] * abar[2 * h]
-            state_bar[row, 2 * (lane_begin + h) + 1] = -first_bond[h] * abar[2 * h + 1]
+            state_bar[row, 2 * (lane_begin + h)] = -first_bond[h] * abar_re[h]
+            state_bar[row, 2 * (lane_begin + h) + 1] = -first_bond[h] * abar_im[h]
+    return read
 
 
 @_compiled
