@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
 	@touch $@
 
-demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (6 minutes on 2 busy cores)
+demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (3 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo.py
 
 test: setup ## run every test

@@ -1,15 +1,17 @@
-"""Puts measured figures into the README: the table between its markers, and the picture.
+"""Puts measured figures into the README: the tables between their markers, and the picture.
 
     python benchmarks/readme_figures.py            # writes README.md and docs/images/convergence.svg
-    python benchmarks/readme_figures.py --check    # says whether the README's table is that of the committed results
+    python benchmarks/readme_figures.py --check    # says whether the README's tables are those of the committed results
 
-Reads only the reports under benchmarks/results/, which `make demo` (cpu) and benchmarks/gpu.py (gpu) made.
+Reads only what is under benchmarks/results/: reports which `make demo` (cpu) and benchmarks/gpu.py (gpu) made, and the
+latter's step.json and bk_core.json.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from resnet_bk.files import write_text
+from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence
 from resnet_bk.report.wording import interval
@@ -18,7 +20,8 @@ from resnet_bk.schema import Report, read_report
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "convergence.svg"
 REPORTS = {name: ROOT / "benchmarks" / "results" / name / "report.json" for name in ("cpu", "gpu")}
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+STEPS = ROOT / "benchmarks" / "results" / "gpu" / "step.json"
+SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
 PHASES = {
     "forward": "forward time",
     "backward": "backward time",
@@ -32,10 +35,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
     check = parser.parse_args().check
     text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
     reports = {name: read_report(path) for name, path in REPORTS.items() if path.exists()}
-    wanted = f"{before}{BEGIN}\n{table(reports)}\n{END}{after}"
+    wanted = text
+    for name, content in (("figures", table(reports)), ("steps", steps_table()), ("speeds", speeds_table())):
+        wanted = between_markers(wanted, name, content)
     if check:
         print("up to date" if wanted == text else "README.md does not show the committed results")
         return int(wanted != text)
@@ -43,6 +46,55 @@ def main() -> int:
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     write_text(PICTURE, picture(reports["cpu"]))
     return 0
+
+
+def between_markers(text: str, name: str, content: str) -> str:
+    """The text with what stands between the markers of ``name`` exchanged."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def steps_table() -> str:
+    """Whole training steps over the length, as Markdown."""
+    document = read_json(STEPS)
+    lines = [
+        "| N | ResNet-BK, tokens/s | Transformer, tokens/s | ratio | peak memory, ResNet-BK / Transformer |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for point in document["points"]:
+        ours, theirs = point["models"]["resnet-bk"], point["models"]["transformer"]
+        lines.append(
+            f"| {point['sequence_length']:,} | {ours['tokens_per_second']:,.0f} | {theirs['tokens_per_second']:,.0f} "
+            f"| {point['speedup']:.2f} | {ours['peak_bytes'] / 1e9:.1f} / {theirs['peak_bytes'] / 1e9:.1f} GB |"
+        )
+    shown = "\n".join(lines)
+    return f"{shown}\n\n<sub>[steps](benchmarks/results/gpu/step.json): {source(document)}</sub>"
+
+
+def speeds_table() -> str:
+    """BK-Core's speed in shares of the copy bandwidth, as Markdown."""
+    lines = ["| BK-Core, rows x tokens x heads | forward | backward | bidirectional |", "| --- | --- | --- | --- |"]
+    sources = []
+    for name, path in SPEEDS.items():
+        document = read_json(path)
+        for row in document["shapes"]:
+            shares = (f"{row[phase]['share_of_copy']:.0%}" for phase in ("forward", "backward", "bidirectional"))
+            shape = " x ".join(f"{size:,}" for size in row["shape"])
+            lines.append(f"| {name.upper()}, {shape} | {' | '.join(shares)} |")
+        copied = document["copy_bytes_per_second"] / 1e9
+        sources.append(f"[{name}](benchmarks/results/{name}/bk_core.json): {source(document)}, copy {copied:,.0f} GB/s")
+    shown = "\n".join(lines)
+    return f"{shown}\n\n<sub>{'; '.join(sources)}</sub>"
+
+
+def source(document: dict[str, Any]) -> str:
+    """Machine, commit and torch of a result."""
+    environment = document["environment"]
+    hardware = environment["hardware"]
+    name = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['threads']} threads"
+    return f"{name}, commit {environment['commit']}, torch {environment['packages']['torch']}"
 
 
 def table(reports: dict[str, Report]) -> str:
