@@ -14,9 +14,7 @@ from resnet_bk.models import ResNetBKConfig
 from resnet_bk.models.configuration import field_names
 from resnet_bk.training.config import DataConfig, TrainingConfig
 
-# Choices of a caller and of generation, not of a model: Hugging Face's own fields.
-NOT_FLAGS = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
-MODEL = {name: getattr(ResNetBKConfig, name) for name in field_names() if name not in NOT_FLAGS}
+MODEL = {name: getattr(ResNetBKConfig, name) for name in field_names()}
 TRAINING = {field.name: field.default for field in fields(TrainingConfig)}
 DATA = {field.name: field.default for field in fields(DataConfig)}
 WORDS = {"mixer": "attention", "bk_grad": "blend", "precision": "bf16"}

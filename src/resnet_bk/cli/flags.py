@@ -89,6 +89,14 @@ class ModelFlags:
     """Epsilon of every LayerNorm."""
     initializer_range: Annotated[float | None, preset("FLOAT")] = None
     """Standard deviation of the embeddings at the start."""
+    use_cache: Annotated[bool | None, preset("True|False")] = None
+    """Whether the saved model returns its decoding state by default."""
+    pad_token_id: Annotated[int | None, preset("INT")] = None
+    """Token id of padding, recorded for those who generate with the saved model; also the next two."""
+    bos_token_id: Annotated[int | None, preset("INT")] = None
+    """Token id that begins a text."""
+    eos_token_id: Annotated[int | None, preset("INT")] = None
+    """Token id that ends a text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,7 @@ class PlanCommand:
             "parameters": asdict(plan.counts),
             "weight_bytes": plan.weight_bytes,
             "activations": [asdict(part) for part in plan.activations],
+            "half_activations": [asdict(part) for part in plan.half_activations],
             "strategies": [{**asdict(strategy), "fits": strategy.fits} for strategy in plan.strategies],
             "fastest_that_fits": best.strategy.name if best else None,
         }
@@ -142,9 +143,10 @@ def _seed_table(plan: "Plan") -> Table:
 def _activation_table(plan: "Plan") -> Table:
     from resnet_bk.memory.units import format_bytes
 
-    table = _table("Kept for backward in fp32, logits and loss included", "part", "bytes", "formula", last="left")
-    for part in plan.activations:
-        table.add_row(part.name, format_bytes(part.num_bytes), part.formula)
+    columns = ("part", "fp32", "fp16 or bf16", "formula in fp32")
+    table = _table("Kept for backward, logits and loss included", *columns, last="left")
+    for part, half in zip(plan.activations, plan.half_activations, strict=True):
+        table.add_row(part.name, format_bytes(part.num_bytes), format_bytes(half.num_bytes), part.formula)
     return table
 
 

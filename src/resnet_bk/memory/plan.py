@@ -83,11 +83,12 @@ class StrategyPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Parameters, weights by type, activations by part, and every strategy."""
+    """Parameters, weights by type, activations by part in fp32 and under autocast, and every strategy."""
 
     counts: ParameterCounts
     weight_bytes: dict[str, int]
     activations: list[ActivationPart]
+    half_activations: list[ActivationPart]
     strategies: list[StrategyPlan]
 
     @property
@@ -103,6 +104,7 @@ def make_plan(config: ResNetBKConfig, shape: TrainingShape, budget: Budget) -> P
         counts=counts,
         weight_bytes={name: counts.total * size for name, size in BYTES_PER_PARAMETER.items()},
         activations=activation_parts(config, shape, half=False, checkpointing=False),
+        half_activations=activation_parts(config, shape, half=True, checkpointing=False),
         strategies=[_plan_strategy(strategy, config, shape, counts, budget) for strategy in STRATEGIES],
     )
 
