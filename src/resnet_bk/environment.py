@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("resnet-bk", "torch", "transformers", "tokenizers", "triton", "numpy", "typst", "matplotlib")
+PACKAGES = ("resnet-bk", "torch", "transformers", "tokenizers", "triton", "numba", "numpy", "typst", "matplotlib")
 
 
 def describe_environment() -> dict[str, Any]:
