@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ops import bk_core, bk_tunnel
@@ -26,6 +27,23 @@ def test_torch_accepts_the_operators(backend, dtype, bonds_shape, blend):
         bonds, state = bonds.detach(), state.detach()
     torch.library.opcheck(operators.bk_causal, (v, shift, bonds, state, blend, backend))
     torch.library.opcheck(operators.bk_bidirectional, (v, shift, bonds, blend, backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("bonds_shape", [(3,), (2, 5, 3)])
+@pytest.mark.parametrize("wants_bonds", [True, False])
+def test_the_adjoint_has_the_shapes_that_its_fake_promises(backend, bonds_shape, wants_bonds):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    v, _, bonds, state = (x.detach().to(device) for x in causal_arguments(torch.float32, bonds_shape))
+    pairs = torch.rand(*v.shape, 2, device=device)
+    arguments = (pairs, pairs, bonds, state, wants_bonds, backend)
+    torch.library.opcheck(operators.bk_causal_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    with FakeTensorMode() as mode:
+        promised = operators.bk_causal_backward(
+            *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments)
+        )
+    found = operators.bk_causal_backward(*arguments)
+    assert [x.shape for x in found] == [x.shape for x in promised]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

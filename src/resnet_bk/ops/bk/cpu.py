@@ -84,7 +84,7 @@ def causal_adjoint(
     heads = like_BNH.shape[2]
     shift_bar_H2 = shift_bar_RL.view(-1, heads, 2).sum(0).to(l_BNH2.dtype)
     if not wants_bonds:
-        bonds_bar = torch.empty(0, dtype=l_RNL.dtype)
+        bonds_bar = bonds.new_empty(0, *bonds.shape[1:])
     elif per_token:
         bonds_bar = restore(bonds_bar_RNL)
     else:

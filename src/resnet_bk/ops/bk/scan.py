@@ -48,7 +48,7 @@ def causal_adjoint(
     abar_BNH = -conj_square_BNH * lambda_BNH
     first_bond = bonds if bonds.dim() == 1 else bonds[:, 0]
     state_bar_BH2 = torch.view_as_real(-first_bond * abar_BNH[:, 0])
-    bonds_bar = abar_BNH.real.new_empty(0)
+    bonds_bar = bonds.new_empty(0, *bonds.shape[1:])
     if wants_bonds:
         before_BNH = torch.cat([state_BH.unsqueeze(1), l_BNH[:, :-1]], dim=1)
         per_token_BNH = -(before_BNH.conj() * abar_BNH).real
