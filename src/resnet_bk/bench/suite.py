@@ -26,14 +26,13 @@ from resnet_bk.bench.timing import measure_timing
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
 from resnet_bk.files import check_writable, make_directory, write_json
-from resnet_bk.memory.activations import TrainingShape
-from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.schema import KIND, SECTIONS, VERSION, Report, Results, SectionStatus, Workload, read_report, to_json
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
 from resnet_bk.training.data.batches import check_long_enough
 from resnet_bk.training.data.tokenizer import check_tokenizer
+from resnet_bk.training.start import check_memory
 from resnet_bk.training.step import choose_device
 
 REPORT_FILE = "report.json"
@@ -188,7 +187,6 @@ def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[s
 
 
 def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig, device: torch.device) -> None:
-    shape = TrainingShape(batch_size=training.batch_size, sequence_length=training.sequence_length)
     for model in models.values():
         limit = model.max_position_embeddings
         if limit is not None and training.sequence_length > limit:
@@ -201,7 +199,7 @@ def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig, d
                 "causal=False would compare a model that reads its targets; leave it out (the convergence section "
                 "shows that variant beside the others)"
             )
-        check_training_fits(model, shape, half=training.precision != "fp32", device=device)
+        check_memory(model, training, device)
 
 
 def _measure(bench: _Bench, report: Report, section: str) -> Report:

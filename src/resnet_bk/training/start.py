@@ -9,8 +9,9 @@ from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory
 from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.limits import check_training_fits
-from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.checkpoint import TrainingState, load_model_checkpoint, restore_optimizer, save_checkpoint
+from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset
 from resnet_bk.training.data.batches import check_long_enough
 from resnet_bk.training.loop import Observer, Trainer
@@ -54,7 +55,7 @@ def start_run(
     check_new_run(out)
     check_config(config, dataset)
     device = choose_device(config.training.device)
-    _check_memory(config, device)
+    check_memory(config.model, config.training, device)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     config = replace(config, training=replace(config.training, num_threads=torch.get_num_threads()))
@@ -81,7 +82,7 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyR
         torch.set_num_threads(run.config.training.num_threads)
     checkpoint = run.latest_checkpoint()
     device = choose_device(run.config.training.device)
-    _check_memory(run.config, device)
+    check_memory(run.config.model, run.config.training, device)
     model = load_model_checkpoint(checkpoint).to(device)
     if model.config.own_fields() != run.config.model.own_fields():
         raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
@@ -91,7 +92,7 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyR
     return ReadyRun(trainer=trainer, state=state)
 
 
-def _check_memory(config: RunConfig, device: torch.device) -> None:
-    training = config.training
+def check_memory(model: ResNetBKConfig, training: TrainingConfig, device: torch.device) -> None:
+    """Raises a UserError if training the model so would need more host memory than there is."""
     shape = TrainingShape(batch_size=training.batch_size, sequence_length=training.sequence_length)
-    check_training_fits(config.model, shape, half=training.precision != "fp32", device=device)
+    check_training_fits(model, shape, half=training.precision != "fp32", device=device)
