@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_bk.layers.context import MixerState, SequenceContext
+from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding
 from resnet_bk.ops.bk import bk_core_pairs
 
@@ -16,7 +18,8 @@ class BKMixer(nn.Module):
 
     The columns of W_o go by head: Re and Im of the first, then of the second, ...
 
-    The energy z = E + i eta is learned per head; eta = softplus(raw) > 0 by construction.
+    The energy z = E + i eta is learned per head; eta = softplus(raw) > 0 by construction. With a ``conv_size`` the
+    potential reads a short convolution of the tokens.
     """
 
     def __init__(
@@ -31,12 +34,14 @@ class BKMixer(nn.Module):
         causal: bool,
         grad: Literal["exact", "blend"],
         blend: float,
+        conv_size: int,
     ) -> None:
         super().__init__()
         self.num_heads, self.h0, self.hopping, self.causal = num_heads, h0, hopping, causal
         self.grad: Literal["exact", "blend"] = grad
         self.blend = blend
         self.initial_energy, self.initial_eta = energy, eta
+        self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
         self.potential = nn.Linear(hidden_size, num_heads, bias=False)
         self.output = nn.Linear(2 * num_heads, hidden_size, bias=False)
         self.energy = nn.Parameter(torch.empty(num_heads))
@@ -53,43 +58,49 @@ class BKMixer(nn.Module):
         """softplus of it is the configured eta."""
         return torch.full((self.num_heads,), math.log(math.expm1(self.initial_eta)))
 
-    def forward(self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The mixed tokens ``(B, N, D)``, and the state after each row's last real token (causal only)."""
+    def forward(
+        self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
+    ) -> tuple[Tensor, MixerState | None]:
+        """The mixed tokens ``(B, N, D)``, and the state behind each row's last real token (causal only)."""
+        padding, starts_BN = context.padding, context.front_starts_BN()
+        state = state or {}
+        after: MixerState = {}
+        if padding is not None:
+            x_BND = padding.to_front(x_BND)
+        if self.convolution is not None:
+            x_BND, after["window"] = self.convolution(x_BND, padding, starts_BN, state.get("window"))
         with torch.autocast(x_BND.device.type, enabled=False):
             dtype = torch.promote_types(x_BND.dtype, torch.float32)
             v_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
             eta_H = F.softplus(self.raw_eta.to(dtype))
-            shift_H2 = torch.stack([self.h0 - self.energy.to(dtype), -eta_H], dim=-1)
-            g_BNH2, state_BH2 = self._resolvent(v_BNH, shift_H2, padding, state_BH2)
-        return self.output(g_BNH2.flatten(-2).to(self.output.weight.dtype)), state_BH2
-
-    def _resolvent(
-        self, v_BNH: Tensor, shift_H2: Tensor, padding: Padding | None, state_BH2: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        hopping: float | Tensor = self.hopping
+            g_BNH2 = bk_core_pairs(
+                v_BNH,
+                torch.stack([self.h0 - self.energy.to(dtype), -eta_H], dim=-1),
+                hopping=self._hopping(v_BNH, padding, starts_BN, has_state="chain" in state),
+                causal=self.causal,
+                grad=self.grad,
+                blend=self.blend,
+                initial_state=state.get("chain"),
+            )
+        if self.causal:
+            after["chain"] = self._last(g_BNH2.detach(), padding, state.get("chain"))
+        pairs_BNC = g_BNH2.flatten(-2)
         if padding is not None:
-            v_BNH = padding.to_front(v_BNH)
-            if not self.causal:
-                hopping = (padding.neighbours_BN.unsqueeze(-1) * self.hopping).to(v_BNH.dtype)
-                hopping = hopping.expand(-1, -1, self.num_heads)
-        g_BNH2 = bk_core_pairs(
-            v_BNH,
-            shift_H2,
-            hopping=hopping,
-            causal=self.causal,
-            grad=self.grad,
-            blend=self.blend,
-            initial_state=state_BH2,
-        )
-        final_BH2 = self._final_state(g_BNH2, padding, state_BH2) if self.causal else None
-        if padding is not None:
-            g_BNH2 = padding.restore(g_BNH2.flatten(-2)).view_as(g_BNH2)
-        return g_BNH2, final_BH2
+            pairs_BNC = padding.restore(pairs_BNC)
+        return self.output(pairs_BNC.to(self.output.weight.dtype)), after if self.causal else None
 
-    def _final_state(self, l_BNH2: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> Tensor:
+    def _hopping(
+        self, v_BNH: Tensor, padding: Padding | None, starts_BN: Tensor | None, *, has_state: bool
+    ) -> float | Tensor:
+        """The bonds: none between documents, nor, where tokens read the future, with padding behind the real ones."""
+        joined_BN = None if starts_BN is None else ~starts_BN[:, 0 if has_state else 1 :]
+        if padding is not None and not self.causal:
+            joined_BN = padding.neighbours_BN if joined_BN is None else joined_BN & padding.neighbours_BN
+        if joined_BN is None:
+            return self.hopping
+        return (joined_BN.unsqueeze(-1) * self.hopping).to(v_BNH.dtype).expand(-1, -1, self.num_heads)
+
+    def _last(self, l_BNH2: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> Tensor:
         if padding is None:
-            return l_BNH2[:, -1].detach()
-        last_B = (padding.num_real_B - 1).clamp(min=0)
-        last_BH2 = l_BNH2[torch.arange(len(last_B), device=last_B.device), last_B].detach()
-        before_BH2 = torch.zeros_like(last_BH2) if state_BH2 is None else state_BH2
-        return torch.where((padding.num_real_B > 0).view(-1, 1, 1), last_BH2, before_BH2)
+            return l_BNH2[:, -1]
+        return padding.last_in_front(l_BNH2, torch.zeros_like(l_BNH2[:, 0]) if state_BH2 is None else state_BH2)

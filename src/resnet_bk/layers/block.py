@@ -1,12 +1,10 @@
 """Blocks: how a mixer and a mixture of experts change the residual stream."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from resnet_bk.layers.bk import BKMixer
+from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.mixture import MixtureOfExperts, Routing
-from resnet_bk.layers.padding import Padding
 
 
 class BKBlock(nn.Module):
@@ -19,12 +17,12 @@ class BKBlock(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, x_BND: Tensor, padding: Padding | None, state_BH2: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Routing]:
+        self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
+    ) -> tuple[Tensor, MixerState | None, Routing]:
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
-        m_BND, routing = self.moe(self.norm(x_BND), None if padding is None else padding.real_BN)
-        mixed_BND, state_BH2 = self.mixer(m_BND, padding, state_BH2)
-        return x_BND + m_BND + mixed_BND, state_BH2, routing
+        m_BND, routing = self.moe(self.norm(x_BND), real_tokens(context))
+        mixed_BND, state = self.mixer(m_BND, context, state)
+        return x_BND + m_BND + mixed_BND, state, routing
 
 
 class MixerBlock(nn.Module):
@@ -37,9 +35,16 @@ class MixerBlock(nn.Module):
         self.moe_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.moe = moe
 
-    def forward(self, x_BND: Tensor, padding: Padding | None, *mixer_inputs: Any) -> tuple[Tensor, Any, Routing]:
+    def forward(
+        self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
+    ) -> tuple[Tensor, MixerState, Routing]:
         """The residual stream after the block, the mixer's state, and how the tokens were routed."""
-        mixed_BND, state = self.mixer(self.mixer_norm(x_BND), *mixer_inputs)
+        mixed_BND, state = self.mixer(self.mixer_norm(x_BND), context, state)
         x_BND = x_BND + mixed_BND
-        m_BND, routing = self.moe(self.moe_norm(x_BND), None if padding is None else padding.real_BN)
+        m_BND, routing = self.moe(self.moe_norm(x_BND), real_tokens(context))
         return x_BND + m_BND, state, routing
+
+
+def real_tokens(context: SequenceContext) -> Tensor | None:
+    """Which tokens are real, ``(B, N)``; None if all are."""
+    return None if context.padding is None else context.padding.real_BN

@@ -45,8 +45,20 @@ class Padding:
         index_B1 = self.order_BN.gather(1, front_B.unsqueeze(1))
         return x_BNC.gather(1, index_B1.unsqueeze(-1).expand(-1, 1, x_BNC.shape[-1]))
 
+    def last_in_front(self, x_BNX: Tensor, before_BX: Tensor) -> Tensor:
+        """After ``to_front``: ``x`` at each row's last real token, or ``before_BX`` in a row of padding only."""
+        last_B = (self.num_real_B - 1).clamp(min=0)
+        last_BX = x_BNX[torch.arange(len(last_B), device=last_B.device), last_B]
+        has_one = (self.num_real_B > 0).view(-1, *(1 for _ in before_BX.shape[1:]))
+        return torch.where(has_one, last_BX, before_BX)
+
+    @property
+    def front_real_BN(self) -> Tensor:
+        """After ``to_front``: which tokens are real."""
+        return self.real_BN.gather(1, self.order_BN)
+
     @property
     def neighbours_BN(self) -> Tensor:
         """After ``to_front``: whether sites i and i+1 are both real, ``(B, N-1)``."""
-        front_BN = self.real_BN.gather(1, self.order_BN)
+        front_BN = self.front_real_BN
         return front_BN[:, :-1] & front_BN[:, 1:]

@@ -10,8 +10,18 @@ from transformers import PreTrainedConfig
 from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.models.presets import PRESETS
 
-Mixer = Literal["bk", "attention"]
+Mixer = Literal["resolvent", "bk", "attention"]
+StateKind = Literal["matrix", "vector"]
+Regime = Literal["tunnelling", "scattering"]
 GradientRule = Literal["exact", "blend"]
+CHOICES = {
+    "mixer": Mixer,
+    "resolvent_state": StateKind,
+    "resolvent_regime": Regime,
+    "bk_grad": GradientRule,
+}
+LONGEST_CONVOLUTION = 64  # tokens; it is meant to be short
+LONGEST_MEMORY = 1e6  # tokens; a gap of 1e-12, far below which float32's smallest numbers come near
 MOST_PARAMETERS = 2**60  # their bytes still fit in 64 bits
 LARGEST_FLOAT = 1e30  # float32 holds it, with room to compute
 
@@ -25,7 +35,14 @@ class ResNetBKConfig(PreTrainedConfig):
         num_layers: number of blocks.
         num_experts: experts per block, one of which each token uses.
         intermediate_size: width inside an expert.
-        mixer: how tokens mix: ``"bk"`` (resolvent diagonal) or ``"attention"`` (the Transformer baseline).
+        mixer: how tokens mix: ``"resolvent"`` (keys and values carried by the resolvent), ``"bk"`` (the seed's: its
+            diagonal as features) or ``"attention"`` (the Transformer baseline).
+        conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
+        num_resolvent_heads: heads of the resolvent mixer, each with its chain; must divide hidden_size.
+        resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
+        resolvent_state: ``"matrix"``, or ``"vector"`` for values that are carried without keys and queries.
+        resolvent_regime: ``"tunnelling"`` (real decays, energy below the band) or ``"scattering"`` (complex ones).
+        resolvent_longest_memory: tokens that the last head remembers at the start; the first remembers one.
         num_bk_heads: independent chains of the bk mixer.
         num_attention_heads: heads of the attention mixer; must divide hidden_size into even parts.
         causal: False lets tokens read the future: for encoders and for reproducing the seed, not for a language
@@ -57,7 +74,13 @@ class ResNetBKConfig(PreTrainedConfig):
     num_layers: int = 4
     num_experts: int = 4
     intermediate_size: int = 128
-    mixer: Mixer = "bk"
+    mixer: Mixer = "resolvent"
+    conv_size: int = 4
+    num_resolvent_heads: int = 4
+    resolvent_key_size: int | None = None
+    resolvent_state: StateKind = "matrix"
+    resolvent_regime: Regime = "tunnelling"
+    resolvent_longest_memory: float = 2048.0
     num_bk_heads: int = 1
     num_attention_heads: int = 4
     causal: bool = True
@@ -85,11 +108,11 @@ class ResNetBKConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name, choices in (("mixer", get_args(Mixer)), ("bk_grad", get_args(GradientRule))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name, kind in CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
         positive = ("vocab_size", "hidden_size", "num_layers", "num_experts", "intermediate_size")
-        for name in (*positive, "num_bk_heads", "num_attention_heads"):
+        for name in (*positive, "num_resolvent_heads", "num_bk_heads", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of at least 1")
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
@@ -101,6 +124,7 @@ class ResNetBKConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even width; "
                 "change num_attention_heads"
             )
+        self._check_resolvent()
         for name in ("bk_eta", "router_temperature", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
@@ -111,6 +135,47 @@ class ResNetBKConfig(PreTrainedConfig):
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
         self._check_largest()
+
+    def _check_resolvent(self) -> None:
+        if not (self.conv_size == 0 or 2 <= self.conv_size <= LONGEST_CONVOLUTION):
+            raise ValueError(
+                f"conv_size is {self.conv_size}; give 2 to {LONGEST_CONVOLUTION} tokens, or 0 for no convolution"
+            )
+        if self.mixer != "resolvent":
+            return
+        if not self.causal:
+            raise ValueError("the resolvent mixer is causal; with causal=False choose mixer bk or attention")
+        if self.hidden_size % self.num_resolvent_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_resolvent_heads} heads; "
+                "change num_resolvent_heads"
+            )
+        if self.resolvent_key_size is not None and self.resolvent_key_size < 1:
+            raise ValueError(
+                f"resolvent_key_size is {self.resolvent_key_size}; give at least 1, or None for the values' width"
+            )
+        if self.resolvent_regime == "scattering":
+            if self.resolvent_state == "vector":
+                raise ValueError(
+                    "a vector state has no phase; with the scattering regime choose resolvent_state matrix"
+                )
+            if self.key_size % 2:
+                raise ValueError(
+                    f"keys of the scattering regime are complex: their width {self.key_size} must be even; "
+                    "change resolvent_key_size"
+                )
+        if not 1 < self.resolvent_longest_memory <= LONGEST_MEMORY:
+            raise ValueError(
+                f"resolvent_longest_memory is {self.resolvent_longest_memory}; give a number of tokens above 1 and up "
+                f"to {LONGEST_MEMORY:g}"
+            )
+
+    @property
+    def key_size(self) -> int:
+        """Width of the resolvent mixer's keys; 0 with a vector state."""
+        if self.resolvent_state == "vector":
+            return 0
+        return self.resolvent_key_size or self.hidden_size // self.num_resolvent_heads
 
     def _check_largest(self) -> None:
         for name in field_names():

@@ -11,13 +11,23 @@ def total_parameters(config: "ResNetBKConfig") -> int:
     hidden, experts = config.hidden_size, config.num_experts
     moe = hidden * experts + 2 * experts * hidden * config.intermediate_size
     norm = 2 * hidden
-    if config.mixer == "bk":
-        block = moe + norm + 3 * hidden * config.num_bk_heads + 2 * config.num_bk_heads
-    else:
-        block = moe + 2 * norm + 4 * hidden * hidden
+    block = moe + mixer_parameters(config) + (norm if config.mixer == "bk" else 2 * norm)
     positions = (config.max_position_embeddings or 0) * hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     return embeddings + positions + config.num_layers * block + norm
+
+
+def mixer_parameters(config: "ResNetBKConfig") -> int:
+    """Number of parameters of one mixer."""
+    hidden, size = config.hidden_size, config.conv_size
+    if config.mixer == "bk":
+        return size * hidden + 3 * hidden * config.num_bk_heads + 2 * config.num_bk_heads
+    if config.mixer == "attention":
+        return 4 * hidden * hidden + 3 * size * hidden
+    heads = config.num_resolvent_heads
+    channels = 2 * heads * config.key_size + hidden  # of queries, keys and values
+    chains = hidden * heads + heads * (1 if config.resolvent_regime == "tunnelling" else 3)
+    return (hidden + size) * channels + 2 * hidden * hidden + chains + hidden // heads
 
 
 def match_total_parameters(config: "ResNetBKConfig", target: int) -> int:

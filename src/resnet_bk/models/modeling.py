@@ -9,13 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
-from resnet_bk.layers import BKBlock, BKMixer, CausalAttention, MixerBlock, MixtureOfExperts
+from resnet_bk.layers import (
+    BKBlock,
+    BKMixer,
+    CausalAttention,
+    MixerBlock,
+    MixtureOfExperts,
+    ResolventMixer,
+    SequenceContext,
+    ShortConvolution,
+)
 from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
-from resnet_bk.models.cache import ResNetBKCache, ResolventLayer
+from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
 from resnet_bk.models.configuration import ResNetBKConfig
 from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
 
@@ -81,8 +89,16 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
             init.copy_(module.energy, module.initial_energies())
             init.copy_(module.raw_eta, module.initial_raw_eta())
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
+        elif isinstance(module, ResolventMixer):
+            for name, value in module.initial_chains().items():
+                init.copy_(getattr(module, name), value)
+            init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, CausalAttention):
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
+        elif isinstance(module, ShortConvolution):
+            init.copy_(module.weight, module.initial_weight())
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
@@ -119,6 +135,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: ResNetBKCache | None = None,
         inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -126,6 +143,8 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         """Hidden states of ``input_ids`` ``(B, N)``.
 
         ``attention_mask`` ``(B, past + N)`` is 0 for padding, on either side, and covers the cached tokens too.
+        ``document_ids`` ``(B, N)`` tells packed documents apart, each a run of equal numbers: nothing passes between
+        them, and positions begin again.
 
         Raises:
             ValueError: the inputs do not fit the model; the message names the mend.
@@ -137,18 +156,25 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past_length = 0 if cache is None else cache.get_seq_length()
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
+        if document_ids is not None:
+            _check_documents(document_ids, x_BND, past_length)
         if position_ids is None:
-            position_ids = _positions(key_mask_BK, past_length, x_BND)
+            position_ids = _positions(key_mask_BK, document_ids, past_length, x_BND)
         if self.embed_positions is not None:
             self._check_positions(past_length + length)
             x_BND = x_BND + self.embed_positions(position_ids)
-        padding = _padding(key_mask_BK, length)
+        context = SequenceContext(
+            position_ids_BN=position_ids,
+            padding=_padding(key_mask_BK, length),
+            key_mask_BK=key_mask_BK,
+            document_ids_BN=document_ids,
+        )
 
         all_hidden_states = [x_BND] if output_hidden_states else []
         routings: list[Routing] = []
         for index, block in enumerate(self.layers):
             layer = None if cache is None else cache.layers[index]
-            x_BND, routing = _run_block(block, x_BND, padding, position_ids, key_mask_BK, layer)
+            x_BND, routing = _run_block(block, x_BND, context, layer)
             routings.append(routing)
             if output_hidden_states:
                 all_hidden_states.append(x_BND)
@@ -212,6 +238,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: ResNetBKCache | None = None,
         inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -225,6 +252,8 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``(B, N)``.
             attention_mask: ``(B, past + N)``, 0 for padding on either side.
+            document_ids: ``(B, N)``, a run of equal numbers for each of the documents packed into a row. Targets are
+                yours: the last token of a document should have none (-100), or the next document's first.
             labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
             shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
             logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
@@ -240,6 +269,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
@@ -302,25 +332,49 @@ def _block(config: ResNetBKConfig) -> nn.Module:
         router_bias_update_rate=config.router_bias_update_rate,
     )
     if config.mixer == "bk":
-        mixer = BKMixer(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_bk_heads,
-            h0=config.bk_h0,
-            hopping=config.bk_hopping,
-            energy=config.bk_energy,
-            eta=config.bk_eta,
-            causal=config.causal,
-            grad=config.bk_grad,
-            blend=config.bk_blend,
+        return BKBlock(
+            hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=_bk_mixer(config), moe=moe
         )
-        return BKBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=mixer, moe=moe)
-    attention = CausalAttention(
+    mixer = _attention(config) if config.mixer == "attention" else _resolvent_mixer(config)
+    return MixerBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=mixer, moe=moe)
+
+
+def _bk_mixer(config: ResNetBKConfig) -> BKMixer:
+    return BKMixer(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_bk_heads,
+        h0=config.bk_h0,
+        hopping=config.bk_hopping,
+        energy=config.bk_energy,
+        eta=config.bk_eta,
+        causal=config.causal,
+        grad=config.bk_grad,
+        blend=config.bk_blend,
+        conv_size=config.conv_size,
+    )
+
+
+def _attention(config: ResNetBKConfig) -> CausalAttention:
+    return CausalAttention(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         rope_theta=config.rope_theta,
         causal=config.causal,
+        conv_size=config.conv_size,
     )
-    return MixerBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=attention, moe=moe)
+
+
+def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
+    return ResolventMixer(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_resolvent_heads,
+        key_size=config.key_size,
+        state=config.resolvent_state,
+        regime=config.resolvent_regime,
+        longest_memory=config.resolvent_longest_memory,
+        conv_size=config.conv_size,
+        norm_eps=config.layer_norm_eps,
+    )
 
 
 def _is_matrix(head: Any) -> bool:
@@ -333,25 +387,12 @@ def _is_matrix(head: Any) -> bool:
 
 
 def _run_block(
-    block: nn.Module,
-    x_BND: Tensor,
-    padding: Padding | None,
-    position_ids_BN: Tensor,
-    key_mask_BK: Tensor | None,
-    layer: ResolventLayer | DynamicLayer | None,
+    block: nn.Module, x_BND: Tensor, context: SequenceContext, layer: RecurrentLayer | AttentionLayer | None
 ) -> tuple[Tensor, Routing]:
     """One block, reading and replacing what its cache layer remembers."""
-    if isinstance(block, BKBlock):
-        x_BND, state_BH2, routing = block(x_BND, padding, None if layer is None else layer.state_BH2)
-        if layer is not None:
-            layer.advance(state_BH2, x_BND.shape[1])
-        return x_BND, routing
-    past = (layer.keys, layer.values) if layer is not None and layer.get_seq_length() else None
-    x_BND, (keys, values), routing = block(x_BND, padding, position_ids_BN, key_mask_BK, past)
+    x_BND, state, routing = block(x_BND, context, None if layer is None else layer.state)
     if layer is not None:
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer.advance(state, x_BND.shape[1])
     return x_BND, routing
 
 
@@ -366,12 +407,29 @@ def _mask_with_padding(attention_mask: Tensor | None, num_keys: int) -> Tensor |
     return None if bool(attention_mask.all()) else attention_mask
 
 
-def _positions(key_mask_BK: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
-    """Each token's number among the real tokens of its row."""
+def _check_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -> None:
+    if document_ids.shape != x_BND.shape[:2] or document_ids.is_floating_point():
+        raise ValueError(
+            f"document_ids is {document_ids.dtype} of shape {tuple(document_ids.shape)}; "
+            f"give integers of shape {tuple(x_BND.shape[:2])}"
+        )
+    if past_length:
+        raise ValueError("document_ids are for whole rows; a cache that has tokens already cannot be told them apart")
+
+
+def _positions(key_mask_BK: Tensor | None, document_ids_BN: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
+    """Each token's number among the real tokens of its row, or of its document there."""
     length = x_BND.shape[1]
     if key_mask_BK is None:
-        return torch.arange(past_length, past_length + length, device=x_BND.device).unsqueeze(0)
-    return (key_mask_BK.bool().long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        position_ids_BN = torch.arange(past_length, past_length + length, device=x_BND.device).unsqueeze(0)
+    else:
+        position_ids_BN = (key_mask_BK.bool().long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    if document_ids_BN is None:
+        return position_ids_BN
+    first_BN = torch.zeros_like(document_ids_BN, dtype=position_ids_BN.dtype)
+    starts_BN = document_ids_BN[:, 1:] != document_ids_BN[:, :-1]
+    first_BN[:, 1:] = torch.where(starts_BN, position_ids_BN[:, 1:], 0)
+    return position_ids_BN - first_BN.cummax(1).values
 
 
 def _padding(key_mask_BK: Tensor | None, length: int) -> Padding | None:

@@ -1,0 +1,167 @@
+"""The resolvent mixer: keys and values carried by the Green's function of the chain cut at each token."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_bk.layers.context import MixerState, SequenceContext
+from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.padding import Padding
+from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
+from resnet_bk.ops.carry import bk_carry
+
+Regime = Literal["tunnelling", "scattering"]
+StateKind = Literal["matrix", "vector"]
+SHORTEST_MEMORY = 1.0  # tokens, of the first head at the start
+
+
+class ResolventMixer(nn.Module):
+    """``W_o (norm(o) * silu(W_g x))`` with ``S_i = l_i (S_{i-1} + k_i v_i^T)``, ``o_i = q_i S_i`` in every head.
+
+    In the tunnelling regime l is real and at most 1; a head's gap is w = softplus(W_w x) * gap. In the scattering
+    regime l is complex; a head's potential is amplitude * W_w x, at an energy inside the band and a learned eta.
+    Memories are spread evenly in their logarithm over the heads, from one token to ``longest_memory``.
+
+    With a vector as state there are no keys and queries: S is v's carried sum. State, gap and norm are in float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        key_size: int,
+        state: StateKind,
+        regime: Regime,
+        longest_memory: float,
+        conv_size: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.regime, self.longest_memory = num_heads, regime, longest_memory
+        self.key_size = key_size if state == "matrix" else 0
+        value_size = hidden_size // num_heads
+        channels = num_heads * (2 * self.key_size + value_size)
+        self.qkv = nn.Linear(hidden_size, channels, bias=False)
+        self.convolution = ShortConvolution(channels, conv_size) if conv_size else None
+        self.potential = nn.Linear(hidden_size, num_heads, bias=False)
+        if regime == "tunnelling":
+            self.log_gap = nn.Parameter(torch.empty(num_heads))
+        else:
+            self.energy = nn.Parameter(torch.empty(num_heads))
+            self.raw_eta = nn.Parameter(torch.empty(num_heads))
+            self.log_amplitude = nn.Parameter(torch.empty(num_heads))
+        self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(value_size, eps=norm_eps)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    @torch.no_grad()
+    def initial_chains(self) -> dict[str, Tensor]:
+        """The chains' parameters by name, for memories (tokens until a factor of e) spread over the heads.
+
+        Tunnelling: constant w gives l = exp(-1 / memory) for w = 4 sinh(1 / (2 memory))^2, and softplus(0) = log 2.
+        Scattering at energy e from the band's centre, s = sqrt(4 - e^2): eta decays by eta / s a token, a random
+        potential of variance a^2 by a^2 / (2 s^2) (D. J. Thouless, 1979); each does half.
+        """
+        share = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.full((1,), 0.5)
+        memory = SHORTEST_MEMORY * (self.longest_memory / SHORTEST_MEMORY) ** share
+        if self.regime == "tunnelling":
+            return {"log_gap": torch.log(4 * torch.sinh(0.5 / memory) ** 2 / math.log(2))}
+        # Energies at Chebyshev nodes, in an order that does not run with the memories.
+        order = (
+            torch.arange(self.num_heads) * 5 % self.num_heads if self.num_heads % 5 else torch.arange(self.num_heads)
+        )
+        energy = 2 * torch.cos(torch.pi * (order + 0.5) / self.num_heads)
+        s = torch.sqrt(4 - energy**2)
+        return {
+            "energy": energy,
+            "raw_eta": torch.log(torch.expm1(0.5 * s / memory)),
+            "log_amplitude": 0.5 * torch.log(s**2 / memory),
+        }
+
+    def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """The mixed tokens ``(B, N, D)`` and the state behind each row's last real token."""
+        padding, starts_BN = context.padding, context.front_starts_BN()
+        state = state or {}
+        if padding is not None:
+            x_BND = padding.to_front(x_BND)
+        after: MixerState = {}
+        qkv_BNC = self.qkv(x_BND)
+        if self.convolution is not None:
+            qkv_BNC, after["window"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("window"))
+        log_l_BNH, angle_BNH, after["chain"] = self._chains(x_BND, padding, starts_BN, state.get("chain"))
+        o_BNHV, after["carried"] = self._carry(qkv_BNC, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
+        gate_BND = F.silu(self.gate(x_BND))
+        # The weight in the tokens' type: torch has no fused kernel for two types, and sums in float32 in either.
+        normed_BNHV = F.rms_norm(o_BNHV, self.norm.normalized_shape, self.norm.weight.to(o_BNHV.dtype), self.norm.eps)
+        mixed_BND = normed_BNHV.flatten(-2).to(gate_BND.dtype) * gate_BND
+        if padding is not None:
+            mixed_BND = padding.restore(mixed_BND)
+        return self.output(mixed_BND), after
+
+    def _carry(
+        self,
+        qkv_BNC: Tensor,
+        log_l_BNH: Tensor,
+        angle_BNH: Tensor | None,
+        padding: Padding | None,
+        starts_BN: Tensor | None,
+        state_BHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        qkv_BNHC = F.silu(qkv_BNC).unflatten(-1, (self.num_heads, -1))
+        if self.key_size:
+            q, k, v = qkv_BNHC.split([self.key_size, self.key_size, qkv_BNHC.shape[-1] - 2 * self.key_size], dim=-1)
+        else:
+            v = qkv_BNHC
+            q = k = torch.ones_like(v[..., :1])
+        if padding is not None:
+            # Behind a row's last real token nothing decays, turns or is written: its state stays the last one.
+            real_BN1 = padding.front_real_BN.unsqueeze(-1)
+            log_l_BNH, k = log_l_BNH * real_BN1, k * real_BN1.unsqueeze(-1)
+            angle_BNH = None if angle_BNH is None else angle_BNH * real_BN1
+        o_BNHV, final_BHKV = bk_carry(
+            q,
+            k,
+            v,
+            log_l_BNH,
+            angle=angle_BNH,
+            starts=starts_BN,
+            initial_state=state_BHKV,
+            output_final_state=True,
+            form="recurrent" if v.shape[1] == 1 else "chunked",
+        )
+        return o_BNHV, final_BHKV.detach()
+
+    def _chains(
+        self, x_BND: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """log|l| and arg l ``(B, N, H)``, and what the chains remember: m ``(B, H)``, or l as a pair ``(B, H, 2)``."""
+        with torch.autocast(x_BND.device.type, enabled=False):
+            dtype = torch.promote_types(x_BND.dtype, torch.float32)
+            potential_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
+            if self.regime == "tunnelling":
+                w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
+                log_l_BNH = bk_tunnel(w_BNH, initial_state=state)
+                return log_l_BNH, None, _last_real(-torch.expm1(log_l_BNH), padding, 1.0, state)
+            eta_H = F.softplus(self.raw_eta.to(dtype))
+            l_BNH2 = bk_core_pairs(
+                potential_BNH * self.log_amplitude.to(dtype).exp(),
+                torch.stack([-self.energy.to(dtype), -eta_H], dim=-1),
+                hopping=1.0
+                if starts_BN is None
+                else (~starts_BN[:, 1:, None]).to(dtype).expand(-1, -1, self.num_heads),
+                initial_state=state,
+            )
+            log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
+            angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
+            return log_l_BNH, angle_BNH, _last_real(l_BNH2, padding, 0.0, state)
+
+
+def _last_real(x: Tensor, padding: Padding | None, at_first: float, state: Tensor | None) -> Tensor:
+    """``x`` at each row's last real token, real ones in front; the state before where there is none."""
+    if padding is None:
+        return x[:, -1].detach()
+    return padding.last_in_front(x, torch.full_like(x[:, 0], at_first) if state is None else state).detach()

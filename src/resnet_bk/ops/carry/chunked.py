@@ -1,0 +1,206 @@
+"""Content carried along a chain, a chunk of tokens at a time, as matrix products in plain torch.
+
+    S_i = l_i S_{i-1} + k_i v_i^T,   o_i = q_i S_i        (S is K x V, l_i > 0)
+
+Inside a chunk of C tokens, with L_i = log l_1 + ... + log l_i from the chunk's first token on and S_0 the state that
+enters it,
+
+    o_i = sum_{j <= i} exp(L_i - L_j) (q_i . k_j) v_j + exp(L_i) q_i S_0,
+
+and the state that leaves it is exp(L_C) S_0 + sum_j exp(L_C - L_j) k_j v_j^T. Decays are exponentials of differences
+inside one chunk, so nothing grows with N and nothing overflows. The states that enter the chunks follow the same
+recurrence over chunks, which goes ``GROUP`` of them at a time. All together O(N (C (K + V) + K V)).
+
+The adjoint, with E the gradient of the state that leaves a chunk and o' that of o:
+
+    P_ij = exp(L_i - L_j) (q_i . k_j),   P'_ij = exp(L_i - L_j) (o'_i . v_j)
+    q'_i = sum_j P'_ij k_j + exp(L_i) S_0 o'_i
+    k'_j = sum_i P'_ij q_i + exp(L_C - L_j) E v_j
+    v'_j = sum_i P_ij o'_i + exp(L_C - L_j) E^T k_j
+
+and log l_t gathers whatever crosses t: pairs j < t <= i, the entering state as read at i >= t, what is written at
+j < t and leaves, and what passes through the whole chunk. These are sums over one chunk, never over all tokens, which
+would be differences of large numbers.
+
+The start of a document cuts everything that would cross it.
+
+Source: the chunked form is that of T. Dao and A. Gu, "Transformers are SSMs" (2024), section 6.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # tokens
+GROUP = 16  # chunks whose states one product joins
+SLAB_BYTES = 2**23  # of one C x C matrix for all chains of the chunks at hand: what a cache holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decays:
+    """Decays inside pieces of C steps, ``(..., C)``: zero across the start of a document.
+
+    ``log_sum`` is L in the widest type of the device; ``starts`` counts the starts up to each step, or is None.
+    """
+
+    log_sum: Tensor
+    starts: Tensor | None
+    dtype: torch.dtype
+
+    def __getitem__(self, pieces: slice | int) -> "Decays":
+        starts = None if self.starts is None else self.starts[pieces]
+        return Decays(log_sum=self.log_sum[pieces], starts=starts, dtype=self.dtype)
+
+    def from_entry(self) -> Tensor:
+        """exp(L_i), ``(..., C)``: from the state that enters to step i."""
+        decay = self.log_sum.exp().to(self.dtype)
+        return decay if self.starts is None else decay * (self.starts == 0)
+
+    def to_exit(self) -> Tensor:
+        """exp(L_C - L_j), ``(..., C)``: from step j to the state that leaves."""
+        decay = (self.log_sum[..., -1:] - self.log_sum).exp().to(self.dtype)
+        return decay if self.starts is None else decay * (self.starts == self.starts[..., -1:])
+
+    def between(self) -> Tensor:
+        """exp(L_i - L_j) for j <= i and 0 else, ``(..., C, C)``."""
+        size = self.log_sum.shape[-1]
+        unrelated = torch.ones(size, size, dtype=torch.bool, device=self.log_sum.device).triu_(1)
+        if self.starts is not None:
+            unrelated = unrelated | (self.starts.unsqueeze(-1) != self.starts.unsqueeze(-2))
+        difference = (self.log_sum.unsqueeze(-1) - self.log_sum.unsqueeze(-2)).to(self.dtype)
+        return difference.masked_fill_(unrelated, -torch.inf).exp_()
+
+
+def carry(
+    q_BNHK: Tensor, k_BNHK: Tensor, v_BNHV: Tensor, log_l_BNH: Tensor, starts_BN: Tensor | None, state_BHKV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o ``(B, N, H, V)`` and the last state ``(B, H, K, V)``, in the state's type."""
+    batch_size, length, heads, _ = q_BNHK.shape
+    dtype = state_BHKV.dtype
+    decays = _decays(log_l_BNH, starts_BN, dtype)
+    q, k, v = (_chunks(x, dtype) for x in (q_BNHK, k_BNHK, v_BNHV))
+    entry, final_MKV = _joined(_written(k, v, decays), decays, state_BHKV.flatten(0, 1))
+    o = torch.empty_like(v)
+    for slab in _slabs(q):
+        pairs = (q[slab] @ k[slab].mT).mul_(decays[slab].between())
+        from_state = (q[slab] @ entry[slab]).mul_(decays[slab].from_entry().unsqueeze(-1))
+        torch.add(pairs @ v[slab], from_state, out=o[slab])
+    return _tokens(o, batch_size, length), final_MKV.unflatten(0, (batch_size, heads))
+
+
+def carry_adjoint(
+    grad_o_BNHV: Tensor,
+    grad_final_BHKV: Tensor,
+    q_BNHK: Tensor,
+    k_BNHK: Tensor,
+    v_BNHV: Tensor,
+    log_l_BNH: Tensor,
+    starts_BN: Tensor | None,
+    state_BHKV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log l and the initial state, in the state's type. The states are computed again."""
+    batch_size, length, heads, _ = q_BNHK.shape
+    dtype = state_BHKV.dtype
+    decays = _decays(log_l_BNH, starts_BN, dtype)
+    q, k, v, grad_o = (_chunks(x, dtype) for x in (q_BNHK, k_BNHK, v_BNHV, grad_o_BNHV))
+    entry, _ = _joined(_written(k, v, decays), decays, state_BHKV.flatten(0, 1))
+    read = (q * decays.from_entry().unsqueeze(-1)).mT @ grad_o
+    leaving, grad_state_MKV = _joined(read, decays, grad_final_BHKV.to(dtype).flatten(0, 1), backward=True)
+
+    through_GM = (entry * leaving).sum((-2, -1)) * decays.from_entry()[..., -1]
+    at_or_after_CC = torch.ones(CHUNK, CHUNK, dtype=dtype, device=q.device).tril()
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_log = torch.empty_like(q[..., 0])
+    for slab in _slabs(q):
+        q_, k_, v_, grad_, between = q[slab], k[slab], v[slab], grad_o[slab], decays[slab].between()
+        to_exit = decays[slab].to_exit().unsqueeze(-1)
+        pairs = (q_ @ k_.mT).mul_(between)
+        products = grad_ @ v_.mT
+        grad_pairs = between.mul_(products)
+        from_state = (grad_ @ entry[slab].mT).mul_(decays[slab].from_entry().unsqueeze(-1))
+        to_state = (v_ @ leaving[slab].mT).mul_(to_exit)
+        torch.add(grad_pairs @ k_, from_state, out=grad_q[slab])
+        torch.add(grad_pairs.mT @ q_, to_state, out=grad_k[slab])
+        torch.add(pairs.mT @ grad_, (k_ @ leaving[slab]).mul_(to_exit), out=grad_v[slab])
+        crossing = products.mul_(pairs)  # the gradient of L_i - L_j
+        crossing.diagonal(dim1=-2, dim2=-1).zero_()
+        later = crossing.sum(-1).sub_(crossing.sum(-2)).add_((from_state * q_).sum(-1))
+        earlier = (to_state * k_).sum(-1)
+        grad_log[slab] = later @ at_or_after_CC + earlier @ (1 - at_or_after_CC) + through_GM[slab].unsqueeze(-1)
+    tokens = (_tokens(x, batch_size, length) for x in (grad_q, grad_k, grad_v, grad_log))
+    return *tokens, grad_state_MKV.unflatten(0, (batch_size, heads))  # type: ignore[return-value]
+
+
+def _written(k: Tensor, v: Tensor, decays: Decays) -> Tensor:
+    """What each chunk adds to the state that leaves it, ``(G, M, K, V)``."""
+    return (k * decays.to_exit().unsqueeze(-1)).mT @ v
+
+
+def _joined(
+    written_GMKV: Tensor, decays: Decays, state_MKV: Tensor, *, backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, ``(G, M, K, V)``, and the one behind the last; ``backward`` goes from the last."""
+    num_chunks, _, *size = written_GMKV.shape
+    log_GM, starts_GM = decays.log_sum[..., -1], None if decays.starts is None else decays.starts[..., -1]
+    if backward:
+        written_GMKV, log_GM = written_GMKV.flip(0), log_GM.flip(0)
+        starts_GM = None if starts_GM is None else starts_GM.flip(0)
+    written = written_GMKV.flatten(2)
+    before = torch.empty_like(written)
+    state = state_MKV.flatten(1)
+    for first in range(0, num_chunks, GROUP):
+        group = slice(first, first + GROUP)
+        over_chunks = Decays(
+            log_sum=log_GM[group].T.cumsum(-1),
+            starts=None if starts_GM is None else starts_GM[group].T.cumsum(-1),
+            dtype=decays.dtype,
+        )
+        carried = over_chunks.from_entry().unsqueeze(-1) * state.unsqueeze(1)
+        behind = torch.baddbmm(carried, over_chunks.between(), written[group].transpose(0, 1)).transpose(0, 1)
+        before[first] = state
+        before[first + 1 : first + GROUP] = behind[:-1]
+        state = behind[-1]
+    before_GMKV = before.unflatten(-1, size)
+    return before_GMKV.flip(0) if backward else before_GMKV, state.unflatten(-1, size).contiguous()
+
+
+def _decays(log_l_BNH: Tensor, starts_BN: Tensor | None, dtype: torch.dtype) -> Decays:
+    # Sums of 64 logarithms in double precision, where the device has it: a difference of two then rounds but once.
+    widest = dtype if log_l_BNH.device.type == "mps" else torch.float64
+    starts = None
+    if starts_BN is not None:
+        starts = _chunks(starts_BN.to(torch.int32)[:, :, None].expand(-1, -1, log_l_BNH.shape[2]), torch.int32).cumsum(
+            -1, dtype=torch.int32
+        )
+    return Decays(log_sum=_chunks(log_l_BNH, widest).cumsum(-1), starts=starts, dtype=dtype)
+
+
+def _chunks(x_BNH: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, N, H, ...)`` as ``(G, B H, C, ...)``, the last chunk filled with zeros: no decay, nothing written."""
+    batch_size, length, heads, *size = x_BNH.shape
+    num_chunks = -(-length // CHUNK)
+    chunks = torch.zeros if num_chunks * CHUNK > length else torch.empty
+    out = chunks(num_chunks, batch_size, heads, CHUNK, *size, dtype=dtype, device=x_BNH.device)
+    whole = length // CHUNK
+    # (G, B, C, H, ...), seen as the tokens lie.
+    seen = out.movedim(3, 2)
+    seen[:whole] = x_BNH[:, : whole * CHUNK].unflatten(1, (whole, CHUNK)).transpose(0, 1)
+    if whole < num_chunks:
+        seen[whole, :, : length - whole * CHUNK] = x_BNH[:, whole * CHUNK :]
+    return out.flatten(1, 2)
+
+
+def _tokens(x_GMC: Tensor, batch_size: int, length: int) -> Tensor:
+    """The inverse of ``_chunks``, contiguous."""
+    num_chunks = x_GMC.shape[0]
+    chunks = x_GMC.unflatten(1, (batch_size, -1)).transpose(0, 1).movedim(3, 2)  # (B, G, C, H, ...)
+    return chunks.reshape(batch_size, num_chunks * CHUNK, *chunks.shape[3:])[:, :length].contiguous()
+
+
+def _slabs(x_GMC: Tensor) -> Iterator[slice]:
+    per_chunk = x_GMC.shape[1] * CHUNK * CHUNK * x_GMC.element_size()
+    step = max(1, SLAB_BYTES // max(1, per_chunk))
+    for first in range(0, x_GMC.shape[0], step):
+        yield slice(first, first + step)
