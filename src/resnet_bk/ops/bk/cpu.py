@@ -1,8 +1,12 @@
 """The sweeps compiled for the CPU (numba): vectorised over chains, rows and heads shared out among torch's threads.
 
-Every chain is computed by itself and in order, so that results do not depend on the number of threads. Complex numbers
-are pairs of reals in the last axis. The formulas are in ``scan``; those of the tunnelling regime, whose memory is
-long, are carried in double precision whatever the data.
+Many heads fill a vector register as they lie in memory, and their chains are swept in order. With few heads, rows are
+cut into chunks which are swept side by side, each from a start that is proven or composed (``cpu_chunk_kernels``). How
+they are cut depends on the shape alone, so that results do not depend on the number of threads. Where a proof needs
+more tokens than a chunk has, as for a tiny eta, rows are swept in order after all, as many as there are side by side.
+
+Complex numbers are pairs of reals in the last axis. The formulas are in ``scan``; those of the tunnelling regime, whose
+memory is long, are carried in double precision whatever the data.
 
 Kernels are compiled at their first call and kept in numba's cache beside this file (or in the user's cache folder).
 """
@@ -10,6 +14,7 @@ Kernels are compiled at their first call and kept in numba's cache beside this f
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -19,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnet_bk.ops.bk import cpu_chunk_kernels as chunk_kernels
 from resnet_bk.ops.bk.cpu_kernels import (
     causal_adjoint_kernel,
     causal_kernel,
@@ -30,11 +36,23 @@ from resnet_bk.ops.bk.cpu_kernels import (
 Array = NDArray[np.floating[Any]]
 
 LANES_WORTH_A_VECTOR = 16
-ELEMENTS_WORTH_A_THREAD = 1 << 15
+# To hand work to a thread takes as long as this many sites and heads.
+ELEMENTS_WORTH_A_THREAD = 1 << 16
+# Rows are cut until there are this many lanes (heads of chunks), or chunks would be shorter than this.
+WANTED_LANES, SHORTEST_CHUNK = 1024, 256
+# Composing maps costs as much as sweeping does: what fills a register in double precision stays whole.
+TUNNEL_LANES_LEFT_WHOLE, WANTED_TUNNEL_LANES, TUNNEL_LANES_IN_BLOCK = 8, 128, 32
+
+# From here on m = 1 to the last digit.
+LARGEST_GAP, LARGEST_GAP_FLOAT32 = 1e17, 1e8
 
 
 def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *, reverse: bool = False) -> Tensor:
     """l_i for all i, ``(B, N, H, 2)``; ``reverse`` sweeps from the right end."""
+    if not reverse and bonds.dim() == 1 and v_BNH.shape[2] < LANES_WORTH_A_VECTOR:
+        out_BNH2 = _causal_in_chunks(v_BNH.to(shift_H2.dtype), shift_H2, bonds, state_BH2)
+        if out_BNH2 is not None:
+            return out_BNH2
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
     out_RNL = torch.empty(*v_RNL.shape[:2], 2 * v_RNL.shape[2], dtype=v_RNL.dtype)
     _run(
@@ -54,6 +72,10 @@ def causal_adjoint(
     grad_BNH2: Tensor, l_BNH2: Tensor, bonds: Tensor, state_BH2: Tensor, *, wants_bonds: bool, reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of v ``(B, N, H)``, shift ``(H, 2)``, bonds (as given; empty if not wanted), state ``(B, H, 2)``."""
+    if not reverse and not wants_bonds and bonds.dim() == 1 and l_BNH2.shape[2] < LANES_WORTH_A_VECTOR:
+        gradients = _causal_adjoint_in_chunks(grad_BNH2, l_BNH2, bonds)
+        if gradients is not None:
+            return gradients
     like_BNH = l_BNH2[..., 0]
     l_RNL, restore = _lanes(l_BNH2)
     grad_RNL, _ = _lanes(grad_BNH2)
@@ -106,20 +128,130 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
 
 def tunnel(w_BNH: Tensor, state_BH: Tensor) -> Tensor:
     """log l_i = -log1p(s_i), ``(B, N, H)`` in the state's type."""
-    w_RNL, restore = _lanes(w_BNH.to(state_BH.dtype))
-    s_RNL = torch.empty_like(w_RNL)
-    state = _array(state_BH.reshape(w_RNL.shape[0], w_RNL.shape[2]))
-    _run(tunnel_kernel, w_RNL.shape, _array(w_RNL), state, _array(s_RNL))
-    return restore(s_RNL.log1p_().neg_())
+    w_BNH = w_BNH.to(state_BH.dtype).contiguous()
+    s_BNH = torch.empty_like(w_BNH)
+    if _lanes_lie_apart(w_BNH):
+        cut = _tunnel_cut(w_BNH)
+        largest_gap = LARGEST_GAP if state_BH.dtype == torch.float64 else LARGEST_GAP_FLOAT32
+        w, entering = _array(w_BNH), _array(state_BH).astype(np.float64)
+        if cut.chunks > 1:
+            maps = np.empty((cut.groups, w.shape[2], 4))
+            cut.run(chunk_kernels.tunnel_maps_kernel, w, maps)
+            entering = chunk_kernels.apply_maps_kernel(maps, entering, cut.chunks)
+        cut.run(chunk_kernels.tunnel_chunk_kernel, w, entering, _array(s_BNH), w.dtype.type(largest_gap))
+    else:
+        _run(tunnel_kernel, w_BNH.shape, _array(w_BNH), _array(state_BH), _array(s_BNH))
+    return s_BNH.log1p_().neg_()
 
 
 def tunnel_adjoint(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
     """Gradient of w ``(B, N, H)``; its first site is also that of the initial m."""
-    grad_RNL, restore = _lanes(grad_BNH)
-    m_RNL, _ = _lanes(-torch.expm1(log_l_BNH))
-    out_RNL = torch.empty_like(m_RNL)
-    _run(tunnel_adjoint_kernel, m_RNL.shape, _array(grad_RNL), _array(m_RNL), _array(out_RNL))
-    return restore(out_RNL)
+    change_BNH = torch.expm1(log_l_BNH).contiguous()  # l - 1
+    grad, change = _array(grad_BNH), _array(change_BNH)
+    out_BNH = torch.empty_like(change_BNH)
+    if _lanes_lie_apart(log_l_BNH):
+        cut = _tunnel_cut(change_BNH)
+        entering = np.zeros((cut.groups, grad.shape[2]))
+        if cut.chunks > 1:
+            maps = np.empty((cut.groups, grad.shape[2], 2))
+            cut.run(chunk_kernels.tunnel_adjoint_maps_kernel, grad, change, maps)
+            entering = chunk_kernels.apply_adjoint_maps_kernel(maps, grad.shape[0], cut.chunks)
+        cut.run(chunk_kernels.tunnel_adjoint_chunk_kernel, grad, change, entering, _array(out_BNH))
+    else:
+        _run(tunnel_adjoint_kernel, grad.shape, grad, change, _array(out_BNH))
+    return out_BNH
+
+
+def _causal_in_chunks(v_BNH: Tensor, shift_H2: Tensor, bonds_H: Tensor, state_BH2: Tensor) -> Tensor | None:
+    """``causal``, or None where chunks are too short."""
+    cut = _Cut.of(v_BNH, WANTED_LANES)
+    out_BNH2 = shift_H2.new_empty(*v_BNH.shape, 2)
+    proven = cut.run(
+        chunk_kernels.causal_chunk_kernel,
+        _array(v_BNH),
+        _array(shift_H2),
+        _array(bonds_H),
+        _array(state_BH2),
+        _array(torch.view_as_complex(out_BNH2)),
+        _half_a_unit(shift_H2),
+    )
+    return out_BNH2 if all(proven) else None
+
+
+def _causal_adjoint_in_chunks(
+    grad_BNH2: Tensor, l_BNH2: Tensor, bonds_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """``causal_adjoint`` without the bonds' gradient, or None where chunks are too short."""
+    v_bar_BNH = l_BNH2.new_empty(l_BNH2.shape[:3])
+    cut = _Cut.of(v_bar_BNH, WANTED_LANES)
+    shift_bar = torch.zeros(cut.groups, *l_BNH2.shape[2:], dtype=torch.float64)
+    state_bar_BH2 = torch.empty_like(l_BNH2[:, 0], memory_format=torch.contiguous_format)
+    proven = cut.run(
+        chunk_kernels.causal_adjoint_chunk_kernel,
+        _array(torch.view_as_complex(grad_BNH2.contiguous())),
+        _array(torch.view_as_complex(l_BNH2.contiguous())),
+        _array(bonds_H),
+        _array(v_bar_BNH),
+        _array(shift_bar),
+        _array(state_bar_BH2),
+        _half_a_unit(l_BNH2),
+    )
+    if not all(proven):
+        return None
+    return v_bar_BNH, shift_bar.sum(0).to(l_BNH2.dtype), bonds_H.new_empty(0), state_bar_BH2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How the rows of few heads are cut: chunks of a row, their tokens, and groups and blocks of ``chunk_kernels``."""
+
+    chunks: int
+    chunk: int
+    groups: int
+    groups_in_block: int
+    lanes_in_block: int
+
+    @staticmethod
+    def of(x_BNH: Tensor, wanted_lanes: int, lanes_in_block: int = chunk_kernels.LANES) -> "_Cut":
+        rows, length, heads = x_BNH.shape
+        chunks = max(1, min(wanted_lanes // (rows * heads), length // SHORTEST_CHUNK))
+        chunk = length
+        if chunks > 1:
+            unit = chunk_kernels.TOKENS
+            chunk = -(-length // (chunks * unit)) * unit
+            chunks = -(-length // chunk)
+        groups_in_block = max(1, lanes_in_block // heads)
+        return _Cut(
+            chunks=chunks,
+            chunk=chunk,
+            groups=rows * chunks,
+            groups_in_block=groups_in_block,
+            lanes_in_block=groups_in_block * heads,
+        )
+
+    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Calls a kernel for all blocks; what it returned for each piece."""
+        blocks = -(-self.groups // self.groups_in_block)
+        return _run(
+            kernel,
+            (blocks, self.chunk, self.lanes_in_block),
+            *arguments,
+            self.chunks,
+            self.chunk,
+            self.groups_in_block,
+            whole_rows=True,
+        )
+
+
+def _lanes_lie_apart(x_BNH: Tensor) -> bool:
+    """Whether tokens of several rows or chunks are worth bringing together for a vector in double precision."""
+    rows, _, heads = x_BNH.shape
+    return heads < (TUNNEL_LANES_LEFT_WHOLE if rows == 1 else LANES_WORTH_A_VECTOR)
+
+
+def _tunnel_cut(x_BNH: Tensor) -> _Cut:
+    whole = x_BNH.shape[0] * x_BNH.shape[2] >= TUNNEL_LANES_LEFT_WHOLE
+    return _Cut.of(x_BNH, 1 if whole else WANTED_TUNNEL_LANES, TUNNEL_LANES_IN_BLOCK)
 
 
 def _lanes(x_BN: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -156,18 +288,21 @@ def _array(x: Tensor) -> Array:
     return array
 
 
-def _run(kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any) -> None:
+def _half_a_unit(like: Tensor) -> float:
+    """Half of the spacing of numbers at 1, halved again for safety: 2^-25 in float32."""
+    eps: Any = torch.finfo(like.dtype).eps
+    return float(eps) / 4
+
+
+def _run(
+    kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any, whole_rows: bool = False
+) -> list[Any]:
     """Calls a kernel for all rows and lanes, in as many pieces as there are threads and the work is worth."""
     rows, length, lanes = shape[:3]
     pieces = min(torch.get_num_threads(), max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD))
-    ranges = _shares(rows, lanes, pieces)
-    if len(ranges) == 1:
-        kernel(*arguments, *ranges[0])
-        return
+    ranges = _shares(rows, lanes, min(pieces, rows) if whole_rows else pieces)
     tasks = [_pool(os.getpid(), len(ranges) - 1).submit(kernel, *arguments, *piece) for piece in ranges[1:]]
-    kernel(*arguments, *ranges[0])
-    for task in tasks:
-        task.result()
+    return [kernel(*arguments, *ranges[0]), *(task.result() for task in tasks)]
 
 
 def _shares(rows: int, lanes: int, pieces: int) -> list[tuple[int, int, int, int]]:
