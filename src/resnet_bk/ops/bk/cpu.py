@@ -11,13 +11,15 @@ memory is long, are carried in double precision whatever the data.
 Kernels are compiled at their first call and kept in numba's cache beside this file (or in the user's cache folder).
 """
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ ELEMENTS_WORTH_A_THREAD = 1 << 16
 WANTED_LANES, SHORTEST_CHUNK = 1024, 256
 # Composing maps costs as much as sweeping does: what fills a register in double precision stays whole.
 TUNNEL_LANES_LEFT_WHOLE, WANTED_TUNNEL_LANES, TUNNEL_LANES_IN_BLOCK = 8, 128, 32
-
+HUGE_PAGES_FROM = 1 << 25
 # From here on m = 1 to the last digit.
 LARGEST_GAP, LARGEST_GAP_FLOAT32 = 1e17, 1e8
 
@@ -54,7 +56,7 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
         if out_BNH2 is not None:
             return out_BNH2
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
-    out_RNL = torch.empty(*v_RNL.shape[:2], 2 * v_RNL.shape[2], dtype=v_RNL.dtype)
+    out_RNL = _new(*v_RNL.shape[:2], 2 * v_RNL.shape[2], dtype=v_RNL.dtype)
     _run(
         causal_kernel,
         v_RNL.shape,
@@ -80,7 +82,7 @@ def causal_adjoint(
     l_RNL, restore = _lanes(l_BNH2)
     grad_RNL, _ = _lanes(grad_BNH2)
     rows, length, lanes = l_RNL.shape[:3]
-    v_bar_RNL = torch.empty(rows, length, lanes, dtype=l_RNL.dtype)
+    v_bar_RNL = _new(rows, length, lanes, dtype=l_RNL.dtype)
     shift_bar_RL = torch.zeros(rows, 2 * lanes, dtype=torch.float64)
     state_bar_RL = torch.empty(rows, 2 * lanes, dtype=l_RNL.dtype)
     per_token = bonds.dim() == 3
@@ -118,7 +120,7 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
     """G_ii of the whole chain, ``(B, N, H, 2)``."""
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
     rows, length, lanes = v_RNL.shape
-    out_RNL = torch.empty(rows, length, 2 * lanes, dtype=v_RNL.dtype)
+    out_RNL = _new(rows, length, 2 * lanes, dtype=v_RNL.dtype)
     chain = (_array(v_RNL), _array(_per_lane(shift_H2, v_BNH, v_RNL)), *_bond_arrays(bonds, v_BNH, v_RNL))
     nothing = np.zeros((rows, lanes, 2), dtype=chain[0].dtype)
     _run(causal_kernel, v_RNL.shape, *chain, nothing, _array(out_RNL), False)
@@ -129,7 +131,7 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
 def tunnel(w_BNH: Tensor, state_BH: Tensor) -> Tensor:
     """log l_i = -log1p(s_i), ``(B, N, H)`` in the state's type."""
     w_BNH = w_BNH.to(state_BH.dtype).contiguous()
-    s_BNH = torch.empty_like(w_BNH)
+    s_BNH = _new(*w_BNH.shape, dtype=w_BNH.dtype)
     if _lanes_lie_apart(w_BNH):
         cut = _tunnel_cut(w_BNH)
         largest_gap = LARGEST_GAP if state_BH.dtype == torch.float64 else LARGEST_GAP_FLOAT32
@@ -146,9 +148,9 @@ def tunnel(w_BNH: Tensor, state_BH: Tensor) -> Tensor:
 
 def tunnel_adjoint(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
     """Gradient of w ``(B, N, H)``; its first site is also that of the initial m."""
-    change_BNH = torch.expm1(log_l_BNH).contiguous()  # l - 1
+    change_BNH = torch.expm1(log_l_BNH, out=_new(*log_l_BNH.shape, dtype=log_l_BNH.dtype))  # l - 1
     grad, change = _array(grad_BNH), _array(change_BNH)
-    out_BNH = torch.empty_like(change_BNH)
+    out_BNH = _new(*change_BNH.shape, dtype=change_BNH.dtype)
     if _lanes_lie_apart(log_l_BNH):
         cut = _tunnel_cut(change_BNH)
         entering = np.zeros((cut.groups, grad.shape[2]))
@@ -165,7 +167,7 @@ def tunnel_adjoint(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
 def _causal_in_chunks(v_BNH: Tensor, shift_H2: Tensor, bonds_H: Tensor, state_BH2: Tensor) -> Tensor | None:
     """``causal``, or None where chunks are too short."""
     cut = _Cut.of(v_BNH, WANTED_LANES)
-    out_BNH2 = shift_H2.new_empty(*v_BNH.shape, 2)
+    out_BNH2 = _new(*v_BNH.shape, 2, dtype=shift_H2.dtype)
     proven = cut.run(
         chunk_kernels.causal_chunk_kernel,
         _array(v_BNH),
@@ -182,7 +184,7 @@ def _causal_adjoint_in_chunks(
     grad_BNH2: Tensor, l_BNH2: Tensor, bonds_H: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """``causal_adjoint`` without the bonds' gradient, or None where chunks are too short."""
-    v_bar_BNH = l_BNH2.new_empty(l_BNH2.shape[:3])
+    v_bar_BNH = _new(*l_BNH2.shape[:3], dtype=l_BNH2.dtype)
     cut = _Cut.of(v_bar_BNH, WANTED_LANES)
     shift_bar = torch.zeros(cut.groups, *l_BNH2.shape[2:], dtype=torch.float64)
     state_bar_BH2 = torch.empty_like(l_BNH2[:, 0], memory_format=torch.contiguous_format)
@@ -281,6 +283,29 @@ def _bond_arrays(bonds: Tensor, like_BNH: Tensor, lanes_RNL: Tensor) -> tuple[Ar
     if bonds.dim() == 1:
         return _array(_per_lane(bonds, like_BNH, lanes_RNL).view(1, 1, -1)), 0, 0
     return _array(_lanes(bonds)[0]), 1, 1
+
+
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor, of large pages where it is large: those take a fraction of the time to get.
+
+    Below ``HUGE_PAGES_FROM`` the C library reuses memory, which is there already.
+    """
+    x = torch.empty(shape, dtype=dtype)
+    advise = _madvise()
+    if advise is not None and x.nbytes >= HUGE_PAGES_FROM:
+        begin = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(begin, x.nbytes - (begin - x.data_ptr()), mmap.MADV_HUGEPAGE)  # a hint: it may be refused
+    return x
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The C library's, where there are large pages to ask for (Linux)."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast(Callable[[int, int, int], int], function)
 
 
 def _array(x: Tensor) -> Array:
