@@ -102,5 +102,5 @@ class BKMixer(nn.Module):
 
     def _last(self, l_BNH2: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> Tensor:
         if padding is None:
-            return l_BNH2[:, -1]
+            return l_BNH2[:, -1].clone()  # a view would keep all tokens alive
         return padding.last_in_front(l_BNH2, torch.zeros_like(l_BNH2[:, 0]) if state_BH2 is None else state_BH2)

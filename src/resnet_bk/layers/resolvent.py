@@ -163,5 +163,5 @@ class ResolventMixer(nn.Module):
 def _last_real(x: Tensor, padding: Padding | None, at_first: float, state: Tensor | None) -> Tensor:
     """``x`` at each row's last real token, real ones in front; the state before where there is none."""
     if padding is None:
-        return x[:, -1].detach()
+        return x[:, -1].detach().clone()  # a view would keep all tokens alive
     return padding.last_in_front(x, torch.full_like(x[:, 0], at_first) if state is None else state).detach()
