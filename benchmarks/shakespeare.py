@@ -13,6 +13,7 @@ Each cell (contestant, rate, seed) is a file; cells that are there are not run a
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -62,36 +63,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the text")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     arguments = parser.parse_args()
     cells = arguments.out / "cells"
     cells.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(arguments.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(arguments.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         sweep = [(name, rate, SEEDS[0]) for name in CONTESTANTS for rate in RATES]
-        results = list(pool.map(run_cell, *zip(*((arguments.data, cells, *cell) for cell in sweep), strict=True)))
+        results = list(
+            pool.map(run_cell, *zip(*((arguments.data, arguments.device, cells, *cell) for cell in sweep), strict=True))
+        )
         best = {
             name: min((cell for cell in results if cell["contestant"] == name), key=lambda cell: cell["choosing_loss"])
             for name in CONTESTANTS
         }
         again = [(name, best[name]["learning_rate"], seed) for name in CONTESTANTS for seed in SEEDS]
-        results = list(pool.map(run_cell, *zip(*((arguments.data, cells, *cell) for cell in again), strict=True)))
+        results = list(
+            pool.map(run_cell, *zip(*((arguments.data, arguments.device, cells, *cell) for cell in again), strict=True))
+        )
     write_json(arguments.out / "summary.json", summary(results))
     print(json.dumps(summary(results), indent=1))
 
 
-def run_cell(data: Path, folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
+def run_cell(data: Path, device: str, folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
     """Trains one contestant, or reads what it gave before."""
     path = folder / f"{name.replace(' ', '-').replace(',', '')}-{rate:g}-{seed}.json"
     if path.exists():
         cell: dict[str, Any] = read_json(path)
         return cell
-    cell = {"contestant": name, "learning_rate": rate, "seed": seed, **train(data, CONTESTANTS[name], rate, seed)}
+    cell = {
+        "contestant": name,
+        "learning_rate": rate,
+        "seed": seed,
+        **train(data, CONTESTANTS[name], rate, seed, device),
+    }
     write_json(path, cell)
     print(f"{name}, rate {rate:g}, seed {seed}: {cell['test_loss']:.4f} ({cell['seconds']:.0f} s)", flush=True)
     return cell
 
 
-def train(data: Path, fields: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+def train(data: Path, fields: dict[str, Any], rate: float, seed: int, device: str) -> dict[str, Any]:
     """Losses in nats a character."""
     tokens, vocab_size = characters(data)
     cut = len(tokens) * 9 // 10
@@ -107,7 +119,8 @@ def train(data: Path, fields: dict[str, Any], rate: float, seed: int) -> dict[st
         seed=seed,
     )
     torch.manual_seed(seed)
-    model = ResNetBKForCausalLM(no_larger_than_attention({**SHAPE, **fields, "vocab_size": vocab_size})).train()
+    model = ResNetBKForCausalLM(no_larger_than_attention({**SHAPE, **fields, "vocab_size": vocab_size}))
+    model = model.to(device).train()
     optimizer, scaler = build_optimizer(model, training), build_scaler(model.device, training.precision)
     began = time.perf_counter()
     for step in range(STEPS):

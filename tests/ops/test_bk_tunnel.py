@@ -59,6 +59,26 @@ def test_gradient_of_the_initial_state():
     assert torch.autograd.gradcheck(lambda w, state: bk_tunnel(w, initial_state=state), (w, state))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_documents_of_a_row_are_as_if_each_were_alone(backend, dtype):
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-13
+    w = (torch.rand(2, 40, 3, dtype=torch.float64) * torch.tensor([1e-6, 0.1, 3.0])).to(dtype).requires_grad_()
+    state = torch.rand(2, 3, dtype=torch.float64).to(dtype)
+    places = [0, 1, 2, 17, 39]
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[:, places[1:]] = True
+    weights = torch.randn(2, 40, 3, dtype=dtype)
+    packed = bk_tunnel(w, starts=starts, initial_state=state, backend=backend)
+    gradient = torch.autograd.grad((packed * weights).sum(), w)[0]
+    alone = []
+    for begin, end in zip(places, [*places[1:], 40], strict=True):
+        alone.append(bk_tunnel(w[:, begin:end], initial_state=state if begin == 0 else None, backend=backend))
+    alone = torch.cat(alone, dim=1)
+    assert relative_error(packed, alone) < tolerance
+    assert relative_error(gradient, torch.autograd.grad((alone * weights).sum(), w)[0]) < 10 * tolerance
+
+
 def test_an_empty_sequence_passes_its_state_on():
     result, state = bk_tunnel(torch.empty(2, 0, 3), output_final_state=True)
     assert result.shape == (2, 0, 3)
@@ -73,6 +93,7 @@ def test_an_empty_sequence_passes_its_state_on():
         ({"w": torch.zeros(1, 2, 1), "initial_state": torch.zeros(1, 1, dtype=torch.complex64)}, "real"),
         ({"w": torch.zeros(1, 2, 1), "initial_state": torch.zeros(2, 1)}, "initial_state"),
         ({"w": torch.zeros(1, 2, 1), "backend": "magic"}, "backend"),
+        ({"w": torch.zeros(1, 2, 1), "starts": torch.zeros(1, 2)}, "bool"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_mend(arguments, words):

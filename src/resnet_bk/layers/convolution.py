@@ -1,10 +1,10 @@
-"""A short causal convolution along the tokens, one filter for each channel."""
+"""A short causal convolution along the tokens, with the window that decoding needs."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_bk.layers.padding import Padding
+from resnet_bk.ops.convolution import short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -20,40 +20,26 @@ class ShortConvolution(nn.Module):
 
     def initial_weight(self) -> Tensor:
         """1 for the token itself, and a random part of the earlier ones."""
-        weight_SC = torch.randn(self.size, self.channels) * self.size**-0.5 / 2
-        weight_SC[0] += 1
+        weight_SC: Tensor = torch.randn(self.size, self.channels) * self.size**-0.5 / 2
+        weight_SC[0].add_(1)
         return weight_SC
 
     def forward(
         self, x_BNC: Tensor, padding: Padding | None, starts_BN: Tensor | None, window_BWC: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """y ``(B, N, C)`` and the window behind each row's last real token; real tokens come first."""
+        documents_BN = None if starts_BN is None else starts_BN.cumsum(1)
+        y_BNC = short_convolution(x_BNC, self.weight, window=window_BWC, documents=documents_BN)
+        return y_BNC, self._last(x_BNC.detach(), padding, window_BWC)
+
+    def _last(self, x_BNC: Tensor, padding: Padding | None, window_BWC: Tensor | None) -> Tensor:
         before = self.size - 1
+        if padding is None and x_BNC.shape[1] >= before:
+            return x_BNC[:, x_BNC.shape[1] - before :].clone()  # a view would keep all tokens alive
         if window_BWC is None:
-            x_BNC = F.pad(x_BNC, (0, 0, before, 0))
-        else:
-            x_BNC = torch.cat([window_BWC.to(x_BNC.dtype), x_BNC], dim=1)
-        y_BNC = self._everywhere(x_BNC) if starts_BN is None else self._in_documents(x_BNC, starts_BN)
-        return y_BNC, self._last(x_BNC, padding).detach()
-
-    def _everywhere(self, x_BMC: Tensor) -> Tensor:
-        # As a convolution over pictures one pixel high, channels last: that kernel needs no transposed copy.
-        weight_C11S = self.weight.flip(0).mT[:, None, None]
-        return F.conv2d(x_BMC.mT.unsqueeze(2), weight_C11S, groups=self.channels).squeeze(2).mT
-
-    def _in_documents(self, x_BMC: Tensor, starts_BN: Tensor) -> Tensor:
-        length, before = starts_BN.shape[1], self.size - 1
-        document_BM1 = F.pad(starts_BN.long().cumsum(1), (before, 0)).unsqueeze(-1)
-        now_BN1 = document_BM1[:, before:]
-        y_BNC = torch.zeros_like(x_BMC[:, before:])
-        for s, weight_C in enumerate(self.weight.to(x_BMC.dtype)):
-            then = slice(before - s, before - s + length)
-            y_BNC = y_BNC + weight_C * x_BMC[:, then] * (document_BM1[:, then] == now_BN1)
-        return y_BNC
-
-    def _last(self, x_BMC: Tensor, padding: Padding | None) -> Tensor:
-        before = self.size - 1
+            window_BWC = x_BNC.new_zeros(x_BNC.shape[0], before, self.channels)
+        x_BMC = torch.cat([window_BWC.to(x_BNC.dtype), x_BNC], dim=1)
         if padding is None:
-            return x_BMC[:, x_BMC.shape[1] - before :].contiguous()
+            return x_BMC[:, x_BMC.shape[1] - before :].clone()
         steps_BW = padding.num_real_B.unsqueeze(1) + torch.arange(before, device=x_BMC.device)
-        return x_BMC.gather(1, steps_BW.unsqueeze(-1).expand(-1, -1, x_BMC.shape[-1]))
+        return x_BMC.gather(1, steps_BW.unsqueeze(-1).expand(-1, -1, self.channels))

@@ -1,7 +1,7 @@
 """The resolvent mixer: keys and values carried by the Green's function of the chain cut at each token."""
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,9 +111,9 @@ class ResolventMixer(nn.Module):
         starts_BN: Tensor | None,
         state_BHKV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        qkv_BNHC = F.silu(qkv_BNC).unflatten(-1, (self.num_heads, -1))
+        qkv_BNHC = torch.unflatten(F.silu(qkv_BNC), -1, (self.num_heads, -1))
         if self.key_size:
-            q, k, v = qkv_BNHC.split([self.key_size, self.key_size, qkv_BNHC.shape[-1] - 2 * self.key_size], dim=-1)
+            q, k, v = torch.split(qkv_BNHC, [self.key_size, self.key_size, qkv_BNHC.shape[-1] - 2 * self.key_size], dim=-1)
         else:
             v = qkv_BNHC
             q = k = torch.ones_like(v[..., :1])
@@ -144,7 +144,7 @@ class ResolventMixer(nn.Module):
             potential_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
             if self.regime == "tunnelling":
                 w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
-                log_l_BNH = bk_tunnel(w_BNH, initial_state=state)
+                log_l_BNH = cast(Tensor, bk_tunnel(w_BNH, starts=starts_BN, initial_state=state))
                 return log_l_BNH, None, _last_real(-torch.expm1(log_l_BNH), padding, 1.0, state)
             eta_H = F.softplus(self.raw_eta.to(dtype))
             l_BNH2 = bk_core_pairs(

@@ -168,6 +168,7 @@ def bk_core_pairs(
 def bk_tunnel(
     w: Tensor,
     *,
+    starts: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     backend: Backend = "auto",
@@ -183,6 +184,7 @@ def bk_tunnel(
 
     Args:
         w: gap, real ``(B, N, H)``, w >= 0 (not checked: reading values would wait for the device).
+        starts: bool ``(B, N)``, where documents begin: the chain is cut there, and m before it is 1.
         initial_state: m = 1 - l of the preceding token, real ``(B, H)``; before a first token m is 1. The state is m
             and not l because 1 - l loses a small m to rounding.
         output_final_state: also return m after the last token.
@@ -204,15 +206,38 @@ def bk_tunnel(
     else:
         _check_state(initial_state, w, complex_state=False)
         state = initial_state.to(dtype)
-    if length == 0:
-        log_l = w.to(dtype)
-    elif backend == "reference":
-        log_l = reference.bk_tunnel_reference(w, state).to(dtype)
+    if starts is not None:
+        if starts.shape != w.shape[:2] or starts.dtype != torch.bool:
+            raise ValueError(f"starts is {_describe(starts)}; give a bool tensor of shape {tuple(w.shape[:2])}")
+        log_l = _tunnel_of_documents(w.to(dtype), starts, state, backend)
     else:
-        log_l = operators.bk_tunnel(w, state, choose_backend(w.device).name if backend == "auto" else backend)
+        log_l = _tunnel(w, state, backend)
     if not output_final_state:
         return log_l
     return log_l, -torch.expm1(log_l[:, -1]) if length else state
+
+
+def _tunnel(w: Tensor, state: Tensor, backend: Backend) -> Tensor:
+    if w.shape[1] == 0:
+        return w.to(state.dtype)
+    if backend == "reference":
+        return reference.bk_tunnel_reference(w, state).to(state.dtype)
+    log_l: Tensor = operators.bk_tunnel(w, state, choose_backend(w.device).name if backend == "auto" else backend)
+    return log_l
+
+
+def _tunnel_of_documents(w: Tensor, starts: Tensor, state: Tensor, backend: Backend) -> Tensor:
+    """The chain cut at ``starts``, in one sweep.
+
+    A gap beyond rounding in the last token of a document leaves m = 1 behind it, which is a cut. That token's own l
+    then follows from its real gap and the m before it, which the sweep has right.
+    """
+    last_BN1 = torch.zeros_like(starts)
+    last_BN1[:, :-1] = starts[:, 1:]
+    last_BN1 = last_BN1.unsqueeze(-1)
+    log_l = _tunnel(torch.where(last_BN1, 4 / torch.finfo(w.dtype).eps, w), state, backend)
+    m_before = torch.cat([state.unsqueeze(1), -torch.expm1(log_l[:, :-1])], dim=1)[:, : w.shape[1]]
+    return torch.where(last_BN1, -torch.log1p(w + m_before), log_l)
 
 
 def _reference(

@@ -37,10 +37,10 @@ def bk_carry(
 
         S_i = l_i (S_{i-1} + k_i v_i^T),   o_i = q_i S_i
 
-    so that o_i = sum_{j <= i} (q_i . k_j) [(H_{<=i} - z)^-1]_ij v_j for the chain cut at i with off-diagonals -1. In the
-    tunnelling regime ``log_l`` is that of ``bk_tunnel``. In the scattering regime l is complex, ``log_l`` is log|l| and
-    ``angle`` is arg l: coordinates (i, i + K/2) of keys, queries and states are then real and imaginary part of one
-    number, and o_i = Re(conj(q_i) S_i).
+    so that o_i = sum_{j <= i} (q_i . k_j) [(H_{<=i} - z)^-1]_ij v_j for the chain cut at i with off-diagonals -1. In
+    the tunnelling regime ``log_l`` is that of ``bk_tunnel``. In the scattering regime l is complex, ``log_l`` is log|l|
+    and ``angle`` is arg l: coordinates (i, i + K/2) of keys, queries and states are then real and imaginary part of
+    one number, and o_i = Re(conj(q_i) S_i).
 
     Args:
         q, k: queries and keys, ``(B, N, H, K)``.
@@ -56,8 +56,8 @@ def bk_carry(
         backend: of the chunked form: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        o, ``(B, N, H, V)`` in v's type; and, if asked, the last S, ``(B, H, K, V)``, in float64 for float64 ``log_l`` and
-        else in float32, which is also the type of all sums.
+        o, ``(B, N, H, V)`` in v's type; and, if asked, the last S, ``(B, H, K, V)``, in float64 for float64 ``log_l``
+        and else in float32, which is also the type of all sums.
 
     Raises:
         ValueError: a shape, dtype or value does not fit; the message names the mend.

@@ -87,7 +87,7 @@ def carry(
         pairs = (q[slab] @ k[slab].mT).mul_(decays[slab].between())
         from_state = (q[slab] @ entry[slab]).mul_(decays[slab].from_entry().unsqueeze(-1))
         torch.add(pairs @ v[slab], from_state, out=o[slab])
-    return _tokens(o, batch_size, length), final_MKV.unflatten(0, (batch_size, heads))
+    return _tokens(o, batch_size, length), torch.unflatten(final_MKV, 0, (batch_size, heads))
 
 
 def carry_adjoint(
@@ -129,8 +129,8 @@ def carry_adjoint(
         later = crossing.sum(-1).sub_(crossing.sum(-2)).add_((from_state * q_).sum(-1))
         earlier = (to_state * k_).sum(-1)
         grad_log[slab] = later @ at_or_after_CC + earlier @ (1 - at_or_after_CC) + through_GM[slab].unsqueeze(-1)
-    tokens = (_tokens(x, batch_size, length) for x in (grad_q, grad_k, grad_v, grad_log))
-    return *tokens, grad_state_MKV.unflatten(0, (batch_size, heads))  # type: ignore[return-value]
+    q_bar, k_bar, v_bar, log_bar = (_tokens(x, batch_size, length) for x in (grad_q, grad_k, grad_v, grad_log))
+    return q_bar, k_bar, v_bar, log_bar, torch.unflatten(grad_state_MKV, 0, (batch_size, heads))
 
 
 def _written(k: Tensor, v: Tensor, decays: Decays) -> Tensor:
@@ -162,8 +162,8 @@ def _joined(
         before[first] = state
         before[first + 1 : first + GROUP] = behind[:-1]
         state = behind[-1]
-    before_GMKV = before.unflatten(-1, size)
-    return before_GMKV.flip(0) if backward else before_GMKV, state.unflatten(-1, size).contiguous()
+    before_GMKV = torch.unflatten(before, -1, size)
+    return before_GMKV.flip(0) if backward else before_GMKV, torch.unflatten(state, -1, size).contiguous()
 
 
 def _decays(log_l_BNH: Tensor, starts_BN: Tensor | None, dtype: torch.dtype) -> Decays:
@@ -186,7 +186,7 @@ def _chunks(x_BNH: Tensor, dtype: torch.dtype) -> Tensor:
     whole = length // CHUNK
     # (G, B, C, H, ...), seen as the tokens lie.
     seen = out.movedim(3, 2)
-    seen[:whole] = x_BNH[:, : whole * CHUNK].unflatten(1, (whole, CHUNK)).transpose(0, 1)
+    seen[:whole] = torch.unflatten(x_BNH[:, : whole * CHUNK], 1, (whole, CHUNK)).transpose(0, 1)
     if whole < num_chunks:
         seen[whole, :, : length - whole * CHUNK] = x_BNH[:, whole * CHUNK :]
     return out.flatten(1, 2)
@@ -195,7 +195,7 @@ def _chunks(x_BNH: Tensor, dtype: torch.dtype) -> Tensor:
 def _tokens(x_GMC: Tensor, batch_size: int, length: int) -> Tensor:
     """The inverse of ``_chunks``, contiguous."""
     num_chunks = x_GMC.shape[0]
-    chunks = x_GMC.unflatten(1, (batch_size, -1)).transpose(0, 1).movedim(3, 2)  # (B, G, C, H, ...)
+    chunks = torch.unflatten(x_GMC, 1, (batch_size, -1)).transpose(0, 1).movedim(3, 2)  # (B, G, C, H, ...)
     return chunks.reshape(batch_size, num_chunks * CHUNK, *chunks.shape[3:])[:, :length].contiguous()
 
 

@@ -153,7 +153,7 @@ class _Shape:
 
 def _tile(size: int) -> int:
     """Width of a tile that holds ``size`` columns: a power of two, at least what a matrix unit takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _same_type(*tensors: Tensor) -> tuple[Tensor, ...]:
