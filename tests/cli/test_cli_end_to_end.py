@@ -154,7 +154,7 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
         (["--preset", "seed"], ["4,112,776 parameters", "4,112,512", "Give --gpu-memory"]),
         (["--preset", "tiny", "--gpu-memory", "1GB"], ["Take: fp32", "GPU fits with"]),
         (["--preset", "70b", "--gpu-memory", "12GB", "--host-memory", "15GB"], ["Nothing here fits", "GPU misses by"]),
-        (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "attention projections"]),
+        (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "query, key and value projections"]),
     ],
 )
 def test_a_plan_in_words_gives_a_verdict(cli, words, said, monkeypatch):

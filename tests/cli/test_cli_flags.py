@@ -17,7 +17,13 @@ from resnet_bk.training.config import DataConfig, TrainingConfig
 MODEL = {name: getattr(ResNetBKConfig, name) for name in field_names()}
 TRAINING = {field.name: field.default for field in fields(TrainingConfig)}
 DATA = {field.name: field.default for field in fields(DataConfig)}
-WORDS = {"mixer": "attention", "bk_grad": "blend", "precision": "bf16"}
+WORDS = {
+    "mixer": "attention",
+    "resolvent_state": "vector",
+    "resolvent_regime": "scattering",
+    "bk_grad": "blend",
+    "precision": "bf16",
+}
 
 
 def flag(name):

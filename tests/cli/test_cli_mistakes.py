@@ -77,7 +77,7 @@ MISTAKES = [
     ([*TRAIN, "--num-threads", "100000000"], "num_threads is 100000000; give at most"),
     ([*TRAIN, "--seed", TOO_LARGE], "seed is .*; give a number up to"),
     ([*TRAIN, "--warmup-steps", "1" + 400 * "0"], "warmup_steps is .*; give a number up to"),
-    ([*TRAIN, "--max-position-embeddings", "many"], "give a number, or none for no table"),
+    ([*TRAIN, "--max-position-embeddings", "many"], "give a number, or none"),
     # What no machine has room for.
     *(([*TRAIN, f"--{name}", "100000000"], TOO_MUCH) for name in ("hidden-size", "num-layers", "batch-size")),
     ([*TRAIN, "--vocab-size", "10000000000"], TOO_MUCH),

@@ -19,15 +19,17 @@ def preset(metavar: str) -> Any:
 
 
 def _length_or_none(words: list[str]) -> int:
-    """None is a flag that was not given, so that "no table" is 0 until :func:`given` reads it."""
+    """None is a flag that was not given, so that "none" is 0 until :func:`given` reads it."""
     if words[0].lower() == "none":
         return 0
     try:
         return int(words[0])
     except ValueError:
-        raise ValueError(f"{words[0]!r} is not a length; give a number, or none for no table") from None
+        raise ValueError(f"{words[0]!r} is not a length; give a number, or none") from None
 
 
+# Fields where none is a value; none of them may be 0.
+MAY_BE_NONE = ("max_position_embeddings", "resolvent_key_size")
 LENGTH_OR_NONE = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="INT|none",
@@ -53,8 +55,21 @@ class ModelFlags:
     """Experts per block; each token uses one."""
     intermediate_size: Annotated[int | None, preset("INT")] = None
     """Width inside an expert. With another --mixer it is chosen to keep the total number of parameters."""
-    mixer: Annotated[Literal["bk", "attention"] | None, preset("bk|attention")] = None
-    """How tokens mix: the resolvent's diagonal, or the Transformer's attention."""
+    mixer: Annotated[Literal["resolvent", "bk", "attention"] | None, preset("resolvent|bk|attention")] = None
+    """How tokens mix: keys and values carried by the resolvent, the resolvent's diagonal (the seed's mixer), or the
+    Transformer's attention."""
+    conv_size: Annotated[int | None, preset("INT")] = None
+    """Tokens of a short causal convolution before any mixer; 0 for none."""
+    num_resolvent_heads: Annotated[int | None, preset("INT")] = None
+    """Heads of the resolvent mixer, each with its chain."""
+    resolvent_key_size: Annotated[int | None, preset("INT|none"), LENGTH_OR_NONE] = None
+    """Width of its keys and queries; none (or 0) for that of its values."""
+    resolvent_state: Annotated[Literal["matrix", "vector"] | None, preset("matrix|vector")] = None
+    """Keys times values, or values alone, which are carried without keys and queries."""
+    resolvent_regime: Annotated[Literal["tunnelling", "scattering"] | None, preset("tunnelling|scattering")] = None
+    """Energies below the band, where decays are real, or inside it, where they are complex."""
+    resolvent_longest_memory: Annotated[float | None, preset("FLOAT")] = None
+    """Tokens that its last head remembers at the start; the first remembers one."""
     num_bk_heads: Annotated[int | None, preset("INT")] = None
     """Independent chains of the bk mixer."""
     num_attention_heads: Annotated[int | None, preset("INT")] = None
@@ -163,6 +178,4 @@ def given(flags: Any) -> dict[str, Any]:
     """The flags that were given, by name and as the configurations have them."""
     found = {field.name: getattr(flags, field.name) for field in fields(flags)}
     found = {name: value for name, value in found.items() if value is not None}
-    if found.get("max_position_embeddings") == 0:
-        found["max_position_embeddings"] = None
-    return found
+    return found | {name: None for name in MAY_BE_NONE if found.get(name) == 0}

@@ -12,6 +12,9 @@ from resnet_bk.errors import UserError
 from resnet_bk.training.config import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
+    import torch
+
+    from resnet_bk.models import ResNetBKConfig
     from resnet_bk.training.data import TokenDataset
     from resnet_bk.training.loop import TrainingSummary
     from resnet_bk.training.run import RunConfig
@@ -28,6 +31,7 @@ class TrainCommand:
     Examples:
       resnet-bk train --preset seed --out runs/first
       resnet-bk train --preset seed --data book.txt --tokenizer char --steps 2000 --out runs/book
+      resnet-bk train --preset seed --mixer resolvent --conv-size 4 --max-position-embeddings none --out runs/resolvent
       resnet-bk train --preset seed --mixer attention --out runs/transformer
       resnet-bk train --resume runs/first --steps 4000
       resnet-bk train --config runs/first/run.json --seed 1 --out runs/second
@@ -153,14 +157,14 @@ class TrainCommand:
 
     def _describe(self, ready: "ReadyRun") -> None:
         from resnet_bk.memory.parameters import count_parameters
-        from resnet_bk.ops.bk import choose_backend
 
         trainer = ready.trainer
         config, dataset = trainer.run.config, trainer.dataset
         model, training, device = config.model, config.training, trainer.model.device
         counts = count_parameters(model)
-        mixer = f"mixer bk ({choose_backend(device).name} backend)" if model.mixer == "bk" else f"mixer {model.mixer}"
-        remark(f"model: {counts.total:,} parameters, {counts.active:,} active per token, {mixer}")
+        remark(
+            f"model: {counts.total:,} parameters, {counts.active:,} active per token, {_mixer_in_words(model, device)}"
+        )
         if not model.causal:
             remark("       causal=False: tokens read the future; the loss of this model is a leak, not skill")
         record = dataset.record
@@ -195,3 +199,17 @@ class TrainCommand:
         )
         if self.json:
             print_json(document)
+
+
+def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
+    """The mixer and what computes it."""
+    from resnet_bk.ops.bk import choose_backend
+    from resnet_bk.ops.carry import choose_carry_backend
+
+    words = f"mixer {model.mixer}"
+    if model.mixer == "bk":
+        words += f" ({choose_backend(device).name} backend)"
+    if model.mixer == "resolvent":
+        chains, carry = choose_backend(device).name, choose_carry_backend(device).name
+        words += f" ({model.resolvent_regime}, chains on the {chains} backend, carry on {carry})"
+    return words + (f", convolution over {model.conv_size} tokens" if model.conv_size else "")

@@ -1,7 +1,8 @@
 """What a training step keeps between forward and backward, by part, as formulas in the shapes.
 
-    T = batch_size x sequence_length tokens, D hidden, I expert width, E experts, H chains, A attention heads,
-    V vocabulary, L layers, C tokens of a chunk of the loss; c = 4 bytes in fp32, 2 in the half types of autocast.
+    T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
+    K key width, W channels of a mixer's convolution, S its tokens, V vocabulary, L layers, C tokens of a chunk of the
+    loss; c = 4 bytes in fp32, 2 in the half types of autocast.
 
 They list the tensors that autograd saves in this implementation, one by one. Against tensors tracked on a CPU the
 predicted peak of a step is between 0 and 15% above the measured one over the grid of
@@ -57,33 +58,98 @@ def block_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     )
     norm_input = 8 * hidden + 8
     if config.mixer == "bk":
-        heads = config.num_bk_heads
-        # Re G and Im G, which the operator and the output projection both read; a half copy; v if the sweeps go twice.
-        per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
         return [
             ActivationPart(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
             moe,
-            ActivationPart(
-                name="BK-Core and projections",
-                num_bytes=tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if half else 0),
-                formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if half else ""),
-            ),
+            *_convolution(config, shape, c),
+            _bk_core(config, shape, half=half),
         ]
-    heads = config.num_attention_heads
+    mixer = _attention if config.mixer == "attention" else _resolvent
+    return [
+        ActivationPart(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
+        moe,
+        *_convolution(config, shape, c),
+        mixer(config, shape, half=half),
+    ]
+
+
+def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[ActivationPart]:
+    """Its input, with the window before it, and its weights as it reads them. (The kernel on a GPU needs no window.)"""
+    if not config.conv_size:
+        return []
+    numbers = shape.tokens + _window_tokens(config, shape) + config.conv_size
+    return [
+        ActivationPart(
+            name="short convolution",
+            num_bytes=c * _convolved_channels(config) * numbers,
+            formula="c W (T + B (S - 1) + S)",
+        )
+    ]
+
+
+def _convolved_channels(config: ResNetBKConfig) -> int:
+    """W, of any mixer."""
+    if config.mixer == "bk":
+        return config.hidden_size
+    if config.mixer == "attention":
+        return 3 * config.hidden_size
+    return 2 * config.num_resolvent_heads * config.key_size + config.hidden_size
+
+
+def _window_tokens(config: ResNetBKConfig, shape: TrainingShape) -> int:
+    """Zeros before the first tokens of all rows."""
+    return shape.batch_size * max(0, config.conv_size - 1)
+
+
+def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+    hidden, heads = config.hidden_size, config.num_bk_heads
+    # Re G and Im G, which the operator and the output projection both read; a half copy; v if the sweeps go twice.
+    per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
+    return ActivationPart(
+        name="BK-Core and projections",
+        num_bytes=shape.tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if half else 0),
+        formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if half else ""),
+    )
+
+
+def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+    hidden, heads = config.hidden_size, config.num_attention_heads
     tables = 8 * shape.sequence_length * hidden // heads
     projections = 8 * hidden * hidden if half else 0
     # fp32: input of qkv, qkv, the turned q and k, the mixed values in two layouts, 4 D each but qkv's 12 D. Autocast
     # keeps qkv, q, k and the mixed values as halves.
     per_hidden = 12 if half else 28
-    return [
-        ActivationPart(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
-        moe,
-        ActivationPart(
-            name="attention and projections",
-            num_bytes=tokens * (per_hidden * hidden + 4 * heads) + tables + projections,
-            formula=f"T ({per_hidden} D + 4 A) + 8 N D / A" + (" + 8 D^2" if half else ""),
-        ),
-    ]
+    return ActivationPart(
+        name="attention and projections",
+        num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + tables + projections,
+        formula=f"T ({per_hidden} D + 4 A) + 8 N D / A" + (" + 8 D^2" if half else ""),
+    )
+
+
+def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+    hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
+    vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
+    c, keys = 2 if half else 4, heads * (config.key_size or 1)
+    # fp32: what the gate's activation reads and makes; o, its quotient by its norm, that times the weight, and the
+    # gated product. Autocast keeps o and its quotient in float32 too, and two half copies of the projections' input.
+    per_hidden = 20 if half else 24
+    # Tunnelling: potential, softplus, log l, l, and 1 - l; the norm of o. Scattering: potential, l as a pair, its
+    # square, log l, |l|, two phases and their cosines and sines; the norm. Also a half copy of |l|; a vector's ones.
+    per_head = (52 if scattering else 24) + (2 if half else 4 if vector else 0)
+    # k l; and q and k l turned by the phases.
+    key_copies = 3 if scattering else 1
+    # The state before the first token; and, for a moment, the last one as a single token or a phase turns it.
+    states = 2 if scattering or shape.sequence_length == 1 else 1
+    state = states * 4 * shape.batch_size * keys * (hidden // heads)
+    projections = 2 * hidden * (channels + 2 * hidden) if half else 0
+    return ActivationPart(
+        name="carry and projections",
+        num_bytes=shape.tokens * (per_hidden * hidden + 2 * c * channels + per_head * heads + key_copies * c * keys)
+        + state
+        + projections,
+        formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {key_copies * c} H K) + {4 * states} B K D"
+        + (" + 2 D (W + 2 D)" if half else ""),
+    )
 
 
 def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
@@ -124,11 +190,16 @@ def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool)
     )
 
 
-def working_set(config: ResNetBKConfig, shape: TrainingShape) -> ActivationPart:
-    """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece."""
+def working_set(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+    """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece.
+
+    A convolution's has gradients of its window too, twice, which counts where rows are hardly longer than it.
+    """
     tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
+    size = 4 if half else 8
+    window = size * _convolved_channels(config) * _window_tokens(config, shape)
     return ActivationPart(
         name="working set of a block's backward",
-        num_bytes=tokens * 8 * hidden + 4 * config.num_experts * hidden * width,
-        formula="8 T D + 4 E D I",
+        num_bytes=tokens * 8 * hidden + 4 * config.num_experts * hidden * width + window,
+        formula="8 T D + 4 E D I" + (f" + {size} W B (S - 1)" if window else ""),
     )

@@ -15,9 +15,13 @@ COMPONENTS = {
     ".moe.up": "experts",
     ".moe.down": "experts",
     ".mixer.potential": "potential projection",
-    ".mixer.energy": "energies",
-    ".mixer.raw_eta": "energies",
-    ".mixer.qkv": "attention projections",
+    ".mixer.log_gap": "chain parameters",
+    ".mixer.energy": "chain parameters",
+    ".mixer.raw_eta": "chain parameters",
+    ".mixer.log_amplitude": "chain parameters",
+    ".mixer.qkv": "query, key and value projections",
+    ".mixer.convolution": "short convolution",
+    ".mixer.gate": "gate projection",
     ".mixer.output": "output projection",
     "norm": "norms",
 }
@@ -84,12 +88,12 @@ def compare_with_seed(counts: ParameterCounts) -> list[SeedRow]:
         "norms": layers * 2 * hidden + 2 * hidden,
         "head": vocabulary * hidden,
         "potential projection": 0,
-        "energies": 0,
+        "chain parameters": 0,
     }
     reasons = {
         "experts": "the seed's text adds up 3 of 4 experts; all 4 are counted here",
         "potential projection": "v = w . m needs w, which the seed's table leaves out",
-        "energies": "E and eta are learned, per layer and head",
+        "chain parameters": "E and eta are learned, per layer and head",
     }
     return [
         SeedRow(component=name, seed=number, ours=ours.get(name, 0), reason=reasons.get(name, ""))

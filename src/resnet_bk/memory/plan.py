@@ -130,7 +130,7 @@ def activation_parts(
     return [
         *blocks,
         *outer_activations(config, shape, half=half),
-        working_set(config, shape),
+        working_set(config, shape, half=half),
         logits_and_loss(config, shape, half=half),
     ]
 
@@ -161,7 +161,7 @@ def _plan_strategy(
     }
     resident = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"]
     # The block in hand has its working set while gradients pile up; the rest of the activations is gone by then.
-    last_gradient = gpu_parts["gradients"] + passing + working_set(config, shape).num_bytes
+    last_gradient = gpu_parts["gradients"] + passing + working_set(config, shape, half=strategy.half).num_bytes
     gpu_bytes = resident + max(gpu_parts["activations"] + gpu_parts["logits and loss"], last_gradient)
     host_bytes = sum(host_parts.values())
     return StrategyPlan(
