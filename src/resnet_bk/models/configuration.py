@@ -211,7 +211,8 @@ class ResNetBKConfig(PreTrainedConfig):
         config = cls(**{**base, **overrides})
         own_mixer = base.get("mixer", cls.mixer)
         if config.mixer != own_mixer and "intermediate_size" not in overrides:
-            original = cls(**{**base, **overrides, "mixer": own_mixer})
+            # Causal or not, a mixer has the same parameters; the resolvent's is nothing but causal.
+            original = cls(**{**base, **overrides, "mixer": own_mixer, "causal": True})
             config.intermediate_size = match_total_parameters(config, total_parameters(original))
         return config
 

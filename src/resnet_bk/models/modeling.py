@@ -157,7 +157,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         past_length = 0 if cache is None else cache.get_seq_length()
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
         if document_ids is not None:
-            _check_documents(document_ids, x_BND, past_length)
+            document_ids = _numbered_documents(document_ids, x_BND, past_length)
         if position_ids is None:
             position_ids = _positions(key_mask_BK, document_ids, past_length, x_BND)
         if self.embed_positions is not None:
@@ -407,7 +407,8 @@ def _mask_with_padding(attention_mask: Tensor | None, num_keys: int) -> Tensor |
     return None if bool(attention_mask.all()) else attention_mask
 
 
-def _check_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -> None:
+def _numbered_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -> Tensor:
+    """The documents of each row counted from 0: a number that comes again is another document."""
     if document_ids.shape != x_BND.shape[:2] or document_ids.is_floating_point():
         raise ValueError(
             f"document_ids is {document_ids.dtype} of shape {tuple(document_ids.shape)}; "
@@ -415,6 +416,9 @@ def _check_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -> N
         )
     if past_length:
         raise ValueError("document_ids are for whole rows; a cache that has tokens already cannot be told them apart")
+    starts_BN = torch.zeros_like(document_ids, dtype=torch.bool)
+    starts_BN[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts_BN.cumsum(1)
 
 
 def _positions(key_mask_BK: Tensor | None, document_ids_BN: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
