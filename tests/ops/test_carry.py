@@ -60,7 +60,9 @@ def reference(inputs):
 
 def assert_equal(actual, expected, tolerance):
     errors = {name: relative_error(actual[name], expected[name]) for name in expected if expected[name].norm() > 0}
-    assert max(errors.values()) <= tolerance, errors
+    assert max(errors.values(), default=0) <= tolerance, errors
+    for name in set(expected) - set(errors):
+        assert not actual[name].any(), name
 
 
 @pytest.mark.parametrize("regime", ["tunnelling", "scattering"])

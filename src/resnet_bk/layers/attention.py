@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.rotary import rotate
+from resnet_bk.layers.rotary import rotary_angles
+from resnet_bk.ops.rotation import rotate
 
 
 class CausalAttention(nn.Module):
@@ -32,7 +33,9 @@ class CausalAttention(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["window"] = self._convolved(self.convolution, qkv_BNC, context, state.get("window"))
         q, k, v = (part.reshape(heads).transpose(1, 2) for part in qkv_BNC.chunk(3, dim=-1))
-        q, k = (rotate(part, context.position_ids_BN, self.rope_theta) for part in (q, k))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        cos_BN, sin_BN = rotary_angles(context.position_ids_BN, q.shape[-1], self.rope_theta, dtype)
+        q, k = (rotate(part, cos_BN.unsqueeze(1), sin_BN.unsqueeze(1)) for part in (q, k))
         if "keys" in state:
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         mask = self._mask(length, k.shape[2], context, x_BND.device)

@@ -25,6 +25,12 @@ class SequenceContext:
     key_mask_BK: Tensor | None = None
     document_ids_BN: Tensor | None = None
 
+    def front_positions_BN(self) -> Tensor:
+        """The positions with each row's real tokens in front."""
+        if self.padding is None:
+            return self.position_ids_BN
+        return self.position_ids_BN.expand_as(self.padding.order_BN).gather(1, self.padding.order_BN)
+
     def front_starts_BN(self) -> Tensor | None:
         """Where a document starts behind another, bool, with each row's real tokens in front; None without packing."""
         ids_BN = self.document_ids_BN

@@ -10,20 +10,26 @@ from torch import Tensor, nn
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding
+from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
+from resnet_bk.ops.rotation import rotate
 
 Regime = Literal["tunnelling", "scattering"]
 StateKind = Literal["matrix", "vector"]
-SHORTEST_MEMORY = 1.0  # tokens, of the first head at the start
+SHORTEST_MEMORY = 2.0  # tokens, of the first head at the start
 
 
 class ResolventMixer(nn.Module):
-    """``W_o (norm(o) * silu(W_g x))`` with ``S_i = l_i (S_{i-1} + k_i v_i^T)``, ``o_i = q_i S_i`` in every head.
+    """``W_o (norm(o) * silu(W_g x))`` with ``S_i = l_i (S_{i-1} + k_i v_i^T)``, ``o_i = q_i S_i + skip v_i``.
+
+    Queries, keys and values go through a short convolution and a silu. Queries and keys then have unit length, and
+    turn with the position at a fixed rate for each pair of coordinates, as rotary positions do: a decay says how far
+    back something is, a phase says where.
 
     In the tunnelling regime l is real and at most 1; a head's gap is w = softplus(W_w x) * gap. In the scattering
     regime l is complex; a head's potential is amplitude * W_w x, at an energy inside the band and a learned eta.
-    Memories are spread evenly in their logarithm over the heads, from one token to ``longest_memory``.
+    Memories are spread evenly in their logarithm over the heads, from two tokens to ``longest_memory``.
 
     With a vector as state there are no keys and queries: S is v's carried sum. State, gap and norm are in float32.
     """
@@ -37,11 +43,13 @@ class ResolventMixer(nn.Module):
         state: StateKind,
         regime: Regime,
         longest_memory: float,
+        rope_theta: float,
         conv_size: int,
         norm_eps: float,
     ) -> None:
         super().__init__()
         self.num_heads, self.regime, self.longest_memory = num_heads, regime, longest_memory
+        self.rope_theta = rope_theta
         self.key_size = key_size if state == "matrix" else 0
         value_size = hidden_size // num_heads
         channels = num_heads * (2 * self.key_size + value_size)
@@ -54,6 +62,7 @@ class ResolventMixer(nn.Module):
             self.energy = nn.Parameter(torch.empty(num_heads))
             self.raw_eta = nn.Parameter(torch.empty(num_heads))
             self.log_amplitude = nn.Parameter(torch.empty(num_heads))
+        self.skip = nn.Parameter(torch.empty(num_heads))
         self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = nn.RMSNorm(value_size, eps=norm_eps)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -93,7 +102,8 @@ class ResolventMixer(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["window"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("window"))
         log_l_BNH, angle_BNH, after["chain"] = self._chains(x_BND, padding, starts_BN, state.get("chain"))
-        o_BNHV, after["carried"] = self._carry(qkv_BNC, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
+        q, k, v = self._queries_keys_values(qkv_BNC, context)
+        o_BNHV, after["carried"] = self._carry(q, k, v, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
         gate_BND = F.silu(self.gate(x_BND))
         # The weight in the tokens' type: torch has no fused kernel for two types, and sums in float32 in either.
         normed_BNHV = F.rms_norm(o_BNHV, self.norm.normalized_shape, self.norm.weight.to(o_BNHV.dtype), self.norm.eps)
@@ -102,21 +112,31 @@ class ResolventMixer(nn.Module):
             mixed_BND = padding.restore(mixed_BND)
         return self.output(mixed_BND), after
 
+    def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        qkv_BNHC = torch.unflatten(F.silu(qkv_BNC), -1, (self.num_heads, -1))
+        size = self.key_size
+        if not size:
+            one_BNH1 = torch.ones_like(qkv_BNHC[..., :1])
+            return one_BNH1, one_BNH1, qkv_BNHC
+        q, k, v = torch.split(qkv_BNHC, [size, size, qkv_BNHC.shape[-1] - 2 * size], dim=-1)
+        # Unit length is rms_norm times K^(-1/2) each: 1 / K of the product, which is left to the skip's scale and norm.
+        q, k = F.rms_norm(q, (size,)), F.rms_norm(k, (size,))
+        if size > 1 and size % 2 == 0:
+            cos_BN, sin_BN = rotary_angles(context.front_positions_BN(), size, self.rope_theta, _at_least_single(q))
+            q, k = (rotate(x, cos_BN.unsqueeze(2), sin_BN.unsqueeze(2)) for x in (q, k))
+        return q, k, v
+
     def _carry(
         self,
-        qkv_BNC: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         log_l_BNH: Tensor,
         angle_BNH: Tensor | None,
         padding: Padding | None,
         starts_BN: Tensor | None,
         state_BHKV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        qkv_BNHC = torch.unflatten(F.silu(qkv_BNC), -1, (self.num_heads, -1))
-        if self.key_size:
-            q, k, v = torch.split(qkv_BNHC, [self.key_size, self.key_size, qkv_BNHC.shape[-1] - 2 * self.key_size], dim=-1)
-        else:
-            v = qkv_BNHC
-            q = k = torch.ones_like(v[..., :1])
         if padding is not None:
             # Behind a row's last real token nothing decays, turns or is written: its state stays the last one.
             real_BN1 = padding.front_real_BN.unsqueeze(-1)
@@ -133,14 +153,15 @@ class ResolventMixer(nn.Module):
             output_final_state=True,
             form="recurrent" if v.shape[1] == 1 else "chunked",
         )
-        return o_BNHV, final_BHKV.detach()
+        skip_H1 = (max(1, self.key_size) * self.skip).unsqueeze(-1)
+        return o_BNHV + skip_H1.to(v.dtype) * v, final_BHKV.detach()
 
     def _chains(
         self, x_BND: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """log|l| and arg l ``(B, N, H)``, and what the chains remember: m ``(B, H)``, or l as a pair ``(B, H, 2)``."""
         with torch.autocast(x_BND.device.type, enabled=False):
-            dtype = torch.promote_types(x_BND.dtype, torch.float32)
+            dtype = _at_least_single(x_BND)
             potential_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
             if self.regime == "tunnelling":
                 w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
@@ -158,6 +179,10 @@ class ResolventMixer(nn.Module):
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
             return log_l_BNH, angle_BNH, _last_real(l_BNH2, padding, 0.0, state)
+
+
+def _at_least_single(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _last_real(x: Tensor, padding: Padding | None, at_first: float, state: Tensor | None) -> Tensor:

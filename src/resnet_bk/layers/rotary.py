@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 
-def rotate(x_BHND: Tensor, position_ids_BN: Tensor, theta: float) -> Tensor:
-    """Coordinates (i, i + D/2) of ``x_BHND`` turned by position x theta^(-2i/D), the angles in float32 at least."""
-    half = x_BHND.shape[-1] // 2
-    dtype = torch.promote_types(x_BHND.dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(half, device=x_BHND.device, dtype=dtype) / half)
-    angles = position_ids_BN[:, None, :, None].to(dtype) * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x_BHND[..., :half].to(dtype), x_BHND[..., half:].to(dtype)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x_BHND.dtype)
+def rotary_angles(position_ids_BN: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta^(-2i/D) for the pairs i of D = ``size`` coordinates, ``(B, N, D/2)``.
+
+    The angles are reduced in double precision, where the device has it: in float32 the millionth position is 0.06 off.
+    """
+    half = size // 2
+    widest = dtype if position_ids_BN.device.type == "mps" else torch.float64
+    frequencies = theta ** (-torch.arange(half, device=position_ids_BN.device, dtype=widest) / half)
+    angles = (position_ids_BN.unsqueeze(-1).to(widest) * frequencies).remainder(2 * torch.pi).to(dtype)
+    return angles.cos(), angles.sin()

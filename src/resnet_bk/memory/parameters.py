@@ -19,6 +19,7 @@ COMPONENTS = {
     ".mixer.energy": "chain parameters",
     ".mixer.raw_eta": "chain parameters",
     ".mixer.log_amplitude": "chain parameters",
+    ".mixer.skip": "chain parameters",
     ".mixer.qkv": "query, key and value projections",
     ".mixer.convolution": "short convolution",
     ".mixer.gate": "gate projection",

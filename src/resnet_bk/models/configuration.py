@@ -42,7 +42,7 @@ class ResNetBKConfig(PreTrainedConfig):
         resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
         resolvent_state: ``"matrix"``, or ``"vector"`` for values that are carried without keys and queries.
         resolvent_regime: ``"tunnelling"`` (real decays, energy below the band) or ``"scattering"`` (complex ones).
-        resolvent_longest_memory: tokens that the last head remembers at the start; the first remembers one.
+        resolvent_longest_memory: tokens that the last head remembers at the start; the first remembers two.
         num_bk_heads: independent chains of the bk mixer.
         num_attention_heads: heads of the attention mixer; must divide hidden_size into even parts.
         causal: False lets tokens read the future: for encoders and for reproducing the seed, not for a language
@@ -59,7 +59,7 @@ class ResNetBKConfig(PreTrainedConfig):
         bk_eta: initial eta > 0, the resolvent's distance from the real axis.
         bk_grad: ``"exact"``, or ``"blend"`` for the seed's analytic rule.
         bk_blend: share of 1/G^2 in that rule, from 0 to 1.
-        rope_theta: base of the rotary positions of the attention mixer.
+        rope_theta: base of the rotary positions of the attention and resolvent mixers.
         layer_norm_eps: of every LayerNorm.
         initializer_range: standard deviation of the embeddings at the start.
         use_cache: return the recurrent state for decoding.
@@ -164,9 +164,9 @@ class ResNetBKConfig(PreTrainedConfig):
                     f"keys of the scattering regime are complex: their width {self.key_size} must be even; "
                     "change resolvent_key_size"
                 )
-        if not 1 < self.resolvent_longest_memory <= LONGEST_MEMORY:
+        if not 2 < self.resolvent_longest_memory <= LONGEST_MEMORY:
             raise ValueError(
-                f"resolvent_longest_memory is {self.resolvent_longest_memory}; give a number of tokens above 1 and up "
+                f"resolvent_longest_memory is {self.resolvent_longest_memory}; give a number of tokens above 2 and up "
                 f"to {LONGEST_MEMORY:g}"
             )
 

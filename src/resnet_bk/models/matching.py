@@ -26,7 +26,8 @@ def mixer_parameters(config: "ResNetBKConfig") -> int:
         return 4 * hidden * hidden + 3 * size * hidden
     heads = config.num_resolvent_heads
     channels = 2 * heads * config.key_size + hidden  # of queries, keys and values
-    chains = hidden * heads + heads * (1 if config.resolvent_regime == "tunnelling" else 3)
+    # With the skips.
+    chains = hidden * heads + heads * (2 if config.resolvent_regime == "tunnelling" else 4)
     return (hidden + size) * channels + 2 * hidden * hidden + chains + hidden // heads
 
 

@@ -92,6 +92,7 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ResolventMixer):
             for name, value in module.initial_chains().items():
                 init.copy_(getattr(module, name), value)
+            init.ones_(module.skip)
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, CausalAttention):
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
@@ -372,6 +373,7 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
         state=config.resolvent_state,
         regime=config.resolvent_regime,
         longest_memory=config.resolvent_longest_memory,
+        rope_theta=config.rope_theta,
         conv_size=config.conv_size,
         norm_eps=config.layer_norm_eps,
     )

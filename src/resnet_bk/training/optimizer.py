@@ -5,21 +5,24 @@ import math
 import torch
 from torch import nn
 
+from resnet_bk.layers import ShortConvolution
 from resnet_bk.training.config import SHORTEST_DEFAULT_DECAY, TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW over two groups: matrices decay; embeddings, norms, biases and energies do not.
+    """Fused AdamW over two groups: matrices decay; embeddings, norms, filters, biases and energies do not.
 
     An embedding row is only touched by its own token, so decay would shrink rare tokens for being rare; a head tied
-    to it follows it. Vectors (norms, energies) set scales that decay would pull away from their meaning.
+    to it follows it. Vectors (norms, energies, a channel's filter) set scales that decay would pull away from their
+    meaning.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    spared = (nn.Embedding, ShortConvolution)
+    undecayed = {id(module.weight) for module in model.modules() if isinstance(module, spared)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() >= 2 and id(parameter) not in embeddings
+            decays = parameter.dim() >= 2 and id(parameter) not in undecayed
             (decayed if decays else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.carry import operators, reference
+from resnet_bk.ops.rotation import rotate
 
 CarryForm = Literal["chunked", "recurrent", "quadratic"]
 CarryBackend = Literal["auto", "torch", "triton"]
@@ -90,7 +91,7 @@ def bk_carry(
     if not output_final_state:
         return o
     if last is not None:
-        final = _rotate(final.mT, last.unsqueeze(-1)).mT
+        final = _turn(final.mT, last.unsqueeze(-1)).mT
     return o, final.to(dtype)
 
 
@@ -105,15 +106,12 @@ def _turned(q: Tensor, k: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor
     wide = angle.to(widest)
     phase = wide.cumsum(1)
     before, phase = ((-x).remainder(2 * torch.pi).to(angle.dtype) for x in (phase - wide, phase))
-    return _rotate(q, phase), _rotate(k, before), -phase[:, -1]
+    return _turn(q, phase), _turn(k, before), -phase[:, -1]
 
 
-def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Coordinates (i, i + K/2) of the last axis turned by ``angle``, one for each vector."""
-    half = x.shape[-1] // 2
-    cos, sin = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+def _turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Each vector of ``x`` turned by its own angle."""
+    return rotate(x, angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1))
 
 
 def _check(
