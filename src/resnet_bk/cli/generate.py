@@ -20,8 +20,9 @@ SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.001, 1000.0
 class GenerateCommand:
     """Continue a text, a token at a time, as it is made.
 
-    Decoding keeps a state of constant size: a token costs the same after ten tokens and after ten thousand. A model
-    with a position table, as preset seed's of 128, takes no more tokens than that, prompt and text together.
+    Decoding keeps a state of constant size: a token costs the same after ten tokens and after ten thousand. (A model
+    with attention keeps every token's keys and values.) A model with a position table, as preset seed's of 128, takes
+    no more tokens than that, prompt and text together.
 
     Examples:
       resnet-bk generate runs/first --prompt "def main("
@@ -35,6 +36,8 @@ class GenerateCommand:
     """Text to continue."""
     max_new_tokens: int = 100
     """Tokens to make at most. Prompt and text together must fit a position table, where the model has one."""
+    prefill_chunk_size: int = 4096
+    """Tokens of the prompt that are read at once: fewer need less memory, and the text is the same."""
     temperature: float = 0.8
     """Below 1 prefers likely tokens, above 1 flattens; from 0.001 to 1000."""
     top_k: int = 0
@@ -84,6 +87,7 @@ class GenerateCommand:
             eos_token_id=tokenizer.end_of_text_id,
             pad_token_id=tokenizer.end_of_text_id,
             streamer=streamer,
+            **self._prefill(len(prompt_ids), causal=model.config.causal),
             **self._choice(),
         )
         seconds = time.perf_counter() - began
@@ -102,6 +106,8 @@ class GenerateCommand:
     def _check(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; give a number of at least 1")
+        if self.prefill_chunk_size < 1:
+            raise UserError(f"prefill_chunk_size is {self.prefill_chunk_size}; give a number of tokens, at least 1")
         if not SMALLEST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:
             raise UserError(
                 f"temperature is {self.temperature}; give a number from {SMALLEST_TEMPERATURE} to "
@@ -113,6 +119,10 @@ class GenerateCommand:
             raise UserError(f"top_k is {self.top_k}; give 0 for all, or a number of tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; give a share above 0 and up to 1")
+
+    def _prefill(self, prompt_length: int, *, causal: bool) -> dict[str, Any]:
+        # A bidirectional model has no state to go on from: it reads everything again for each token.
+        return {"prefill_chunk_size": min(self.prefill_chunk_size, prompt_length)} if causal else {}
 
     def _choice(self) -> dict[str, Any]:
         if self.greedy:
