@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ops import bk_carry, bk_core, bk_tunnel
-from resnet_bk.ops.carry import operators
+from resnet_bk.ops.carry import choose_carry_backend, operators
 from resnet_bk.ops.carry.chunked import CHUNK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,6 +217,26 @@ def test_its_products_are_counted():
     with counter:
         o.sum().backward()
     assert counter.get_total_flops() == tokens_and_heads * 2 * (CHUNK * (3 * 4 + 2 * 8) + 5 * 4 * 8)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "name"),
+    [
+        ("cpu", torch.float32, 64, "torch"),
+        ("mps", torch.float32, 64, "torch"),
+        ("cuda", torch.float32, 64, "triton"),
+        ("cuda", torch.float64, 64, "torch"),
+        ("cuda", torch.float32, 256, "torch"),
+    ],
+)
+def test_the_backend_is_the_fastest_that_can(device, dtype, width, name):
+    assert choose_carry_backend(torch.device(device), dtype, width).name == name
+
+
+def test_the_triton_kernels_refuse_what_they_cannot_do():
+    inputs = {name: x.double().to(DEVICE) for name, x in arguments(5).items()}
+    with pytest.raises(ValueError, match="backend='torch'"):
+        bk_carry(**inputs, backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,26 @@ from torch import Tensor
 
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.carry import operators, reference
+from resnet_bk.ops.carry.operators import WIDEST_KERNEL
 from resnet_bk.ops.rotation import rotate
 
 CarryForm = Literal["chunked", "recurrent", "quadratic"]
 CarryBackend = Literal["auto", "torch", "triton"]
 
 
-def choose_carry_backend(device: torch.device) -> BackendChoice:
-    """What ``backend="auto"`` means on ``device``, for the chunked form."""
-    if device.type == "cuda" and HAS_TRITON:
-        return BackendChoice(name="triton", reason="chunks on the tensor cores, their pairs never in memory")
-    why = "matrix products of torch's BLAS" if device.type == "cpu" else f"no compiled kernels on {device.type}"
-    return BackendChoice(name="torch", reason=f"chunks as batched matrix products: {why}")
+def choose_carry_backend(
+    device: torch.device, dtype: torch.dtype = torch.float32, width: int = WIDEST_KERNEL
+) -> BackendChoice:
+    """What ``backend="auto"`` means on ``device``, for the chunked form of heads that are ``width`` wide."""
+    if device.type == "cpu":
+        return BackendChoice(name="torch", reason="chunks as batched matrix products of torch's BLAS")
+    if device.type != "cuda" or not HAS_TRITON:
+        why = "triton is not installed" if device.type == "cuda" else f"there are no compiled kernels on {device.type}"
+        return BackendChoice(name="torch", reason=f"chunks as batched matrix products, since {why}")
+    if dtype == torch.float64 or width > WIDEST_KERNEL:
+        why = "in double precision" if dtype == torch.float64 else f"for heads wider than {WIDEST_KERNEL}"
+        return BackendChoice(name="torch", reason=f"chunks as batched matrix products: no kernels {why}")
+    return BackendChoice(name="triton", reason="chunks on the tensor cores, their pairs never in memory")
 
 
 def bk_carry(
@@ -85,7 +93,8 @@ def bk_carry(
     elif form == "recurrent":
         o, final = reference.carry_recurrent(q, k, v, log_l, starts, state)
     else:
-        name = choose_carry_backend(v.device).name if backend == "auto" else backend
+        chosen = choose_carry_backend(v.device, dtype, max(key_size, v.shape[-1]))
+        name = chosen.name if backend == "auto" else backend
         o, final = operators.carry(q, k, v, log_l, starts, state, name)
     o = o.to(v.dtype)
     if not output_final_state:

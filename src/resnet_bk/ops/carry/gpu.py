@@ -5,7 +5,7 @@ the state before each one, and every chunk's output. Backward does the first two
 with q and o' for k and v, and one kernel that has all gradients of a chunk. States are summed in float32 and read in
 the type of the keys; L is summed in float64 and used as two float32 numbers.
 
-One program holds whole heads: widths up to ``WIDEST``. The formulas are in ``chunked``.
+One program holds whole heads: widths up to ``operators.WIDEST_KERNEL``. The formulas are in ``chunked``.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from resnet_bk.ops.carry.chunked import CHUNK
 from resnet_bk.ops.carry.gpu_kernels import adjoint_kernel, output_kernel, scan_kernel, written_kernel
+from resnet_bk.ops.carry.operators import WIDEST_KERNEL
 
-WIDEST = 128  # of keys and of values
 SCAN_BLOCK = 256
 
 
@@ -77,9 +77,9 @@ class _Shape:
     def __init__(self, q: Tensor, v: Tensor, log_l_BNH: Tensor, starts_BN: Tensor | None) -> None:
         self.batch_size, self.length, self.heads, self.key_size = q.shape
         self.value_size = v.shape[-1]
-        if max(self.key_size, self.value_size) > WIDEST or log_l_BNH.dtype == torch.float64:
+        if max(self.key_size, self.value_size) > WIDEST_KERNEL or log_l_BNH.dtype == torch.float64:
             raise ValueError(
-                f"the triton backend has heads up to {WIDEST} wide in float32 and below, not {self.key_size} and "
+                f"the triton backend has heads up to {WIDEST_KERNEL} wide in float32 and below, not {self.key_size} and "
                 f"{self.value_size} in {log_l_BNH.dtype}; use backend='torch'"
             )
         self.num_chunks = triton.cdiv(self.length, CHUNK)

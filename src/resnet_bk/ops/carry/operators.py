@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.ops.carry.chunked import CHUNK
 
+WIDEST_KERNEL = 128  # coordinates of a head that a Triton kernel can hold
 BACKENDS = {"torch": "chunked", "triton": "gpu"}
 
 
