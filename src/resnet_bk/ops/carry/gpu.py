@@ -79,8 +79,8 @@ class _Shape:
         self.value_size = v.shape[-1]
         if max(self.key_size, self.value_size) > WIDEST_KERNEL or log_l_BNH.dtype == torch.float64:
             raise ValueError(
-                f"the triton backend has heads up to {WIDEST_KERNEL} wide in float32 and below, not {self.key_size} and "
-                f"{self.value_size} in {log_l_BNH.dtype}; use backend='torch'"
+                f"the triton backend has heads up to {WIDEST_KERNEL} wide in float32 and below, not "
+                f"{self.key_size} and {self.value_size} in {log_l_BNH.dtype}; use backend='torch'"
             )
         self.num_chunks = triton.cdiv(self.length, CHUNK)
         self.chains = self.batch_size * self.heads
