@@ -5,7 +5,7 @@ A **group** is the ``(tokens, heads)`` of one chunk of one row, in the order (ro
 **block** is ``groups_in_block`` groups, about ``LANES`` lanes, swept side by side. Their tokens lie far apart, so
 ``TOKENS`` of each are brought together in a scratch array that stays in the nearest cache, swept, and put back.
 
-Where a chunk starts: see docs/mathematics.md, section 7. The complex sweeps start from a halo that is proven on the
+Where a chunk starts: see docs/mathematics.md, section 8. The complex sweeps start from a halo that is proven on the
 data; where a proof takes more tokens than a chunk has, kernels return False and what they wrote is of no use. The
 tunnelling regime remembers too long for that: there each chunk's map is composed first.
 """
