@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from resnet_bk.models import PRESETS, ResNetBKConfig, ResNetBKForCausalLM
@@ -94,3 +96,10 @@ def test_it_survives_a_round_trip_through_json(tmp_path):
     loaded = ResNetBKConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.num_hidden_layers == 3
+
+
+def test_every_field_is_saved_so_that_a_new_default_changes_no_saved_model(tmp_path):
+    config = ResNetBKConfig.from_preset("tiny")
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in config.own_fields()} == config.own_fields()
