@@ -15,6 +15,7 @@ from resnet_bk.errors import UserError
 KIND, VERSION = "resnet-bk benchmark", 1
 SECTIONS = ("flops", "timing", "memory", "convergence", "scaling", "stability")
 COMPARED = ("resnet-bk", "transformer")
+SEED_MIXER = "seed-mixer"  # a third contestant, where ours has another mixer than the seed's
 
 # What a damaged or foreign report.json is refused for: figures are shares, logarithms and quotients of these.
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
@@ -303,7 +304,7 @@ class SectionStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The whole document. The first contestant is ours, the second the baseline."""
+    """The whole document. The first contestant is ours, the second the baseline; the seed's mixer may be a third."""
 
     kind: str
     version: int
@@ -354,8 +355,8 @@ def read_report(path: Path) -> Report:
             f"{path} is {report.kind!r} version {report.version}, this program reads {KIND!r} version {VERSION}; "
             "make it again with `resnet-bk bench`"
         )
-    if len(report.contestants) != 2:
-        raise UserError(f"{path} has {len(report.contestants)} contestants instead of 2; make it again")
+    if len(report.contestants) < len(COMPARED):
+        raise UserError(f"{path} has {len(report.contestants)} contestants instead of 2 or 3; make it again")
     if complaint := _inconsistency(report):
         raise UserError(f"{path} is damaged: {complaint}; make it again with `resnet-bk bench`")
     return report
@@ -364,11 +365,11 @@ def read_report(path: Path) -> Report:
 def _inconsistency(report: Report) -> str | None:
     """What a table or plot would look for in vain."""
     keys, results = [contestant.key for contestant in report.contestants], report.results
-    if tuple(keys) != COMPARED:
+    if tuple(keys) not in (COMPARED, (*COMPARED, SEED_MIXER)):
         return f"its contestants are {' and '.join(keys)} instead of {' and '.join(COMPARED)}"
     for name, models in (("flops", results.flops), ("memory", results.memory)):
         if models and [model.contestant for model in models.models] != keys:
-            return f"section {name} does not have its two contestants"
+            return f"section {name} does not have its {len(keys)} contestants"
     if results.timing:
         measured = {(row.phase, row.contestant) for row in results.timing.phases}
         for row in results.timing.ratios:

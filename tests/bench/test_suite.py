@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 
 from resnet_bk.bench import suite
+from resnet_bk.bench.contestants import contestant_configs
+from resnet_bk.bench.convergence import _variants
 from resnet_bk.bench.profiles import FIXED_RATES, PROFILES, fixed_rate
 from resnet_bk.errors import UserError
+from resnet_bk.models.matching import total_parameters
 from resnet_bk.schema import SECTIONS, read_report
 
 
@@ -18,22 +21,55 @@ def test_every_section_is_measured_and_written(smoke_report):
     assert all(vars(report.results).values())
 
 
-def test_the_two_models_have_the_same_number_of_parameters_within_one_percent(smoke_report):
+def test_all_models_have_the_same_number_of_parameters_within_one_percent(smoke_report):
     report, _ = smoke_report
-    assert abs(report.ours.parameters / report.baseline.parameters - 1) <= 0.01
+    for other in report.contestants[1:]:
+        assert abs(report.ours.parameters / other.parameters - 1) <= 0.01
 
 
-def test_the_two_models_differ_in_the_mixer_and_the_expert_width_only(smoke_report):
-    ours, baseline = (contestant.config for contestant in smoke_report[0].contestants)
+def test_the_transformer_differs_in_the_mixer_and_the_expert_width_only(smoke_report):
+    ours, baseline, _ = (contestant.config for contestant in smoke_report[0].contestants)
+    assert (ours["mixer"], baseline["mixer"]) == ("resolvent", "attention")
+    assert ours["conv_size"] == baseline["conv_size"] > 0
     assert {name for name in ours if ours[name] != baseline[name]} == {"mixer", "intermediate_size"}
 
 
-def test_every_phase_was_measured_for_both_in_every_round(smoke_report):
+def test_the_seeds_mixer_stands_beside_them_without_a_convolution(smoke_report):
+    ours, _, seeds = (contestant.config for contestant in smoke_report[0].contestants)
+    assert (seeds["mixer"], seeds["conv_size"]) == ("bk", 0)
+    assert {name for name in ours if ours[name] != seeds[name]} == {"mixer", "intermediate_size", "conv_size"}
+
+
+@pytest.mark.parametrize("choice", [("seed", {}), ("tiny", {"mixer": "bk"})], ids=str)
+def test_the_seeds_mixer_is_not_compared_with_itself(choice):
+    preset, overrides = choice
+    configs = contestant_configs(preset, overrides)
+    assert list(configs) == ["resnet-bk", "transformer"]
+    assert configs["resnet-bk"].mixer == "bk"
+    assert [variant.key for variant in _variants(configs)] == ["resnet-bk", "transformer", "blend", "bidirectional"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"num_layers": 5, "conv_size": 0}, {"resolvent_regime": "scattering"}], ids=str
+)
+@pytest.mark.parametrize("preset", ["tiny", "100m", "1b"])
+def test_the_seeds_mixer_gets_as_many_parameters_by_wider_experts(preset, overrides):
+    ours, _, seeds = contestant_configs(preset, overrides).values()
+    assert abs(total_parameters(seeds) / total_parameters(ours) - 1) <= 0.01
+
+
+def test_a_width_that_was_asked_for_is_every_models():
+    assert {config.intermediate_size for config in contestant_configs("tiny", {"intermediate_size": 40}).values()} == {
+        40
+    }
+
+
+def test_every_phase_was_measured_for_all_in_every_round(smoke_report):
     timing = smoke_report[0].results.timing
     assert {(row.phase, row.contestant) for row in timing.phases} == {
         (phase, key)
         for phase in ("forward", "backward", "optimizer", "step", "prefill", "decode")
-        for key in ("resnet-bk", "transformer")
+        for key in ("resnet-bk", "transformer", "seed-mixer")
     }
     assert all(len(row.seconds.samples) == PROFILES["smoke"].rounds for row in timing.phases)
     assert all(min(row.seconds.samples) > 0 for row in timing.phases)
@@ -41,7 +77,7 @@ def test_every_phase_was_measured_for_both_in_every_round(smoke_report):
 
 def test_a_step_is_at_least_as_long_as_its_parts(smoke_report):
     rows = {(row.phase, row.contestant): row.seconds.samples for row in smoke_report[0].results.timing.phases}
-    for key in ("resnet-bk", "transformer"):
+    for key in ("resnet-bk", "transformer", "seed-mixer"):
         parts = zip(*(rows[phase, key] for phase in ("forward", "backward", "optimizer")), strict=True)
         assert rows["step", key] == pytest.approx([sum(part) for part in parts])
 
@@ -68,15 +104,16 @@ def test_quick_tunes_nothing_and_standard_does():
 def test_a_rate_that_is_not_tuned_is_the_arms_own_and_less_for_wider_models(smoke_report):
     convergence = smoke_report[0].results.convergence
     assert convergence.learning_rates == []
-    assert {arm.key: arm.learning_rate for arm in convergence.arms} == FIXED_RATES
-    assert fixed_rate("transformer", 64) == FIXED_RATES["transformer"]
-    assert fixed_rate("transformer", 512) == pytest.approx(FIXED_RATES["transformer"] / 8)
+    kinds = {"resnet-bk": "resolvent", "transformer": "attention", "seed-mixer": "bk"}
+    assert {kinds.get(arm.key, arm.key): arm.learning_rate for arm in convergence.arms} == FIXED_RATES
+    assert fixed_rate("attention", 64) == FIXED_RATES["attention"]
+    assert fixed_rate("attention", 512) == pytest.approx(FIXED_RATES["attention"] / 8)
 
 
 def test_the_leaking_arm_is_marked_and_no_other(smoke_report):
     arms = smoke_report[0].results.convergence.arms
     assert {arm.key for arm in arms if arm.leaks} == {"bidirectional"}
-    assert {arm.key for arm in arms} == {"resnet-bk", "transformer", "blend", "bidirectional"}
+    assert {arm.key for arm in arms} == {"resnet-bk", "transformer", "seed-mixer", "blend", "bidirectional"}
 
 
 def test_all_arms_see_the_same_number_of_tokens(smoke_report):
@@ -149,7 +186,8 @@ def test_a_kill_loses_only_the_section_in_hand(tmp_path, smoke_config, monkeypat
     ("change", "complaint"),
     [
         ({"sections": ("speed",)}, "no section 'speed'"),
-        ({"overrides": {"causal": False}}, "reads its targets"),
+        ({"overrides": {"causal": False, "mixer": "bk"}}, "reads its targets"),
+        ({"overrides": {"causal": False}}, "with causal=False choose mixer bk or attention"),
         ({"overrides": {"hidden_size": 0}}, "hidden_size is 0"),
         ({"preset": "huge"}, "no preset 'huge'"),
     ],

@@ -96,6 +96,7 @@ def test_components_are_named_by_what_they_are(mixer):
             "short convolution": layers * 5 * channels,
             "potential projection": layers * hidden * 2,
             "chain parameters": layers * 2 * (3 if mixer == "scattering" else 1),
+            "skips": layers * 2,
             "gate projection": layers * hidden * hidden,
             "output projection": layers * hidden * hidden,
             "norms": (2 * layers + 1) * 2 * hidden + layers * hidden // 2,

@@ -57,11 +57,14 @@ def texts(section):
         "6. Scaling with sequence length",
         "7. Numerical stability",
         "8. How this report was made",
-        "ResNet-BK (bidirectional) is a leak, not skill",
+        "Seed's mixer (bidirectional) is a leak, not skill",
         "One seed",
         "the planner’s prediction",
         "resnet-bk bench --profile smoke",
         "its figures mean nothing",
+        "ResNet-BK mixes by keys and values carried by the resolvent behind a short convolution over 4 tokens",
+        "the Transformer by attention with rotary positions behind a short convolution over 4 tokens",
+        "Seed's mixer (the resolvent's diagonal as features;",
     ],
 )
 def test_the_pdf_says(pdf_text, words):
@@ -131,7 +134,7 @@ def test_the_sentence_about_rates_agrees_with_their_number(report, at_the_edge, 
     convergence = report.results.convergence
     arms = [
         replace(arm, label=label, learning_rate=0.1 if place < at_the_edge else 0.2)
-        for place, (arm, label) in enumerate(zip(convergence.arms, "ABCD", strict=True))
+        for place, (arm, label) in enumerate(zip(convergence.arms, "ABCDE", strict=True))
     ]
     changed = replace(convergence, arms=arms, learning_rates=[0.1, 0.2, 0.3])
     assert words in "\n".join(texts(convergence_section.build(report, changed)))

@@ -1,7 +1,7 @@
 """The models that are compared, and what one training step of them is made of."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +10,37 @@ from torch import Tensor
 
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
-from resnet_bk.schema import Contestant
+from resnet_bk.models.matching import match_total_parameters, total_parameters
+from resnet_bk.schema import SEED_MIXER, Contestant
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.step import autocast
 
 OURS, BASELINE = "resnet-bk", "transformer"
-LABELS = {OURS: "ResNet-BK", BASELINE: "Transformer"}
+LABELS = {OURS: "ResNet-BK", BASELINE: "Transformer", SEED_MIXER: "Seed's mixer"}
 
 
 def contestant_configs(preset: str, overrides: dict[str, Any]) -> dict[str, ResNetBKConfig]:
     """Ours, and the same model with its mixer exchanged for attention at equal total parameters.
 
+    Beside a resolvent mixer the seed's stands too, as the seed has it: without a convolution.
+
     Raises:
         ValueError: a field does not fit.
     """
-    return {
-        OURS: ResNetBKConfig.from_preset(preset, **overrides),
-        BASELINE: ResNetBKConfig.from_preset(preset, **{**overrides, "mixer": "attention"}),
-    }
+    ours = ResNetBKConfig.from_preset(preset, **overrides)
+    configs = {OURS: ours, BASELINE: ResNetBKConfig.from_preset(preset, **{**overrides, "mixer": "attention"})}
+    if ours.mixer == "resolvent":
+        seeds = ResNetBKConfig(**{**ours.own_fields(), "mixer": "bk", "conv_size": 0})
+        if "intermediate_size" not in overrides:
+            seeds.intermediate_size = match_total_parameters(seeds, total_parameters(ours))
+        configs[SEED_MIXER] = seeds
+    return configs
+
+
+def bk_contestant(configs: Mapping[str, ResNetBKConfig]) -> str | None:
+    """The contestant whose mixer is the seed's: it has an analytic gradient, and a form that reads the future."""
+    return next((key for key, config in configs.items() if config.mixer == "bk"), None)
 
 
 def describe_contestant(key: str, config: ResNetBKConfig) -> Contestant:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from resnet_bk.bench.contestants import LABELS, OURS, build_model
+from resnet_bk.bench.contestants import LABELS, bk_contestant, build_model
 from resnet_bk.bench.profiles import Profile, fixed_rate
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
@@ -35,6 +35,11 @@ class _Variant:
     label: str
     config: ResNetBKConfig
 
+    @property
+    def kind(self) -> str:
+        """What a fixed learning rate depends on: the mixer, or what was changed about it."""
+        return self.key if self.key in ("blend", "bidirectional") else self.config.mixer
+
 
 def measure_convergence(
     configs: dict[str, ResNetBKConfig],
@@ -49,7 +54,7 @@ def measure_convergence(
     training = replace(training, warmup_steps=max(1, profile.convergence_steps // 10))
     arms: list[Arm] = []
     for variant in _variants(configs):
-        rates = profile.learning_rates or (fixed_rate(variant.key, variant.config.hidden_size),)
+        rates = profile.learning_rates or (fixed_rate(variant.kind, variant.config.hidden_size),)
         tried = [
             _train(variant, replace(training, learning_rate=rate, seed=profile.seeds[0]), dataset, profile, device)
             for rate in rates
@@ -73,12 +78,12 @@ def measure_convergence(
 
 
 def _variants(configs: dict[str, ResNetBKConfig]) -> list[_Variant]:
-    ours = configs[OURS]
     variants = [_Variant(key=key, label=LABELS[key], config=config) for key, config in configs.items()]
-    if ours.mixer == "bk":
+    if key := bk_contestant(configs):
+        exact, label = configs[key], LABELS[key]
         variants += [
-            _Variant(key="blend", label="ResNet-BK (analytic gradient)", config=_changed(ours, bk_grad="blend")),
-            _Variant(key="bidirectional", label="ResNet-BK (bidirectional)", config=_changed(ours, causal=False)),
+            _Variant(key="blend", label=f"{label} (analytic gradient)", config=_changed(exact, bk_grad="blend")),
+            _Variant(key="bidirectional", label=f"{label} (bidirectional)", config=_changed(exact, causal=False)),
         ]
     return variants
 

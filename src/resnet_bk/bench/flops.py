@@ -2,8 +2,11 @@
 
 Causal attention is counted as what it has to do, N (N + 1) / 2 pairs, on every device: torch counts N^2 on a GPU and
 nothing at all on a CPU. Backward of fused attention recomputes the scores: 5 matrix products to forward's 2.
+Of a convolution with a filter for each channel torch counts the weights' gradient for every pair of channels: here
+only what is computed.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from resnet_bk.bench.contestants import BASELINE, OURS, Subject
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.bk import operators
+from resnet_bk.ops.carry import operators as carry_operators
 from resnet_bk.schema import ComponentFlops, FlopsResult, ModelFlops
 
 # Of AdamW per parameter: decay 1, first moment 3, second moment 4, its root, scaling and epsilon 3, update 2; clipping
@@ -49,21 +53,64 @@ def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int)
         _products("router", 2 * tokens * hidden * config.num_experts * layers),
         _products("experts", 4 * tokens * hidden * config.intermediate_size * layers),
     ]
-    if config.mixer == "bk":
-        sites = tokens * config.num_bk_heads * layers
-        forward, backward = _core_flops(config)
-        parts += [
-            _products("potential and output projection", 6 * sites * hidden),
-            ComponentFlops(component="BK-Core", forward=forward * sites, backward=backward * sites),
-        ]
-    else:
-        pairs = attended_pairs(sequence_length, sequence_length, config.causal) * batch_size * layers
-        parts += [
-            _products("query, key, value and output projection", 8 * tokens * hidden * hidden * layers),
-            ComponentFlops(component="attention", forward=4 * pairs * hidden, backward=10 * pairs * hidden),
-        ]
+    parts += {"bk": _bk_flops, "attention": _attention_flops, "resolvent": _resolvent_flops}[config.mixer](
+        config, batch_size, sequence_length
+    )
     # Its gradients are computed with the loss, so that no logits have to be kept for backward: all of it is forward.
     return [*parts, ComponentFlops(component="head", forward=6 * tokens * hidden * config.vocab_size, backward=0)]
+
+
+def _bk_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
+    blocks = batch_size * sequence_length * config.num_layers
+    sites = blocks * config.num_bk_heads
+    forward, backward = _core_flops(config)
+    return [
+        *_convolution(config, blocks * config.hidden_size),
+        _products("potential and output projection", 6 * sites * config.hidden_size),
+        ComponentFlops(component="BK-Core", forward=forward * sites, backward=backward * sites),
+    ]
+
+
+def _attention_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
+    hidden, blocks = config.hidden_size, batch_size * sequence_length * config.num_layers
+    pairs = attended_pairs(sequence_length, sequence_length, config.causal) * batch_size * config.num_layers
+    return [
+        _products("query, key, value and output projection", 8 * blocks * hidden * hidden),
+        *_convolution(config, blocks * 3 * hidden),
+        ComponentFlops(component="attention", forward=4 * pairs * hidden, backward=10 * pairs * hidden),
+    ]
+
+
+def _resolvent_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
+    hidden, heads, blocks = (
+        config.hidden_size,
+        config.num_resolvent_heads,
+        batch_size * sequence_length * config.num_layers,
+    )
+    channels, sites = 2 * heads * config.key_size + hidden, blocks * heads
+    chain = (operators.TUNNEL_FORWARD_FLOPS, operators.TUNNEL_BACKWARD_FLOPS)
+    if config.resolvent_regime == "scattering":
+        chain = (operators.CAUSAL_FORWARD_FLOPS, operators.CAUSAL_BACKWARD_FLOPS)
+    # A vector as state is a key of one number.
+    widths = (config.key_size or 1, hidden // heads)
+    return [
+        _products("query, key and value projection", 2 * blocks * hidden * channels),
+        *_convolution(config, blocks * channels),
+        _products("potential projection", 2 * sites * hidden),
+        ComponentFlops(component="chains", forward=chain[0] * sites, backward=chain[1] * sites),
+        ComponentFlops(
+            component="carry",
+            forward=carry_operators.forward_flops(*widths) * sites,
+            backward=carry_operators.backward_flops(*widths) * sites,
+        ),
+        _products("gate and output projection", 4 * blocks * hidden * hidden),
+    ]
+
+
+def _convolution(config: ResNetBKConfig, channels_of_tokens: int) -> list[ComponentFlops]:
+    if not config.conv_size:
+        return []
+    return [_products("short convolution", 2 * config.conv_size * channels_of_tokens)]
 
 
 def attended_pairs(queries: int, keys: int, causal: bool) -> int:
@@ -109,8 +156,16 @@ def _model_flops(key: str, subject: Subject) -> ModelFlops:
 
 
 def _counter() -> FlopCounterMode:
-    mapping = {kernel: _attention_formula(*rest) for kernel, *rest in ATTENTION_KERNELS}
+    mapping: dict[Any, Any] = {kernel: _attention_formula(*rest) for kernel, *rest in ATTENTION_KERNELS}
+    mapping[aten.convolution_backward] = _convolution_backward
     return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _convolution_backward(*args: Any, **_: Any) -> int:
+    """Each gradient that is wanted costs what forward does: a product for each output, filter tap and input channel."""
+    grad_shape, _, weight_shape, *_, output_mask = args
+    forward = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(weight_shape)
+    return int(forward * sum(output_mask[:2]))
 
 
 def _attention_formula(query: int, is_causal: int, products: int) -> Callable[..., int]:

@@ -39,16 +39,16 @@ class Profile:
 #     bidirectional    5.33   5.17   5.03   5.06   5.03   4.98   4.98
 #
 # Neighbours differ by 0.1 without a pattern, so that a finer choice would mean nothing.
-FIXED_RATES = {"resnet-bk": 0.02, "transformer": 0.012, "blend": 0.005, "bidirectional": 0.02}
+FIXED_RATES = {"resolvent": 0.02, "attention": 0.012, "bk": 0.02, "blend": 0.005, "bidirectional": 0.02}
 FIXED_RATES_WIDTH = 64
 
 
-def fixed_rate(arm: str, hidden_size: int) -> float:
-    """The learning rate of an arm that is not tuned: what did well at preset seed, the only size it was measured at.
+def fixed_rate(kind: str, hidden_size: int) -> float:
+    """The learning rate of a mixer or variant that is not tuned: what did well at preset seed, where it was measured.
 
     Wider models take less in proportion, the usual rule for Adam.
     """
-    return FIXED_RATES[arm] * min(1.0, FIXED_RATES_WIDTH / hidden_size)
+    return FIXED_RATES[kind] * min(1.0, FIXED_RATES_WIDTH / hidden_size)
 
 
 PROFILES = {

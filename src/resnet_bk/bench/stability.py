@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_bk.bench.contestants import LABELS, OURS, Subject, build_model, random_batch
+from resnet_bk.bench.contestants import LABELS, Subject, bk_contestant, build_model, random_batch
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops import bk_core, bk_tunnel
+from resnet_bk.ops.carry import bk_carry
 from resnet_bk.schema import AccuracyPoint, CausalityMeasurement, Check, StabilityResult
 from resnet_bk.training.config import TrainingConfig
 
@@ -30,6 +32,11 @@ def run_gates(configs: dict[str, ResNetBKConfig], device: torch.device) -> list[
     point = accuracy(causal=True, length=512, eta=1.0, potential=1.0, device=device)
     errors = (("values", point.value_error), ("gradients", point.gradient_error))
     gates = [_check(f"bk_core's {what} against complex128", error, GATE_ERROR) for what, error in errors]
+    for regime in sorted({config.resolvent_regime for config in configs.values() if config.mixer == "resolvent"}):
+        errors = tuple(zip(("values", "gradients"), carry_errors(regime, length=512, device=device), strict=True))
+        gates += [
+            _check(f"bk_carry's {what}, {regime}, against all pairs", error, GATE_ERROR) for what, error in errors
+        ]
     for key, config in configs.items():
         change = largest_change_before(config, device)
         gates.append(_check(f"{LABELS[key]}: no logit depends on a later token", change, CAUSALITY_LIMIT))
@@ -80,6 +87,37 @@ def accuracy(*, causal: bool, length: int, eta: float, potential: float, device:
     )
 
 
+def carry_errors(regime: str, *, length: int, device: torch.device) -> tuple[float | None, float | None]:
+    """Errors of bk_carry's float32 values and gradients, chains included, against every pair in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(ROWS, length, HEADS, 16, generator=generator).to(device) for _ in range(3))
+    chain = torch.randn(ROWS, length, HEADS, generator=generator).to(device)
+    weight = torch.randn(v.shape, generator=generator).to(device)
+
+    def values_and_gradients(*, exact: bool) -> tuple[Tensor, list[Tensor]]:
+        inputs = [(x.double() if exact else x).requires_grad_() for x in (x.clone() for x in (q, k, v, chain))]
+        log_l, angle = _decays(inputs[3], regime, "reference" if exact else "auto")
+        o = bk_carry(*inputs[:3], log_l, angle=angle, form="quadratic" if exact else "chunked")
+        assert isinstance(o, Tensor)
+        return o.detach(), list(torch.autograd.grad((o * weight).sum(), inputs))
+
+    (found, gradients), (wanted, exact_gradients) = values_and_gradients(exact=False), values_and_gradients(exact=True)
+    errors = [_relative_error(*pair) for pair in zip(gradients, exact_gradients, strict=True)]
+    finite = [error for error in errors if error is not None]
+    return _relative_error(found, wanted), max(finite) if len(finite) == len(errors) else None
+
+
+def _decays(chain: Tensor, regime: str, backend: str) -> tuple[Tensor, Tensor | None]:
+    """log|l| and, in the scattering regime, arg l."""
+    if regime == "tunnelling":
+        log_l = bk_tunnel(0.01 * F.softplus(chain), backend=backend)  # type: ignore[arg-type]
+        assert isinstance(log_l, Tensor)
+        return log_l, None
+    ratio = bk_core(chain, complex(0.5, 0.5), causal=True, backend=backend)  # type: ignore[arg-type]
+    assert isinstance(ratio, Tensor)
+    return ratio.abs().log(), ratio.angle()
+
+
 def largest_change_before(config: ResNetBKConfig, device: torch.device) -> float:
     """The most that changing token j moved a logit before j, over a few random models, rows and places; in float64."""
     length = min(CAUSALITY_LENGTH, config.max_position_embeddings or CAUSALITY_LENGTH)
@@ -126,8 +164,8 @@ def extremes(device: torch.device) -> list[Check]:
 
 def _causality(configs: dict[str, ResNetBKConfig], device: torch.device) -> list[CausalityMeasurement]:
     variants = {LABELS[key]: config for key, config in configs.items()}
-    fields = {**configs[OURS].own_fields(), "causal": False}
-    variants[f"{LABELS[OURS]} (bidirectional)"] = ResNetBKConfig(**fields)
+    if key := bk_contestant(configs):
+        variants[f"{LABELS[key]} (bidirectional)"] = ResNetBKConfig(**{**configs[key].own_fields(), "causal": False})
     return [
         CausalityMeasurement(label=label, causal=config.causal, largest_change=largest_change_before(config, device))
         for label, config in variants.items()

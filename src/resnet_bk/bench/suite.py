@@ -72,7 +72,7 @@ class _Bench:
     on_progress: Callable[[str], None]
 
     def subjects(self) -> dict[str, Subject]:
-        """Both contestants with the same batch of the text."""
+        """Every contestant with the same batch of the text."""
         return {key: Subject.build(model, self.config.training, self._batch()) for key, model in self.models.items()}
 
     def _batch(self) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,16 @@ from resnet_bk.training.config import DataConfig, TrainingConfig
 class BenchCommand:
     """Measure ResNet-BK against a Transformer of the same size on the same text, and write report.json.
 
+    The Transformer differs in the mixer alone: it has rotary positions, and the same short convolution if there is one.
+    Beside a resolvent mixer the seed's is measured too.
+
     Six sections: FLOPs, wall-clock time, memory, convergence, scaling with the length, numerical stability. Before
     anything is timed, gates check that the operators are exact and that no model reads ahead. Each section is written
     as soon as it is measured; the same command again goes on with what is missing.
 
     Examples:
       resnet-bk bench --profile quick --out runs/bench
+      resnet-bk bench --preset seed --mixer resolvent --conv-size 4 --max-position-embeddings none
       resnet-bk bench --preset seed --data book.txt --tokenizer char --out runs/bench-book
       resnet-bk bench --only timing memory --out runs/bench-time --json
     """
@@ -32,7 +36,7 @@ class BenchCommand:
     """How much to measure: smoke (seconds, shows that it runs), quick (minutes, one seed) or standard (hours on a
     CPU: three seeds, tuned learning rates)."""
     preset: str = "seed"
-    """Named size of both models: seed, tiny, 100m, 1b, 7b or 70b."""
+    """Named size of the models: seed, tiny, 100m, 1b, 7b or 70b."""
     only: tuple[Literal["flops", "timing", "memory", "convergence", "scaling", "stability"], ...] = ()
     """Sections to measure; all by default."""
     batch_size: Annotated[int | None, shown(TrainingConfig.batch_size)] = None

@@ -69,7 +69,7 @@ class ModelFlags:
     resolvent_regime: Annotated[Literal["tunnelling", "scattering"] | None, preset("tunnelling|scattering")] = None
     """Energies below the band, where decays are real, or inside it, where they are complex."""
     resolvent_longest_memory: Annotated[float | None, preset("FLOAT")] = None
-    """Tokens that its last head remembers at the start; the first remembers one."""
+    """Tokens that its last head remembers at the start; the first remembers two."""
     num_bk_heads: Annotated[int | None, preset("INT")] = None
     """Independent chains of the bk mixer."""
     num_attention_heads: Annotated[int | None, preset("INT")] = None
@@ -99,7 +99,7 @@ class ModelFlags:
     bk_blend: Annotated[float | None, preset("FLOAT")] = None
     """Share of 1/G^2 in the analytic rule."""
     rope_theta: Annotated[float | None, preset("FLOAT")] = None
-    """Base of the attention mixer's rotary positions."""
+    """Base of the rotary positions of the attention and resolvent mixers."""
     layer_norm_eps: Annotated[float | None, preset("FLOAT")] = None
     """Epsilon of every LayerNorm."""
     initializer_range: Annotated[float | None, preset("FLOAT")] = None

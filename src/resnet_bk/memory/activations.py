@@ -114,7 +114,7 @@ def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> Act
 
 def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
     hidden, heads = config.hidden_size, config.num_attention_heads
-    tables = 8 * shape.sequence_length * hidden // heads
+    tables = 4 * shape.sequence_length * hidden // heads
     projections = 8 * hidden * hidden if half else 0
     # fp32: input of qkv, qkv, the turned q and k, the mixed values in two layouts, 4 D each but qkv's 12 D. Autocast
     # keeps qkv, q, k and the mixed values as halves.
@@ -122,32 +122,36 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> A
     return ActivationPart(
         name="attention and projections",
         num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + tables + projections,
-        formula=f"T ({per_hidden} D + 4 A) + 8 N D / A" + (" + 8 D^2" if half else ""),
+        formula=f"T ({per_hidden} D + 4 A) + 4 N D / A" + (" + 8 D^2" if half else ""),
     )
 
 
 def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
     hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
     vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
-    c, keys = 2 if half else 4, heads * (config.key_size or 1)
+    c, key_size = 2 if half else 4, config.key_size or 1
     # fp32: what the gate's activation reads and makes; o, its quotient by its norm, that times the weight, and the
     # gated product. Autocast keeps o and its quotient in float32 too, and two half copies of the projections' input.
     per_hidden = 20 if half else 24
     # Tunnelling: potential, softplus, log l, l, and 1 - l; the norm of o. Scattering: potential, l as a pair, its
-    # square, log l, |l|, two phases and their cosines and sines; the norm. Also a half copy of |l|; a vector's ones.
-    per_head = (52 if scattering else 24) + (2 if half else 4 if vector else 0)
-    # k l; and q and k l turned by the phases.
-    key_copies = 3 if scattering else 1
-    # The state before the first token; and, for a moment, the last one as a single token or a phase turns it.
+    # square, log l, |l|, two phases and their cosines and sines; the norm. Then the norms of q and k, or a vector's
+    # ones; and a half copy of |l|.
+    per_head = (52 if scattering else 24) + (0 if vector else 8) + (2 if half else 4 if vector else 0)
+    # q and k, which are new ones after their norms, and k l; q and k l turned by the chain's phases. Autocast has the
+    # norms read float32.
+    per_key = c if vector else (5 if scattering else 3) * c + (8 if half else 0)
+    # Cosines and sines of the positions. The state before the first token; and, for a moment, the last one, where a
+    # single token or a phase turns it.
+    tables = 0 if key_size % 2 else 4 * shape.sequence_length * key_size
     states = 2 if scattering or shape.sequence_length == 1 else 1
-    state = states * 4 * shape.batch_size * keys * (hidden // heads)
+    state = states * 4 * shape.batch_size * key_size * hidden
     projections = 2 * hidden * (channels + 2 * hidden) if half else 0
+    per_token = per_hidden * hidden + 2 * c * channels + per_head * heads + per_key * heads * key_size
     return ActivationPart(
         name="carry and projections",
-        num_bytes=shape.tokens * (per_hidden * hidden + 2 * c * channels + per_head * heads + key_copies * c * keys)
-        + state
-        + projections,
-        formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {key_copies * c} H K) + {4 * states} B K D"
+        num_bytes=shape.tokens * per_token + tables + state + projections,
+        formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {per_key} H K) + {4 * states} B K D"
+        + (" + 4 N K" if tables else "")
         + (" + 2 D (W + 2 D)" if half else ""),
     )
 

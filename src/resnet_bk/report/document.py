@@ -89,13 +89,19 @@ def _workload(report: Report) -> dict[str, str]:
 
 def _models(report: Report) -> Table:
     """Only the fields that a reader needs to build the models again: those of the preset and those that differ."""
-    first, second = report.contestants
+    models = report.contestants
+    first = models[0].config
     shown = ["hidden_size", "num_layers", "num_experts", "mixer", "max_position_embeddings", "tie_word_embeddings"]
-    differing = [name for name in first.config if first.config[name] != second.config.get(name)]
-    names = ["vocab_size", *dict.fromkeys([*shown, *differing])]
-    rows = [[name, str(first.config[name]), str(second.config.get(name))] for name in names]
-    rows.append(["parameters", f"{first.parameters:,}", f"{second.parameters:,}"])
-    rows.append(["of these active per token", f"{first.active_parameters:,}", f"{second.active_parameters:,}"])
+    heads = {"resolvent": "num_resolvent_heads", "bk": "num_bk_heads", "attention": "num_attention_heads"}
+    shown += [heads[model.config["mixer"]] for model in models]
+    differing = [name for name in first if any(first[name] != model.config.get(name) for model in models)]
+    # Older reports know no convolution.
+    names = ["vocab_size", *dict.fromkeys([*shown, *(["conv_size"] if "conv_size" in first else []), *differing])]
+    rows = [[name, *(str(model.config.get(name)) for model in models)] for name in names]
+    rows.append(["parameters", *(f"{model.parameters:,}" for model in models)])
+    rows.append(["of these active per token", *(f"{model.active_parameters:,}" for model in models)])
     return Table(
-        caption=f"Models (preset {report.workload.preset})", header=["field", first.label, second.label], rows=rows
+        caption=f"Models (preset {report.workload.preset})",
+        header=["field", *(model.label for model in models)],
+        rows=rows,
     )

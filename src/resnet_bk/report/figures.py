@@ -14,9 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-OURS, BASELINE, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-COLOURS = {"resnet-bk": OURS, "transformer": BASELINE, "blend": THIRD, "bidirectional": FOURTH}
-MARKERS = {"resnet-bk": "o", "transformer": "s", "blend": "^", "bidirectional": "x"}
+OURS, BASELINE, THIRD, FOURTH, FIFTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+COLOURS = {"resnet-bk": OURS, "transformer": BASELINE, "seed-mixer": FIFTH, "blend": THIRD, "bidirectional": FOURTH}
+MARKERS = {"resnet-bk": "o", "transformer": "s", "seed-mixer": "D", "blend": "^", "bidirectional": "x"}
 GREY = "#666666"
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -4,8 +4,8 @@ from resnet_bk.report.blocks import Block, Bullets, Note, Paragraph, Section, Ta
 from resnet_bk.report.sections.convergence import final_loss
 from resnet_bk.report.sections.scaling import crossover_sentence
 from resnet_bk.report.sections.stability import worst
-from resnet_bk.report.wording import interval, listing, verdict
-from resnet_bk.schema import Arm, ConvergenceResult, Interval, Report, StabilityResult
+from resnet_bk.report.wording import interval, listing, mixer_in_words, verdict
+from resnet_bk.schema import SEED_MIXER, Arm, ConvergenceResult, Interval, Report, StabilityResult
 
 
 def build(report: Report) -> Section:
@@ -15,7 +15,8 @@ def build(report: Report) -> Section:
         Paragraph(
             text=f"{ours.label} ({ours.parameters:,} parameters) against a {baseline.label} ({baseline.parameters:,} "
             f"parameters) that differs from it in the way tokens mix, on {work.description}, cut into "
-            f"{work.vocab_size:,} tokens. Profile {report.profile['name']}: {report.profile['purpose']}."
+            f"{work.vocab_size:,} tokens. {_mixers(report)} Profile {report.profile['name']}: "
+            f"{report.profile['purpose']}."
         ),
         *_gates(report),
     ]
@@ -36,6 +37,17 @@ def build(report: Report) -> Section:
     return Section(title="Summary", blocks=blocks)
 
 
+def _mixers(report: Report) -> str:
+    ours, baseline, *others = report.contestants
+    sentence = f"{ours.label} mixes by {mixer_in_words(ours)}, the {baseline.label} by {mixer_in_words(baseline)}."
+    for other in others:
+        sentence += (
+            f" {other.label} ({mixer_in_words(other)}; {other.parameters:,} parameters) stands beside them: it is the "
+            "one that this project began with."
+        )
+    return sentence
+
+
 def _gates(report: Report) -> list[Block]:
     failed = [gate.name for gate in report.gates if not gate.passed]
     if failed:
@@ -44,8 +56,8 @@ def _gates(report: Report) -> list[Block]:
         return [Note(text="The gates did not run: nothing here is known to be right.", grave=True)]
     return [
         Paragraph(
-            text=f"All {len(report.gates)} gates held before anything was timed: BK-Core's values and gradients agree "
-            "with complex128, and in neither model does a logit depend on a later token."
+            text=f"All {len(report.gates)} gates held before anything was timed: the operators' values and gradients "
+            "agree with double precision, and in no model does a logit depend on a later token."
         )
     ]
 
@@ -100,12 +112,15 @@ def _convergence(result: ConvergenceResult) -> list[str]:
     sentences = []
     if ours and baseline:
         sentences.append(_comparison(result, ours, baseline))
-    if (blend := first.get("blend")) and ours:
-        a, b = final_loss(ours), final_loss(blend)
+    if (seeds := first.get(SEED_MIXER)) and (loss := final_loss(seeds)) is not None:
+        sentences.append(f"With the seed's mixer in its place the loss is {loss:.3f} (first seed).")
+    if (blend := first.get("blend")) and (exact := first.get(SEED_MIXER) or ours):
+        a, b = final_loss(exact), final_loss(blend)
         if a is not None:
             told = "is not a number" if b is None else f"is {b:.3f}"
             sentences.append(
-                f"With the analytic gradient of the earlier work the loss {told}, with the exact one {a:.3f}."
+                f"With the analytic gradient of the earlier work {exact.label}'s loss {told}, with the exact one "
+                f"{a:.3f}."
             )
     if leak := first.get("bidirectional"):
         loss = final_loss(leak)
@@ -119,7 +134,7 @@ def _convergence(result: ConvergenceResult) -> list[str]:
 def _comparison(result: ConvergenceResult, ours: Arm, baseline: Arm) -> str:
     losses = {key: _losses(result, key) for key in (ours.key, baseline.key)}
     if not all(losses.values()):
-        return "One of the two models diverged; see the section on convergence."
+        return f"{ours.label} or the {baseline.label} diverged; see the section on convergence."
     a, b = (sum(found) / len(found) for found in losses.values())
     tokens = result.steps * result.tokens_per_step
     lead = f"After {tokens:,} tokens the held-out loss is {a:.3f} ({ours.label}) against {b:.3f} ({baseline.label})"

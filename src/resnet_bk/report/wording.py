@@ -1,6 +1,12 @@
 """Figures as people read them."""
 
-from resnet_bk.schema import Interval
+from resnet_bk.schema import Contestant, Interval
+
+MIXERS = {
+    "resolvent": "keys and values carried by the resolvent",
+    "bk": "the resolvent's diagonal as features",
+    "attention": "attention with rotary positions",
+}
 
 
 def quantity(value: float) -> str:
@@ -39,6 +45,13 @@ def verdict(figure: Interval, ours: str, baseline: str, better: str = "faster") 
     if figure.high < 1:
         return f"{baseline} is {1 / figure.value:.2f} times {better}"
     return "no difference that this measurement can see"
+
+
+def mixer_in_words(contestant: Contestant) -> str:
+    """How its tokens mix: attention with rotary positions behind a short convolution over 4 tokens."""
+    mixer, size = str(contestant.config["mixer"]), contestant.config.get("conv_size", 0)
+    words = MIXERS.get(mixer, mixer)
+    return words + (f" behind a short convolution over {size} tokens" if size else "")
 
 
 def listing(names: list[str]) -> str:

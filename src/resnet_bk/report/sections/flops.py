@@ -14,9 +14,10 @@ def build(report: Report, result: FlopsResult) -> Section:
         Paragraph(
             text="A FLOP is one addition or multiplication, so a multiply-add is two. The operators count while one "
             f"training step of {work.batch_size} sequences of {work.sequence_length} tokens runs: matrix products by "
-            "their shapes, BK-Core by its own formula (complex arithmetic in real operations), causal attention as the "
-            "N (N + 1) / 2 pairs that it needs, its backward with the recomputation that fused kernels do. AdamW and "
-            "clipping are 16 operations a parameter, by formula."
+            "their shapes, the chains by their own formula (complex arithmetic in real operations), the carry as the "
+            "matrix products of its chunks, causal attention as the N (N + 1) / 2 pairs that it needs, its backward "
+            "with the recomputation that fused kernels do. AdamW and clipping are 16 operations a parameter, by "
+            "formula."
         ),
         _totals(result, labels),
         _plot(result, labels),

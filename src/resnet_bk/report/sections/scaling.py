@@ -13,7 +13,7 @@ def build(report: Report, result: ScalingResult) -> Section:
     labels = {contestant.key: contestant.label for contestant in report.contestants}
     blocks: list[Block] = [
         Paragraph(
-            text="Forward and backward of one sequence (batch 1) of random tokens, both models without a position "
+            text="Forward and backward of one sequence (batch 1) of random tokens, all models without a position "
             "table so that nothing bounds N. The exponent p of time ~ N^p is a least-squares slope over the longest "
             "lengths measured; its interval is the noise of the samples, not the error of assuming a power law."
         ),
@@ -30,8 +30,8 @@ def build(report: Report, result: ScalingResult) -> Section:
         ),
         Paragraph(text=crossover_sentence(report, result)),
         Note(
-            text="At these lengths both models spend much of their time in parts that are linear in N and the same in "
-            "both: experts and the vocabulary's head. An exponent below 1 means that fixed costs still show; "
+            text="At these lengths the models spend much of their time in parts that are linear in N and the same in "
+            "all: experts and the vocabulary's head. An exponent below 1 means that fixed costs still show; "
             "attention's N^2 shows only where sequences are long against the model's width."
         ),
     ]

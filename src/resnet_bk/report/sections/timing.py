@@ -26,7 +26,7 @@ def build(report: Report, result: TimingResult) -> Section:
             f"{work.device} with {work.threads} threads. The models take turns, {result.rounds} rounds after "
             f"{result.warmup_rounds} that warm up, in an order that is reversed every other round. Times include "
             "waiting for the device. Intervals are 95% bootstrap intervals of the median; a ratio is the median of the "
-            "ratios within each round, so that a slow moment of the machine hits both models."
+            "ratios within each round, so that a slow moment of the machine hits all models."
         ),
         _ratios(report, result),
         _plot(result, labels),
@@ -44,7 +44,7 @@ def build(report: Report, result: TimingResult) -> Section:
             Note(
                 text=f"The quartiles of {len(noisy)} of {len(result.phases)} measurements are more than "
                 f"{NOISY:.0%} of the median apart: the machine was busy, or the work is too short for its clock. The "
-                "ratios suffer less, since both models were measured in the same moments."
+                "ratios suffer less, since all models were measured in the same moments."
             )
         )
     return Section(title="Wall-clock time", blocks=blocks)
