@@ -18,6 +18,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = [[70, 1, 2, 64, 63], [3, 1, 1, 150, 45]]  # of the documents of two rows
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Such small tensors are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(kind, **overrides):
     torch.manual_seed(0)
     config = ResNetBKConfig.from_preset("tiny", **{**KINDS[kind], **overrides})

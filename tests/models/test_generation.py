@@ -5,14 +5,29 @@ import torch
 
 from resnet_bk.models import ResNetBKCache, ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["bk", "attention"]
+KINDS = {
+    "bk": {"mixer": "bk"},
+    "attention": {"mixer": "attention"},
+    "resolvent": {},
+    "scattering": {"resolvent_regime": "scattering"},
+}
 PATTERN = "to be or not to be that is the question whether tis nobler in the mind to suffer "
 
 
-def trained(mixer, steps=60, **overrides):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Such small tensors are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(kind, steps=60, **overrides):
     """A tiny model that has learned a short text, so that greedy decoding has clear winners."""
     torch.manual_seed(0)
-    model = ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", mixer=mixer, vocab_size=128, **overrides))
+    config = ResNetBKConfig.from_preset("tiny", vocab_size=128, **{**KINDS[kind], **overrides})
+    model = ResNetBKForCausalLM(config)
     text = torch.tensor([list((PATTERN * 8).encode())])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
@@ -24,7 +39,7 @@ def trained(mixer, steps=60, **overrides):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=MIXERS)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
     return trained(request.param)
 
@@ -34,6 +49,7 @@ def prompt(length=12, batch_size=1):
     return torch.tensor(rows)
 
 
+@pytest.mark.slow
 def test_512_greedy_tokens_are_those_of_recomputing_from_scratch(model):
     options = {"max_new_tokens": 512, "do_sample": False}
     cached = model.generate(prompt(), **options)
@@ -44,7 +60,7 @@ def test_512_greedy_tokens_are_those_of_recomputing_from_scratch(model):
 
 
 def test_the_state_has_a_constant_size():
-    model = trained("bk", steps=1)
+    model = trained("bk", steps=1, conv_size=0)
     sizes = []
     cache = ResNetBKCache(model.config)
     for length in (1, 7, 500):
@@ -84,10 +100,44 @@ def test_a_padded_batch_generates_what_each_row_alone_does(model, side, use_cach
         assert torch.equal(batch[index, longest:], alone[0, length:])
 
 
-def test_beam_search_with_the_state_is_beam_search_without(model):
-    options = {"max_new_tokens": 20, "num_beams": 4, "do_sample": False}
+@pytest.mark.parametrize("num_beams", [3])
+def test_beam_search_with_the_state_is_beam_search_without(model, num_beams):
+    options = {"max_new_tokens": 20, "num_beams": num_beams, "do_sample": False}
     rows = prompt(9, batch_size=2)
     assert torch.equal(model.generate(rows, **options), model.generate(rows, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [1, 33, 1000])
+def test_a_prompt_in_chunks_gives_the_tokens_of_the_prompt_at_once(model, prefill_chunk_size):
+    rows = prompt(65, batch_size=2)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    in_chunks = model.generate(rows, prefill_chunk_size=prefill_chunk_size, **options)
+    assert torch.equal(in_chunks, model.generate(rows, **options))
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [1, 5])
+def test_a_padded_batch_in_chunks_gives_the_tokens_of_the_batch_at_once(model, prefill_chunk_size):
+    # Whole chunks of the first row are padding, and the second row has some on either side of a chunk's border.
+    rows = prompt(65, batch_size=3)
+    mask = torch.ones_like(rows)
+    mask[0, :61], mask[1, :7] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    in_chunks = model.generate(rows, prefill_chunk_size=prefill_chunk_size, **options)
+    assert torch.equal(in_chunks, model.generate(rows, **options))
+
+
+def test_beams_after_a_prompt_in_chunks_are_those_without_a_cache(model):
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    in_chunks = model.generate(prompt(20, batch_size=2), prefill_chunk_size=8, **options)
+    assert torch.equal(in_chunks, model.generate(prompt(20, batch_size=2), use_cache=False, **options))
+
+
+def test_a_cache_from_an_earlier_call_goes_on_where_it_was(model):
+    options = {"max_new_tokens": 10, "do_sample": False}
+    first = model.generate(prompt(20), return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, prompt(7)], dim=1)
+    continued = model.generate(more, past_key_values=first.past_key_values, **options)
+    assert torch.equal(continued, model.generate(more, **options))
 
 
 def test_sampling_several_sequences(model):

@@ -1,5 +1,7 @@
 """The resolvent mixer in a whole model: causality, decoding, padding, memories at the start, gradients, precision."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,15 @@ KINDS = {
     "narrow-keys": {"resolvent_key_size": 6, "num_resolvent_heads": 4},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Such small tensors are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(kind="tunnelling", **overrides):
@@ -137,23 +148,22 @@ def decays_per_token(longest, **overrides):
     return -log_l_BNH[:, length // 2 :].double().mean((0, 1))
 
 
+def configured(longest):
+    return 2 * (longest / 2) ** torch.linspace(0, 1, 8)
+
+
 @pytest.mark.parametrize("longest", [64.0, 2048.0, 20_000.0])
-def test_memories_at_the_start_go_from_one_token_to_the_longest(longest):
+def test_memories_at_the_start_go_from_two_tokens_to_the_longest(longest):
     memory_H = 1 / decays_per_token(longest)
     assert (memory_H[1:] > memory_H[:-1]).all()
-    assert 1 / 3 < memory_H[0] < 3
-    assert longest / 3 < memory_H[-1] < 3 * longest
-    configured_H = longest ** torch.linspace(0, 1, 8)
-    assert (memory_H / configured_H).log().abs().max() < 0.2
+    assert (memory_H / configured(longest)).log().abs().max() < 0.2
 
 
 @pytest.mark.parametrize("longest", [64.0, 2048.0, 20_000.0])
-def test_memories_of_the_scattering_regime_are_within_a_factor_of_four(longest):
+def test_memories_of_the_scattering_regime_are_within_a_factor_of_three(longest):
     # The formula is for weak disorder, and the shortest memories are not weak.
     memory_H = 1 / decays_per_token(longest, resolvent_regime="scattering")
-    configured_H = longest ** torch.linspace(0, 1, 8)
-    assert (memory_H / configured_H).log2().abs().max() < 2
-    assert longest / 3 < memory_H[-1] < 3 * longest
+    assert (memory_H / configured(longest)).log().abs().max() < math.log(3)
 
 
 # Gradients, precision, compilers

@@ -1,0 +1,55 @@
+"""A prompt of a million tokens, in pieces: bounded memory, and no drift."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+LENGTH = 2**20
+# A fresh process, whose peak is the prompt's alone. The float64 model reads other pieces, after the peak is taken.
+PROGRAM = """
+import json, resource, sys
+import torch
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+
+length, regime = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = ResNetBKConfig(
+    vocab_size=256, hidden_size=64, num_layers=2, intermediate_size=128, resolvent_regime=regime,
+    resolvent_longest_memory=1e5,
+)
+model = ResNetBKForCausalLM(config).eval()
+row = torch.randint(256, (1, length))
+
+
+def last_logits(piece_size):
+    cache = None
+    with torch.inference_mode():
+        for piece in row.split(piece_size, dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+    return output.logits.double(), cache.num_bytes
+
+
+logits, cache_bytes = last_logits(16_384)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model.double()
+exact, _ = last_logits(20_000)
+error = ((logits - exact).norm() / exact.norm()).item()
+print(json.dumps({"peak": peak, "error": error, "cache_bytes": cache_bytes}))
+"""
+
+
+@pytest.mark.parametrize("regime", ["tunnelling", "scattering"])
+def test_a_million_tokens_fit_in_4_gib_and_end_where_double_precision_does(regime):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(LENGTH), regime], check=True, capture_output=True, text=True
+    )
+    figures = json.loads(run.stdout)
+    assert figures["peak"] <= 4 * 2**30
+    assert figures["cache_bytes"] < 100_000
+    assert figures["error"] <= 1e-4
