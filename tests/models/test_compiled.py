@@ -52,19 +52,19 @@ def compare(backend, mixer, training, **overrides):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("mixer", ["bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
 def test_one_graph_gives_the_same_loss_and_gradients(mixer, training):
     compare("aot_eager", mixer, training, router_bias_update_rate=0.01)
 
 
 @needs_compiler
-@pytest.mark.parametrize("mixer", ["bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
 def test_compiled_code_gives_the_same_loss_and_gradients(mixer):
     with torch._inductor.config.patch(fallback_random=True):  # noise from torch's own generator, to compare with
         compare("inductor", mixer, training=True)
 
 
-@pytest.mark.parametrize("mixer", ["bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
 def test_logits_without_targets_are_one_graph_too(mixer):
     torch._dynamo.reset()
     model, row = tiny(mixer=mixer).eval(), tokens()

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from resnet_bk import layers
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention"]
 
 
 def tiny(**overrides):
@@ -82,6 +83,8 @@ def test_importing_the_package_is_enough_for_the_auto_classes():
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.filterwarnings("ignore:causal=False")
 def test_padding_changes_no_real_token(mixer, causal, side):
+    if mixer == "resolvent" and not causal:
+        pytest.skip("the resolvent mixer is causal")
     model = tiny(mixer=mixer, causal=causal, max_position_embeddings=40).double()
     row = tokens(1, 11)
     before = {"left": 6, "right": 0, "both": 3}[side]
@@ -143,28 +146,33 @@ def test_half_precision_weights_stay_close_to_float32(mixer, dtype):
     assert abs(half.loss - exact) < 0.05
 
 
-def test_autocast_keeps_router_resolvent_and_loss_in_float32():
-    model, row = tiny().train(), tokens()
+@pytest.mark.parametrize(
+    ("mixer", "module", "operators"),
+    [("resolvent", layers.resolvent, ["bk_tunnel", "bk_carry"]), ("bk", layers.bk, ["bk_core_pairs"])],
+)
+def test_autocast_keeps_router_resolvent_and_loss_in_float32(mixer, module, operators, monkeypatch):
+    model, row = tiny(mixer=mixer).train(), tokens()
     dtypes = {}
-    block = model.model.layers[0]
-    original = block.mixer._resolvent
 
-    def spy(v_BNH, shift_H2, *rest):
-        dtypes["potential"], dtypes["energy"] = v_BNH.dtype, shift_H2.dtype
-        return original(v_BNH, shift_H2, *rest)
+    def watched(name, operator):
+        def call(*arguments, **options):
+            result = operator(*arguments, **options)
+            # Of the carry what must be single is the logarithm that comes in and the state that goes out.
+            checked = (arguments[3], result[1]) if name == "bk_carry" else (arguments[0], result)
+            dtypes[name] = {x.dtype for x in checked}
+            return result
 
-    block.mixer._resolvent = spy
-    router_logits = block.moe._router_logits
+        return call
 
-    def router_spy(x_TD):
-        dtypes["router"] = router_logits(x_TD).dtype
-        return router_logits(x_TD)
-
-    block.moe._router_logits = router_spy
+    for name in operators:
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    moe = model.model.layers[0].moe
+    monkeypatch.setattr(moe, "_router_logits", watched("router", moe._router_logits))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(row, labels=row)
         assert model(row).logits.dtype == torch.bfloat16
-    assert dtypes == {"potential": torch.float32, "energy": torch.float32, "router": torch.float32}
+    assert torch.float32 in dtypes.pop("router")
+    assert dtypes == {name: {torch.float32} for name in operators}
     assert output.loss.dtype == torch.float32
     output.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -13,7 +13,7 @@ from resnet_bk.training.evaluate import Evaluation, evaluate
 VOCAB = 50
 
 
-@pytest.fixture(scope="module", params=["bk", "attention"])
+@pytest.fixture(scope="module", params=["resolvent", "bk", "attention"])
 def model(request):
     torch.manual_seed(0)
     config = ResNetBKConfig.from_preset("tiny", vocab_size=VOCAB, mixer=request.param, initializer_range=0.5)

@@ -14,7 +14,7 @@ from resnet_bk.training.optimizer import build_optimizer, learning_rate, set_lea
 
 VARIANTS = [
     {"mixer": mixer, "tie_word_embeddings": tied, "max_position_embeddings": table}
-    for mixer in ("bk", "attention")
+    for mixer in ("resolvent", "bk", "attention")
     for tied in (False, True)
     for table in (None, 16)
 ]
@@ -26,12 +26,13 @@ def tiny(**overrides):
 
 
 def is_matrix_that_decays(name, tied):
-    vectors_and_tables = ("norm", "bias", "energy", "raw_eta", "embed_tokens", "embed_positions")
+    vectors = ("norm", "bias", "energy", "raw_eta", "log_gap", "log_amplitude", "skip", "convolution")
+    vectors_and_tables = (*vectors, "embed_tokens", "embed_positions")
     return not any(part in name for part in vectors_and_tables) and not (tied and name == "lm_head.weight")
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_matrices_decay_and_embeddings_norms_and_energies_do_not(variant):
+def test_matrices_decay_and_embeddings_norms_filters_and_energies_do_not(variant):
     model = tiny(**variant)
     optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3))
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

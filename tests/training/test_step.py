@@ -16,7 +16,7 @@ from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.step import build_scaler, choose_device, seed_micro_step, train_step
 
 CPU = torch.device("cpu")
-MIXERS = ["bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention"]
 
 
 def tiny(**overrides):

@@ -53,9 +53,8 @@ def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int)
         _products("router", 2 * tokens * hidden * config.num_experts * layers),
         _products("experts", 4 * tokens * hidden * config.intermediate_size * layers),
     ]
-    parts += {"bk": _bk_flops, "attention": _attention_flops, "resolvent": _resolvent_flops}[config.mixer](
-        config, batch_size, sequence_length
-    )
+    of_mixer = {"bk": _bk_flops, "attention": _attention_flops, "resolvent": _resolvent_flops}[config.mixer]
+    parts += of_mixer(config, batch_size, sequence_length)
     # Its gradients are computed with the loss, so that no logits have to be kept for backward: all of it is forward.
     return [*parts, ComponentFlops(component="head", forward=6 * tokens * hidden * config.vocab_size, backward=0)]
 
@@ -163,7 +162,7 @@ def _counter() -> FlopCounterMode:
 
 def _convolution_backward(*args: Any, **_: Any) -> int:
     """Each gradient that is wanted costs what forward does: a product for each output, filter tap and input channel."""
-    grad_shape, _, weight_shape, *_, output_mask = args
+    grad_shape, weight_shape, output_mask = args[0], args[2], args[-1]
     forward = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(weight_shape)
     return int(forward * sum(output_mask[:2]))
 

@@ -33,10 +33,8 @@ def run_gates(configs: dict[str, ResNetBKConfig], device: torch.device) -> list[
     errors = (("values", point.value_error), ("gradients", point.gradient_error))
     gates = [_check(f"bk_core's {what} against complex128", error, GATE_ERROR) for what, error in errors]
     for regime in sorted({config.resolvent_regime for config in configs.values() if config.mixer == "resolvent"}):
-        errors = tuple(zip(("values", "gradients"), carry_errors(regime, length=512, device=device), strict=True))
-        gates += [
-            _check(f"bk_carry's {what}, {regime}, against all pairs", error, GATE_ERROR) for what, error in errors
-        ]
+        found = zip(("values", "gradients"), carry_errors(regime, length=512, device=device), strict=True)
+        gates += [_check(f"bk_carry's {what}, {regime}, against all pairs", error, GATE_ERROR) for what, error in found]
     for key, config in configs.items():
         change = largest_change_before(config, device)
         gates.append(_check(f"{LABELS[key]}: no logit depends on a later token", change, CAUSALITY_LIMIT))
@@ -96,8 +94,9 @@ def carry_errors(regime: str, *, length: int, device: torch.device) -> tuple[flo
 
     def values_and_gradients(*, exact: bool) -> tuple[Tensor, list[Tensor]]:
         inputs = [(x.double() if exact else x).requires_grad_() for x in (x.clone() for x in (q, k, v, chain))]
-        log_l, angle = _decays(inputs[3], regime, "reference" if exact else "auto")
-        o = bk_carry(*inputs[:3], log_l, angle=angle, form="quadratic" if exact else "chunked")
+        queries, keys, contents, potential = inputs
+        log_l, angle = _decays(potential, regime, "reference" if exact else "auto")
+        o = bk_carry(queries, keys, contents, log_l, angle=angle, form="quadratic" if exact else "chunked")
         assert isinstance(o, Tensor)
         return o.detach(), list(torch.autograd.grad((o * weight).sum(), inputs))
 

@@ -20,7 +20,6 @@ COMPONENTS = {
     ".mixer.raw_eta": "chain parameters",
     ".mixer.log_amplitude": "chain parameters",
     ".mixer.skip": "chain parameters",
-    ".mixer.skip": "skips",
     ".mixer.qkv": "query, key and value projections",
     ".mixer.convolution": "short convolution",
     ".mixer.gate": "gate projection",
