@@ -6,9 +6,9 @@
 One row, float32, weights at their start: what a token costs does not depend on them. A step is one token through the
 model and its cache, and the likeliest next one. Contexts are made, not read: attention's cache holds random keys and
 values of the context's length, ours the state behind a short text, which has the same size behind a long one. All
-models and contexts take their steps in turns, forth and back, after steps that do not count. Total parameters are equal
-within 1%. Attention's keys and values are appended as transformers' dynamic cache does it, by a copy. Before anything is
-timed, each model's decoding is held against the full pass.
+models and contexts take their steps in turns, forth and back, after steps that do not count. Total parameters are
+equal within 1%. Attention's keys and values are appended as transformers' dynamic cache does it, by a copy. Before
+anything is timed, each model's decoding is held against the full pass.
 """
 
 import argparse
