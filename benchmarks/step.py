@@ -1,11 +1,11 @@
-"""Whole training steps over the length of the sequence: ResNet-BK against the same model with attention.
+"""Whole training steps over the length of the sequence: ResNet-BK, the same model with attention, the seed's mixer.
 
     python benchmarks/step.py --device cuda --preset 100m --precision bf16 --out benchmarks/results/gpu/step.json
     python benchmarks/step.py --device cpu --preset seed --out benchmarks/results/cpu/step.json
 
 Each length keeps the tokens of a step (fewer rows as they get longer). Peak memory is each model's alone; times are
-taken in turns, A B A B, forward to update, after steps that do not count. Total parameters are equal within 1%, and
-both models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half precision).
+taken in turns, A B C C B A, forward to update, after steps that do not count. Total parameters are equal within 1%,
+and all models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half precision).
 Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs, over the
 rate of a large matrix product in the same precision and run.
 """
@@ -81,7 +81,7 @@ def measure(device: torch.device, preset: str, precision: Precision) -> dict[str
 def measure_length(
     configs: dict[str, ResNetBKConfig], length: int, device: torch.device, precision: Precision, rate: float
 ) -> dict[str, Any]:
-    """Both models at one length."""
+    """All models at one length."""
     batch_size = max(1, TOKENS[device.type] // length)
     training = TrainingConfig(batch_size=batch_size, sequence_length=length, precision=precision)
 
