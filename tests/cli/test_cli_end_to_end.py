@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def test_progress_goes_to_standard_error_only(cli, workspace):
     outcome = cli("train", "--data", "book.txt", "--out", "new", *TRAINING)
     assert (outcome.code, outcome.out) == (0, "")
     assert "parameters" in outcome.err and "done: 4 steps" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], r"mixer resolvent \(tunnelling, chains on the \w+ backend, carry on torch\), convolution over 4 tokens"),
+        (["--mixer", "bk", "--conv-size", "0"], r"mixer bk \(\w+ backend\)\n"),
+        (["--mixer", "attention"], r"mixer attention, convolution over 4 tokens"),
+    ],
+    ids=str,
+)
+def test_training_says_what_mixes_and_what_computes_it(cli, workspace, flags, said):
+    outcome = cli("train", "--data", "book.txt", "--out", "new", *TRAINING, *flags)
+    assert re.search(said, outcome.err), outcome.err
 
 
 def test_the_same_command_trains_the_same_weights(cli, workspace):

@@ -67,6 +67,11 @@ MISTAKES = [
     ([*TRAIN, "--num-layers", "0"], "num_layers is 0; give a number of at least 1"),
     ([*TRAIN, "--bk-eta", "0"], "above 0"),
     ([*TRAIN, "--mixer", "attention", "--num-attention-heads", "5"], "change num_attention_heads"),
+    ([*TRAIN, "--num-resolvent-heads", "5"], "change num_resolvent_heads"),
+    ([*TRAIN, "--conv-size", "1"], "or 0 for no convolution"),
+    ([*TRAIN, "--resolvent-key-size", "wide"], "give a number, or none"),
+    ([*TRAIN, "--resolvent-regime", "scattering", "--resolvent-state", "vector"], "choose resolvent_state matrix"),
+    ([*TRAIN, "--causal", "False"], "choose mixer bk or attention"),
     ([*TRAIN, "--vocab-size", "3"], "leave --vocab-size out"),
     *(
         ([*TRAIN, f"--{name}", "inf"], "is inf; give a finite number")
@@ -167,7 +172,8 @@ MISTAKES = [
     (["plan", "--host-memory", "12 apples"], "write it like 12GB"),
     (["plan", "--host-memory", ""], "write it like 12GB"),
     # Benchmarks.
-    ([*BENCH, "--causal", "False"], "leave it out"),
+    ([*BENCH, "--causal", "False"], "with causal=False choose mixer bk or attention"),
+    ([*BENCH, "--mixer", "bk", "--causal", "False"], "leave it out"),
     ([*BENCH, "--preset", "huge"], "choose one of seed"),
     ([*BENCH, "--sequence-length", "4"], "lengthen it"),
     ([*BENCH, "--data", "missing.txt"], "give stdlib, a text file"),

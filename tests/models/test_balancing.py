@@ -94,7 +94,7 @@ def test_a_lopsided_router_is_balanced_with_or_without_the_loss(coefficient):
     model = tiny(router_aux_loss_coef=coefficient)
     for layer in model.model.layers:
         torch.nn.init.constant_(layer.moe.router.weight[0], 0.5)
-        torch.nn.init.constant_(layer.norm.bias, 0.2)  # so that expert 0 is everybody's favourite, by a logit of 3
+        torch.nn.init.constant_(layer.moe_norm.bias, 0.2)  # so that expert 0 is everybody's favourite, by a logit of 3
     loads = [result.expert_load for result in steps(model, 80, learning_rate=1e-4)]
     assert loads[0].max() > 0.6
     assert torch.stack(loads[-10:]).mean(0).max() < 0.4

@@ -21,7 +21,9 @@ VARIANTS = {
     "accumulation": {"gradient_accumulation_steps": 3},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
+    "bk": {"model": {"mixer": "bk"}},
     "attention": {"model": {"mixer": "attention"}},
+    "scattering": {"model": {"resolvent_regime": "scattering", "conv_size": 0}},
     "balanced by a bias": {"model": {"router_bias_update_rate": 0.01}, "gradient_accumulation_steps": 2},
     "tied": {"model": {"tie_word_embeddings": True, "num_experts": 3}},
 }
