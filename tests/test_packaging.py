@@ -126,7 +126,8 @@ def test_the_installed_command_plans_trains_evaluates_and_generates(elsewhere):
     assert list(elsewhere.folder.iterdir()) == []
 
     (elsewhere.folder / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 40)
-    sizes = ("--preset", "tiny", "--steps", "3", "--batch-size", "2", "--sequence-length", "16")
+    # Long enough that the text does not end at once.
+    sizes = ("--preset", "tiny", "--steps", "40", "--batch-size", "2", "--sequence-length", "16")
     text = ("--data", "book.txt", "--tokenizer", "char")
     trained = json.loads(elsewhere("resnet-bk", "train", *sizes, *text, "--out", "run", "--json"))
     evaluated = json.loads(elsewhere("resnet-bk", "eval", "run", "--json"))

@@ -5,11 +5,11 @@ import inspect
 
 import pytest
 
-from resnet_bk.ops import bk_core, bk_tunnel
+from resnet_bk.ops import bk_carry, bk_core, bk_tunnel
 
 SURFACE = {
     "resnet_bk": {"ResNetBKConfig", "ResNetBKForCausalLM", "__version__"},
-    "resnet_bk.ops": {"bk_core", "bk_tunnel"},
+    "resnet_bk.ops": {"bk_carry", "bk_core", "bk_tunnel"},
     "resnet_bk.ops.bk": {
         "BackendChoice",
         "available_backends",
@@ -18,7 +18,16 @@ SURFACE = {
         "bk_tunnel",
         "choose_backend",
     },
-    "resnet_bk.layers": {"BKBlock", "BKMixer", "CausalAttention", "MixerBlock", "MixtureOfExperts"},
+    "resnet_bk.layers": {
+        "BKBlock",
+        "BKMixer",
+        "CausalAttention",
+        "MixerBlock",
+        "MixtureOfExperts",
+        "ResolventMixer",
+        "SequenceContext",
+        "ShortConvolution",
+    },
     "resnet_bk.models": {
         "PRESETS",
         "ResNetBKCache",
@@ -106,7 +115,7 @@ def test_bk_core_is_called_like_this():
 
 
 def test_bk_tunnel_is_called_like_this():
-    assert signature(bk_tunnel) == "(w, *, initial_state=None, output_final_state=False, backend='auto')"
+    assert signature(bk_tunnel) == "(w, *, starts=None, initial_state=None, output_final_state=False, backend='auto')"
 
 
 def test_a_name_that_is_not_there_is_the_usual_error():
@@ -114,3 +123,10 @@ def test_a_name_that_is_not_there_is_the_usual_error():
 
     with pytest.raises(AttributeError, match="no attribute 'ResNetBKTransformer'"):
         _ = resnet_bk.ResNetBKTransformer
+
+
+def test_bk_carry_is_called_like_this():
+    assert signature(bk_carry) == (
+        "(q, k, v, log_l, *, angle=None, starts=None, initial_state=None, output_final_state=False, form='chunked', "
+        "backend='auto')"
+    )
