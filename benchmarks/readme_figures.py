@@ -3,8 +3,8 @@
     python benchmarks/readme_figures.py            # writes README.md and docs/images/convergence.svg
     python benchmarks/readme_figures.py --check    # says whether the README's tables are those of the committed results
 
-Reads only what is under benchmarks/results/: reports which `make demo` (cpu) and benchmarks/gpu.py (gpu) made, and the
-latter's step.json and bk_core.json.
+Reads only what is under benchmarks/results/: reports which `make demo` (cpu) and benchmarks/gpu.py (gpu, if there)
+made, and what the other benchmarks wrote, each named in the table that shows it.
 """
 
 import argparse
@@ -20,7 +20,10 @@ from resnet_bk.schema import Report, read_report
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "convergence.svg"
 REPORTS = {name: ROOT / "benchmarks" / "results" / name / "report.json" for name in ("cpu", "gpu")}
+SHAKESPEARE = ROOT / "benchmarks" / "results" / "gpu" / "shakespeare.json"
 STEPS = ROOT / "benchmarks" / "results" / "gpu" / "step.json"
+THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
+DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
 PHASES = {
     "forward": "forward time",
@@ -37,7 +40,14 @@ def main() -> int:
     text = README.read_text(encoding="utf-8")
     reports = {name: read_report(path) for name, path in REPORTS.items() if path.exists()}
     wanted = text
-    for name, content in (("figures", table(reports)), ("steps", steps_table()), ("speeds", speeds_table())):
+    contents = {
+        "shakespeare": shakespeare_table(),
+        "figures": table(reports),
+        "cpu": cpu_table(),
+        "steps": steps_table(),
+        "speeds": speeds_table(),
+    }
+    for name, content in contents.items():
         wanted = between_markers(wanted, name, content)
     if check:
         print("up to date" if wanted == text else "README.md does not show the committed results")
@@ -56,21 +66,56 @@ def between_markers(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def shakespeare_table() -> str:
+    """Losses on Tiny Shakespeare, as Markdown."""
+    document = read_json(SHAKESPEARE)
+    lines = [
+        "| mixer | parameters | test loss, mean of 3 seeds | loss on nanoGPT's validation split |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {name} | {row['parameters']:,} | {row['test_loss']:.3f} ± {row['test_loss_standard_error']:.3f} "
+        f"| {row['nanogpt_loss']:.3f} |"
+        for name, row in document["contestants"].items()
+    ]
+    lines.append(f"| nanoGPT as published | 0.80 million | | {document['nanogpt_published_loss']:.2f} |")
+    shown = "\n".join(lines)
+    return f"{shown}\n\n<sub>[cells](benchmarks/results/gpu/shakespeare.json): {source(document)}</sub>"
+
+
 def steps_table() -> str:
     """Whole training steps over the length, as Markdown."""
     document = read_json(STEPS)
     lines = [
-        "| N | ResNet-BK, tokens/s | Transformer, tokens/s | ratio | peak memory, ResNet-BK / Transformer |",
-        "| --- | --- | --- | --- | --- |",
+        "| N | ResNet-BK, tokens/s | Transformer | ratio | the seed's mixer | peak memory of the three |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for point in document["points"]:
-        ours, theirs = point["models"]["resnet-bk"], point["models"]["transformer"]
+        rows = [point["models"][key] for key in ("resnet-bk", "transformer", "seed-mixer")]
+        ours, theirs, seeds = (f"{row['tokens_per_second']:,.0f}" for row in rows)
+        peaks = " / ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in rows)
         lines.append(
-            f"| {point['sequence_length']:,} | {ours['tokens_per_second']:,.0f} | {theirs['tokens_per_second']:,.0f} "
-            f"| {point['speedup']:.2f} | {ours['peak_bytes'] / 1e9:.1f} / {theirs['peak_bytes'] / 1e9:.1f} GB |"
+            f"| {point['sequence_length']:,} | {ours} | {theirs} | {point['speedup']:.2f} | {seeds} | {peaks} GB |"
         )
     shown = "\n".join(lines)
     return f"{shown}\n\n<sub>[steps](benchmarks/results/gpu/step.json): {source(document)}</sub>"
+
+
+def cpu_table() -> str:
+    """Training over the length and decoding over the context on a CPU, as Markdown."""
+    training, decoding = read_json(THROUGHPUT), read_json(DECODING)
+    lines = ["| on a CPU | ResNet-BK, tokens/s | Transformer, tokens/s | ratio |", "| --- | --- | --- | --- |"]
+    rows = [(f"training, N = {point['sequence_length']:,}", point) for point in training["points"]]
+    rows += [(f"decoding behind {point['context']:,} tokens", point) for point in decoding["points"]]
+    for name, point in rows:
+        ours, theirs = point["models"]["resnet-bk"], point["models"].get("transformer")
+        shown = f"{theirs['tokens_per_second']:,.1f} | {point['speedup']:.2f}" if theirs else "| "
+        lines.append(f"| {name} | {ours['tokens_per_second']:,.1f} | {shown} |")
+    shown = "\n".join(lines)
+    return (
+        f"{shown}\n\n<sub>[training](benchmarks/results/cpu/throughput.json): {source(training)}; "
+        f"[decoding](benchmarks/results/cpu/decoding.json): {source(decoding)}</sub>"
+    )
 
 
 def speeds_table() -> str:
