@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.padding import Padding
+from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs
 
 
@@ -83,7 +83,7 @@ class BKMixer(nn.Module):
                 initial_state=state.get("chain"),
             )
         if self.causal:
-            after["chain"] = self._last(g_BNH2.detach(), padding, state.get("chain"))
+            after["chain"] = state_behind(g_BNH2, padding, state.get("chain"), at_first=0.0)
         pairs_BNC = g_BNH2.flatten(-2)
         if padding is not None:
             pairs_BNC = padding.restore(pairs_BNC)
@@ -99,8 +99,3 @@ class BKMixer(nn.Module):
         if joined_BN is None:
             return self.hopping
         return (joined_BN.unsqueeze(-1) * self.hopping).to(v_BNH.dtype).expand(-1, -1, self.num_heads)
-
-    def _last(self, l_BNH2: Tensor, padding: Padding | None, state_BH2: Tensor | None) -> Tensor:
-        if padding is None:
-            return l_BNH2[:, -1].clone()  # a view would keep all tokens alive
-        return padding.last_in_front(l_BNH2, torch.zeros_like(l_BNH2[:, 0]) if state_BH2 is None else state_BH2)

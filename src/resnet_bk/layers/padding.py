@@ -45,13 +45,6 @@ class Padding:
         index_B1 = self.order_BN.gather(1, front_B.unsqueeze(1))
         return x_BNC.gather(1, index_B1.unsqueeze(-1).expand(-1, 1, x_BNC.shape[-1]))
 
-    def last_in_front(self, x_BNX: Tensor, before_BX: Tensor) -> Tensor:
-        """After ``to_front``: ``x`` at each row's last real token, or ``before_BX`` in a row of padding only."""
-        last_B = (self.num_real_B - 1).clamp(min=0)
-        last_BX = x_BNX[torch.arange(len(last_B), device=last_B.device), last_B]
-        has_one = (self.num_real_B > 0).view(-1, *(1 for _ in before_BX.shape[1:]))
-        return torch.where(has_one, last_BX, before_BX)
-
     @property
     def front_real_BN(self) -> Tensor:
         """After ``to_front``: which tokens are real."""
@@ -62,3 +55,17 @@ class Padding:
         """After ``to_front``: whether sites i and i+1 are both real, ``(B, N-1)``."""
         front_BN = self.front_real_BN
         return front_BN[:, :-1] & front_BN[:, 1:]
+
+
+def state_behind(x_BNX: Tensor, padding: Padding | None, state_BX: Tensor | None, at_first: float) -> Tensor:
+    """``x`` at each row's last real token, real ones in front, for the next call: detached, and memory of its own.
+
+    A row of padding only keeps the state before it, ``at_first`` where there is none.
+    """
+    if padding is None:
+        return x_BNX[:, -1].detach().clone()  # a view would keep all tokens alive
+    last_B = (padding.num_real_B - 1).clamp(min=0)
+    last_BX = x_BNX[torch.arange(len(last_B), device=last_B.device), last_B].detach()
+    before_BX = torch.full_like(last_BX, at_first) if state_BX is None else state_BX
+    has_one = (padding.num_real_B > 0).view(-1, *(1 for _ in before_BX.shape[1:]))
+    return torch.where(has_one, last_BX, before_BX)

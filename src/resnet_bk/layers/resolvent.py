@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.padding import Padding
+from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
@@ -80,9 +80,8 @@ class ResolventMixer(nn.Module):
         if self.regime == "tunnelling":
             return {"log_gap": torch.log(4 * torch.sinh(0.5 / memory) ** 2 / math.log(2))}
         # Energies at Chebyshev nodes, in an order that does not run with the memories.
-        order = (
-            torch.arange(self.num_heads) * 5 % self.num_heads if self.num_heads % 5 else torch.arange(self.num_heads)
-        )
+        stride = 5 if self.num_heads % 5 else 1
+        order = torch.arange(self.num_heads) * stride % self.num_heads
         energy = 2 * torch.cos(torch.pi * (order + 0.5) / self.num_heads)
         s = torch.sqrt(4 - energy**2)
         return {
@@ -166,7 +165,7 @@ class ResolventMixer(nn.Module):
             if self.regime == "tunnelling":
                 w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
                 log_l_BNH = cast(Tensor, bk_tunnel(w_BNH, starts=starts_BN, initial_state=state))
-                return log_l_BNH, None, _last_real(-torch.expm1(log_l_BNH), padding, 1.0, state)
+                return log_l_BNH, None, state_behind(-torch.expm1(log_l_BNH), padding, state, at_first=1.0)
             eta_H = F.softplus(self.raw_eta.to(dtype))
             l_BNH2 = bk_core_pairs(
                 potential_BNH * self.log_amplitude.to(dtype).exp(),
@@ -178,15 +177,8 @@ class ResolventMixer(nn.Module):
             )
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
-            return log_l_BNH, angle_BNH, _last_real(l_BNH2, padding, 0.0, state)
+            return log_l_BNH, angle_BNH, state_behind(l_BNH2, padding, state, at_first=0.0)
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _last_real(x: Tensor, padding: Padding | None, at_first: float, state: Tensor | None) -> Tensor:
-    """``x`` at each row's last real token, real ones in front; the state before where there is none."""
-    if padding is None:
-        return x[:, -1].detach().clone()  # a view would keep all tokens alive
-    return padding.last_in_front(x, torch.full_like(x[:, 0], at_first) if state is None else state).detach()
