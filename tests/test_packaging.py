@@ -60,7 +60,8 @@ def test_the_wheel_runs_on_any_platform_and_names_its_license(wheel, metadata):
 
 def test_the_wheel_describes_itself_by_the_readme(metadata):
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    described = metadata.get_payload(decode=True).decode("utf-8")  # as text it would be read as ASCII
+    assert described.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
 
 def test_the_wheel_brings_the_command(wheel):
