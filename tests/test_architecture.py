@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "resnet_bk"
 LAYERS = [
     ["errors", "files", "environment", "schema"],
+    ["frugal"],
     ["ops"],
     ["layers"],
     ["models"],

@@ -31,14 +31,14 @@ class EnvCommand:
         hardware = document["hardware"]
         gpu = hardware["gpu"]
         lines = [
-            f"CPU       {hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} torch threads",
-            f"memory    {format_bytes(hardware['memory_bytes'])}",
-            f"GPU       {gpu['name'] + ', ' + format_bytes(gpu['memory_bytes']) if gpu else 'none'}",
-            f"system    {document['system']}, Python {document['python']}",
-            f"packages  {', '.join(f'{name} {found}' for name, found in document['packages'].items())}",
-            f"commit    {document['commit'] or 'not a checkout'}",
-            f"device    {document['device']}: precisions {', '.join(document['precisions'])}",
-            *(f"{name:9s} {choice['backend']}: {choice['reason']}" for name, choice in document["operators"].items()),
+            f"CPU         {hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} torch threads",
+            f"memory      {format_bytes(hardware['memory_bytes'])}",
+            f"GPU         {gpu['name'] + ', ' + format_bytes(gpu['memory_bytes']) if gpu else 'none'}",
+            f"system      {document['system']}, Python {document['python']}",
+            f"packages    {', '.join(f'{name} {found}' for name, found in document['packages'].items())}",
+            f"commit      {document['commit'] or 'not a checkout'}",
+            f"device      {document['device']}: precisions {', '.join(document['precisions'])}",
+            *(f"{name:11s} {choice['backend']}: {choice['reason']}" for name, choice in document["operators"].items()),
         ]
         for line in lines:
             result_console.print(line, markup=False, soft_wrap=True)
@@ -48,23 +48,27 @@ def _capabilities() -> dict[str, Any]:
     import torch
 
     from resnet_bk.ops.bk import choose_backend
+    from resnet_bk.ops.carry import choose_carry_backend
+    from resnet_bk.ops.convolution import choose_convolution_backend
     from resnet_bk.ops.grouped import choose_moe_backend
     from resnet_bk.ops.loss import choose_loss_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    choice = choose_backend(device)
-    moe = choose_moe_backend(device, torch.bfloat16, 0, 0, 0)
-    loss = choose_loss_backend(device, torch.float32)
     attention = "torch's scaled_dot_product_attention chooses among its kernels by shape and dtype"
+    choices = {
+        "bk_core": choose_backend(device),
+        "bk_tunnel": choose_backend(device),
+        "bk_carry": choose_carry_backend(device),
+        "convolution": choose_convolution_backend(device),
+        "moe": choose_moe_backend(device, torch.bfloat16, 0, 0, 0),
+        "loss": choose_loss_backend(device, torch.float32),
+    }
     return {
         "device": device.type,
         "precisions": ["fp32", *(["bf16"] if bf16 else []), "fp16"],
         "operators": {
-            "bk_core": {"backend": choice.name, "reason": choice.reason},
-            "bk_tunnel": {"backend": choice.name, "reason": choice.reason},
-            "moe": {"backend": moe.name, "reason": moe.reason},
-            "loss": {"backend": loss.name, "reason": loss.reason},
+            **{name: {"backend": choice.name, "reason": choice.reason} for name, choice in choices.items()},
             "attention": {"backend": "sdpa", "reason": attention},
         },
     }

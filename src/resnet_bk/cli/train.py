@@ -205,6 +205,7 @@ def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
     """The mixer and what computes it."""
     from resnet_bk.ops.bk import choose_backend
     from resnet_bk.ops.carry import choose_carry_backend
+    from resnet_bk.ops.convolution import choose_convolution_backend
 
     words = f"mixer {model.mixer}"
     if model.mixer == "bk":
@@ -212,4 +213,6 @@ def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
     if model.mixer == "resolvent":
         chains, carry = choose_backend(device).name, choose_carry_backend(device).name
         words += f" ({model.resolvent_regime}, chains on the {chains} backend, carry on {carry})"
-    return words + (f", convolution over {model.conv_size} tokens" if model.conv_size else "")
+    if not model.conv_size:
+        return words
+    return f"{words}, convolution over {model.conv_size} tokens ({choose_convolution_backend(device).name} backend)"

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.ops.rotation import rotate
 
 
@@ -16,9 +15,9 @@ class CausalAttention(nn.Module):
     With a ``conv_size``, queries, keys and values go through a short convolution first.
     """
 
-    def __init__(self, *, hidden_size: int, num_heads: int, rope_theta: float, causal: bool, conv_size: int) -> None:
+    def __init__(self, *, hidden_size: int, num_heads: int, causal: bool, conv_size: int) -> None:
         super().__init__()
-        self.num_heads, self.rope_theta, self.causal = num_heads, rope_theta, causal
+        self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -33,9 +32,9 @@ class CausalAttention(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["window"] = self._convolved(self.convolution, qkv_BNC, context, state.get("window"))
         q, k, v = (part.reshape(heads).transpose(1, 2) for part in qkv_BNC.chunk(3, dim=-1))
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        cos_BN, sin_BN = rotary_angles(context.position_ids_BN, q.shape[-1], self.rope_theta, dtype)
-        q, k = (rotate(part, cos_BN.unsqueeze(1), sin_BN.unsqueeze(1)) for part in (q, k))
+        if context.rotary is not None:
+            cos_BN, sin_BN = context.rotary
+            q, k = (rotate(part, cos_BN.unsqueeze(1), sin_BN.unsqueeze(1)) for part in (q, k))
         if "keys" in state:
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         mask = self._mask(length, k.shape[2], context, x_BND.device)
@@ -49,9 +48,9 @@ class CausalAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         padding = context.padding
         if padding is None:
-            mixed: tuple[Tensor, Tensor] = convolution(x_BNC, None, context.front_starts_BN(), window_BWC)
+            mixed: tuple[Tensor, Tensor] = convolution(x_BNC, None, context.front_starts_BN, window_BWC)
             return mixed
-        y_BNC, window_BWC = convolution(padding.to_front(x_BNC), padding, context.front_starts_BN(), window_BWC)
+        y_BNC, window_BWC = convolution(padding.to_front(x_BNC), padding, context.front_starts_BN, window_BWC)
         return padding.restore(y_BNC), window_BWC
 
     def _mask(self, length: int, num_keys: int, context: SequenceContext, device: torch.device) -> Tensor | None:

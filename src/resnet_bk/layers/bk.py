@@ -62,7 +62,7 @@ class BKMixer(nn.Module):
         self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
     ) -> tuple[Tensor, MixerState | None]:
         """The mixed tokens ``(B, N, D)``, and the state behind each row's last real token (causal only)."""
-        padding, starts_BN = context.padding, context.front_starts_BN()
+        padding, starts_BN = context.padding, context.front_starts_BN
         state = state or {}
         after: MixerState = {}
         if padding is not None:

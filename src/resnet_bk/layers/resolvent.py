@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding, state_behind
-from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
 from resnet_bk.ops.rotation import rotate
@@ -43,13 +42,11 @@ class ResolventMixer(nn.Module):
         state: StateKind,
         regime: Regime,
         longest_memory: float,
-        rope_theta: float,
         conv_size: int,
         norm_eps: float,
     ) -> None:
         super().__init__()
         self.num_heads, self.regime, self.longest_memory = num_heads, regime, longest_memory
-        self.rope_theta = rope_theta
         self.key_size = key_size if state == "matrix" else 0
         value_size = hidden_size // num_heads
         channels = num_heads * (2 * self.key_size + value_size)
@@ -92,7 +89,7 @@ class ResolventMixer(nn.Module):
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The mixed tokens ``(B, N, D)`` and the state behind each row's last real token."""
-        padding, starts_BN = context.padding, context.front_starts_BN()
+        padding, starts_BN = context.padding, context.front_starts_BN
         state = state or {}
         if padding is not None:
             x_BND = padding.to_front(x_BND)
@@ -120,8 +117,8 @@ class ResolventMixer(nn.Module):
         q, k, v = torch.split(qkv_BNHC, [size, size, qkv_BNHC.shape[-1] - 2 * size], dim=-1)
         # Unit length is rms_norm times K^(-1/2) each: 1 / K of the product, which is left to the skip's scale and norm.
         q, k = F.rms_norm(q, (size,)), F.rms_norm(k, (size,))
-        if size > 1 and size % 2 == 0:
-            cos_BN, sin_BN = rotary_angles(context.front_positions_BN(), size, self.rope_theta, _at_least_single(q))
+        if (rotary := context.front_rotary()) is not None:
+            cos_BN, sin_BN = rotary
             q, k = (rotate(x, cos_BN.unsqueeze(2), sin_BN.unsqueeze(2)) for x in (q, k))
         return q, k, v
 

@@ -1,8 +1,8 @@
 """What a training step keeps between forward and backward, by part, as formulas in the shapes.
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
-    K key width, W channels of a mixer's convolution, S its tokens, V vocabulary, L layers, C tokens of a chunk of the
-    loss; c = 4 bytes in fp32, 2 in the half types of autocast.
+    K key width, R of it turn with the position, W channels of a mixer's convolution, S its tokens, V vocabulary,
+    L layers, C tokens of a chunk of the loss; c = 4 bytes in fp32, 2 in the half types of autocast.
 
 They list the tensors that autograd saves in this implementation, one by one. Against tensors tracked on a CPU the
 predicted peak of a step is between 0 and 15% above the measured one over the grid of
@@ -114,15 +114,14 @@ def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> Act
 
 def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
     hidden, heads = config.hidden_size, config.num_attention_heads
-    tables = 4 * shape.sequence_length * hidden // heads
     projections = 8 * hidden * hidden if half else 0
     # fp32: input of qkv, qkv, the turned q and k, the mixed values in two layouts, 4 D each but qkv's 12 D. Autocast
     # keeps qkv, q, k and the mixed values as halves.
     per_hidden = 12 if half else 28
     return ActivationPart(
         name="attention and projections",
-        num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + tables + projections,
-        formula=f"T ({per_hidden} D + 4 A) + 4 N D / A" + (" + 8 D^2" if half else ""),
+        num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + projections,
+        formula=f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if half else ""),
     )
 
 
@@ -140,18 +139,16 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> A
     # q and k, which are new ones after their norms, and k l; q and k l turned by the chain's phases. Autocast has the
     # norms read float32.
     per_key = c if vector else (5 if scattering else 3) * c + (8 if half else 0)
-    # Cosines and sines of the positions. The state before the first token; and, for a moment, the last one, where a
+    # The state before the first token; and, for a moment, the last one, where a
     # single token or a phase turns it.
-    tables = 0 if key_size % 2 else 4 * shape.sequence_length * key_size
     states = 2 if scattering or shape.sequence_length == 1 else 1
     state = states * 4 * shape.batch_size * key_size * hidden
     projections = 2 * hidden * (channels + 2 * hidden) if half else 0
     per_token = per_hidden * hidden + 2 * c * channels + per_head * heads + per_key * heads * key_size
     return ActivationPart(
         name="carry and projections",
-        num_bytes=shape.tokens * per_token + tables + state + projections,
+        num_bytes=shape.tokens * per_token + state + projections,
         formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {per_key} H K) + {4 * states} B K D"
-        + (" + 4 N K" if tables else "")
         + (" + 2 D (W + 2 D)" if half else ""),
     )
 
@@ -159,7 +156,9 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> A
 def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
     """What embedding, final norm and loss save. The loss keeps no logits but the gradients that it has computed."""
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
+    rotary = 4 * shape.sequence_length * config.rotary_size
     return [
+        *([ActivationPart(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
         ActivationPart(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
         ActivationPart(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
         ActivationPart(

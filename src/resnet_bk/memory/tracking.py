@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from resnet_bk.frugal.host import is_host_memory
+
 
 class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts the bytes of tensors made while it is active, and the most there ever were at once.
 
     Storages are counted, so views cost nothing twice, and in-place work nothing at all; a storage counts until it is
-    freed, also when only autograd holds it. Tensors that were there before count if ``include`` is told of them. What
+    freed, also when only autograd holds it. Tensors that were there before count if ``include`` is told of them. Memory
+    of ``frugal.host``, which waits on the host for a device, is counted apart: ``host_bytes``, ``peak_host_bytes``. What
     an operator allocates and frees inside itself is not seen, nor is an allocator's rounding. While anybody watches so,
     autograd adds up the gradients of a tensor with two uses in a new tensor, and in place otherwise: of a tied matrix
     there may be one gradient more.
@@ -28,9 +31,11 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._live: dict[int, tuple[int, Any]] = {}
+        self._live: dict[int, tuple[int, bool, Any]] = {}
         self.current_bytes = 0
         self.peak_bytes = 0
+        self.host_bytes = 0
+        self.peak_host_bytes = 0
 
     def include(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that exist already: a model's parameters, an optimizer's moments."""
@@ -38,8 +43,8 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             self._track(tensor)
 
     def reset_peak(self) -> None:
-        """Starts a new peak from what is live now."""
-        self.peak_bytes = self.current_bytes
+        """Starts new peaks from what is live now."""
+        self.peak_bytes, self.peak_host_bytes = self.current_bytes, self.host_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,13 +62,22 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         if known is not None and known[0] == num_bytes:
             return
         # A storage that was resized in place is the same one with another size.
-        reference = known[1] if known else weakref.ref(storage, partial(self._freed, key))
-        self._live[key] = (num_bytes, reference)
-        self.current_bytes += num_bytes - (known[0] if known else 0)
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        reference = known[2] if known else weakref.ref(storage, partial(self._freed, key))
+        on_host = known[1] if known else is_host_memory(tensor)
+        self._live[key] = (num_bytes, on_host, reference)
+        self._count(num_bytes - (known[0] if known else 0), on_host)
 
     def _freed(self, key: int, _reference: Any) -> None:
-        self.current_bytes -= self._live.pop(key)[0]
+        num_bytes, on_host, _ = self._live.pop(key)
+        self._count(-num_bytes, on_host)
+
+    def _count(self, num_bytes: int, on_host: bool) -> None:
+        if on_host:
+            self.host_bytes += num_bytes
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+        else:
+            self.current_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
 
 def training_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -177,6 +177,13 @@ class ResNetBKConfig(PreTrainedConfig):
             return 0
         return self.resolvent_key_size or self.hidden_size // self.num_resolvent_heads
 
+    @property
+    def rotary_size(self) -> int:
+        """Coordinates of a key that turn with its position; 0 for a mixer whose keys do not."""
+        if self.mixer == "attention":
+            return self.hidden_size // self.num_attention_heads
+        return self.key_size if self.mixer == "resolvent" and self.key_size % 2 == 0 else 0
+
     def _check_largest(self) -> None:
         for name in field_names():
             value = getattr(self, name)

@@ -23,6 +23,7 @@ from resnet_bk.layers import (
 )
 from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
+from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
 from resnet_bk.models.configuration import ResNetBKConfig
 from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
@@ -164,11 +165,13 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if self.embed_positions is not None:
             self._check_positions(past_length + length)
             x_BND = x_BND + self.embed_positions(position_ids)
+        padding = _padding(key_mask_BK, length)
         context = SequenceContext(
-            position_ids_BN=position_ids,
-            padding=_padding(key_mask_BK, length),
+            rotary=self._rotary(position_ids, x_BND.dtype),
+            padding=padding,
             key_mask_BK=key_mask_BK,
             document_ids_BN=document_ids,
+            front_starts_BN=None if document_ids is None else _front_starts(document_ids, padding),
         )
 
         all_hidden_states = [x_BND] if output_hidden_states else []
@@ -196,6 +199,12 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if past_key_values is None and wanted:
             return ResNetBKCache(self.config)
         return past_key_values
+
+    def _rotary(self, position_ids_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        size = self.config.rotary_size
+        if not size:
+            return None
+        return rotary_angles(position_ids_BN, size, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
 
     def _check_positions(self, length: int) -> None:
         limit = self.config.max_position_embeddings
@@ -359,7 +368,6 @@ def _attention(config: ResNetBKConfig) -> CausalAttention:
     return CausalAttention(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
-        rope_theta=config.rope_theta,
         causal=config.causal,
         conv_size=config.conv_size,
     )
@@ -373,7 +381,6 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
         state=config.resolvent_state,
         regime=config.resolvent_regime,
         longest_memory=config.resolvent_longest_memory,
-        rope_theta=config.rope_theta,
         conv_size=config.conv_size,
         norm_eps=config.layer_norm_eps,
     )
@@ -418,9 +425,18 @@ def _numbered_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -
         )
     if past_length:
         raise ValueError("document_ids are for whole rows; a cache that has tokens already cannot be told them apart")
-    starts_BN = torch.zeros_like(document_ids, dtype=torch.bool)
-    starts_BN[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return starts_BN.cumsum(1)
+    return _starts(document_ids).cumsum(1)
+
+
+def _front_starts(document_ids_BN: Tensor, padding: Padding | None) -> Tensor:
+    """Where a document starts behind another, with each row's real tokens in front."""
+    return _starts(document_ids_BN if padding is None else document_ids_BN.gather(1, padding.order_BN))
+
+
+def _starts(document_ids_BN: Tensor) -> Tensor:
+    starts_BN = torch.zeros_like(document_ids_BN, dtype=torch.bool)
+    starts_BN[:, 1:] = document_ids_BN[:, 1:] != document_ids_BN[:, :-1]
+    return starts_BN
 
 
 def _positions(key_mask_BK: Tensor | None, document_ids_BN: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
@@ -432,9 +448,7 @@ def _positions(key_mask_BK: Tensor | None, document_ids_BN: Tensor | None, past_
         position_ids_BN = (key_mask_BK.bool().long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     if document_ids_BN is None:
         return position_ids_BN
-    first_BN = torch.zeros_like(document_ids_BN, dtype=position_ids_BN.dtype)
-    starts_BN = document_ids_BN[:, 1:] != document_ids_BN[:, :-1]
-    first_BN[:, 1:] = torch.where(starts_BN, position_ids_BN[:, 1:], 0)
+    first_BN = torch.where(_starts(document_ids_BN), position_ids_BN, 0)
     return position_ids_BN - first_BN.cummax(1).values
 
 
