@@ -23,6 +23,8 @@ WORDS = {
     "resolvent_regime": "scattering",
     "bk_grad": "blend",
     "precision": "bf16",
+    "checkpointing": "selective",
+    "moments": "bf16",
 }
 
 
@@ -106,7 +108,7 @@ def test_what_is_not_given_is_not_set():
 def test_the_help_of_train_tells_the_true_defaults(cli):
     text = " ".join(re.sub("[│─╭╮╰╯]", " ", cli("train", "--help").out).split())
     for name, default in {**TRAINING, **DATA}.items():
-        shown = re.search(rf"{flag(name)} (?:INT|FLOAT|STR|fp32\S*) .*?\(default: (.*?)\)", text)[1]
+        shown = re.search(rf"{flag(name)} (?:INT|FLOAT|STR|fp32|none|True)\S* .*?\(default: (.*?)\)", text)[1]
         assert shown == str(default) or (default is None and shown), name
 
 

@@ -7,7 +7,8 @@ import torch
 from resnet_bk.errors import UserError
 from resnet_bk.memory import limits
 from resnet_bk.memory.activations import TrainingShape
-from resnet_bk.memory.plan import Budget, make_plan
+from resnet_bk.memory.plan import PROCESS_BYTES, Budget, make_plan
+from resnet_bk.memory.strategy import STRATEGIES
 from resnet_bk.models import ResNetBKConfig
 
 CPU, SHAPE = torch.device("cpu"), TrainingShape(batch_size=4, sequence_length=64)
@@ -18,18 +19,19 @@ def config():
     return ResNetBKConfig.from_preset("tiny")
 
 
-def check(config, half=False, device=CPU):
-    limits.check_training_fits(config, SHAPE, half=half, device=device)
+def check(config, strategy=STRATEGIES[0], device=CPU):
+    limits.check_training_fits(config, SHAPE, strategy, device=device)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_what_the_planner_predicts_is_what_must_be_free(config, monkeypatch, half):
-    needed = make_plan(config, SHAPE, Budget()).strategies[int(half)].tensor_bytes
+@pytest.mark.parametrize("index", range(len(STRATEGIES)), ids=[strategy.name for strategy in STRATEGIES])
+def test_what_the_planner_predicts_is_what_must_be_free(config, monkeypatch, index):
+    plan = make_plan(config, SHAPE, Budget()).strategies[index]
+    needed = plan.tensor_bytes + plan.host_bytes - PROCESS_BYTES
     monkeypatch.setattr(limits, "available_bytes", lambda: needed)
-    check(config, half)
+    check(config, STRATEGIES[index])
     monkeypatch.setattr(limits, "available_bytes", lambda: needed - 1)
     with pytest.raises(UserError, match="resnet-bk plan"):
-        check(config, half)
+        check(config, STRATEGIES[index])
 
 
 def test_on_a_gpu_the_host_needs_room_for_the_weights(config, monkeypatch):

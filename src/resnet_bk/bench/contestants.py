@@ -1,5 +1,6 @@
 """The models that are compared, and what one training step of them is made of."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Subject:
 
     def update(self) -> None:
         """Clips, steps, and drops the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from resnet_bk.training.config import DataConfig, Precision, TrainingConfig
+from resnet_bk.training.config import Checkpointing, DataConfig, MomentsType, Precision, TrainingConfig
 
 
 def shown(default: Any, metavar: str | None = None) -> Any:
@@ -28,13 +28,30 @@ def _length_or_none(words: list[str]) -> int:
         raise ValueError(f"{words[0]!r} is not a length; give a number, or none") from None
 
 
+def _norm_or_none(words: list[str]) -> float:
+    """As ``_length_or_none``, for a number with a fraction."""
+    if words[0].lower() == "none":
+        return 0.0
+    try:
+        return float(words[0])
+    except ValueError:
+        raise ValueError(f"{words[0]!r} is not a norm; give a number, or none") from None
+
+
 # Fields where none is a value; none of them may be 0.
-MAY_BE_NONE = ("max_position_embeddings", "resolvent_key_size")
+MAY_BE_NONE = ("max_position_embeddings", "resolvent_key_size", "max_grad_norm")
 LENGTH_OR_NONE = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="INT|none",
     instance_from_str=_length_or_none,
     is_instance=lambda value: value is None or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+NORM_OR_NONE = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FLOAT|none",
+    instance_from_str=_norm_or_none,
+    is_instance=lambda value: value is None or isinstance(value, float),
     str_from_instance=lambda value: [str(value)],
 )
 
@@ -133,11 +150,11 @@ class TrainingFlags:
     steps: Annotated[int | None, shown(TrainingConfig.steps)] = None
     """Optimizer steps."""
     batch_size: Annotated[int | None, shown(TrainingConfig.batch_size)] = None
-    """Sequences in a micro-batch."""
+    """Sequences in a batch."""
     sequence_length: Annotated[int | None, shown(TrainingConfig.sequence_length)] = None
     """Tokens in a sequence (N)."""
     gradient_accumulation_steps: Annotated[int | None, shown(TrainingConfig.gradient_accumulation_steps)] = None
-    """Micro-batches in a step."""
+    """Batches in a step."""
     learning_rate: Annotated[float | None, shown(TrainingConfig.learning_rate)] = None
     """Highest learning rate."""
     min_learning_rate_ratio: Annotated[float | None, shown(TrainingConfig.min_learning_rate_ratio)] = None
@@ -152,10 +169,25 @@ class TrainingFlags:
     """AdamW's first moment."""
     beta2: Annotated[float | None, shown(TrainingConfig.beta2)] = None
     """AdamW's second moment."""
-    max_grad_norm: Annotated[float | None, shown(TrainingConfig.max_grad_norm)] = None
-    """Gradients are clipped to this global norm."""
+    max_grad_norm: Annotated[float | None, shown(TrainingConfig.max_grad_norm, "FLOAT|none"), NORM_OR_NONE] = None
+    """Gradients are clipped to this global norm; none (or 0) for no clipping."""
     precision: Annotated[Precision | None, shown(TrainingConfig.precision, "fp32|bf16|fp16")] = None
     """Mixed precision of the matrix products; fp16 scales the loss."""
+    micro_batch_size: Annotated[int | None, shown("all of --batch-size", "INT")] = None
+    """Sequences that go through the model at once; a step that runs out of memory goes on with half of them."""
+    checkpointing: Annotated[
+        Checkpointing | None, shown(TrainingConfig.checkpointing, "none|selective|full|offload")
+    ] = None
+    """What backward computes again instead of keeping it: nothing, what is cheap, whole blocks, or whole blocks whose
+    inputs wait on the host."""
+    offload_optimizer: Annotated[bool | None, shown(TrainingConfig.offload_optimizer, "True|False")] = None
+    """AdamW's master weights, moments and update on the host."""
+    moments: Annotated[MomentsType | None, shown(TrainingConfig.moments, "fp32|bf16")] = None
+    """Type of the offloaded moments; bf16 rounds at random, right on average."""
+    half_weights: Annotated[bool | None, shown(TrainingConfig.half_weights, "True|False")] = None
+    """Matrices on the device in --precision; their masters stay float32 on the host."""
+    stream_weights: Annotated[bool | None, shown(TrainingConfig.stream_weights, "True|False")] = None
+    """Blocks wait on the host: two of them are on the device, whatever the depth."""
     seed: Annotated[int | None, shown(TrainingConfig.seed)] = None
     """Of the weights, the batches and the routing noise."""
     log_every: Annotated[int | None, shown(TrainingConfig.log_every)] = None

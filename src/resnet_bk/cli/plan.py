@@ -161,7 +161,6 @@ def _strategy_table(plan: "Plan") -> Table:
     for part in rows[0].host_parts:
         table.add_row(f"host: {part}", *(format_bytes(row.host_parts[part]) for row in rows))
     table.add_row("host needs", *(format_bytes(row.host_bytes) for row in rows), style="bold", end_section=True)
-    table.add_row("`resnet-bk train` can do it", *("yes" if row.strategy.available else "not yet" for row in rows))
     table.caption = "Less than the sum of its parts: activations are gone when the last gradient arrives."
     return table
 
@@ -183,5 +182,4 @@ def _advice(plan: "Plan") -> str:
     best = plan.fastest_that_fits
     if best is None:
         return "Nothing here fits: take a smaller batch, sequence, vocabulary or model."
-    today = "" if best.strategy.available else " (`resnet-bk train` cannot do it yet)"
-    return f"Take: {best.strategy.name}{today}. Leave a margin for the CUDA context and fragmentation."
+    return f"Take: {best.strategy.name}. Leave a margin for the CUDA context and fragmentation."

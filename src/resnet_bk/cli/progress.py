@@ -40,7 +40,14 @@ class TrainingProgress:
         self._task = self._progress.add_task("", total=total, completed=completed)
 
     def observe(self, entry: dict[str, Any]) -> None:
-        """Hears of every step; speaks at logged ones."""
+        """Hears of every step; speaks at logged ones, and where a step did not fit."""
+        if "micro_batch_size" in entry:
+            self._progress.console.print(
+                f"out of memory: going on with micro-batches of {entry['micro_batch_size']} rows, the same batch and "
+                "the same gradients",
+                soft_wrap=True,
+            )
+            return
         if self._task is not None:
             self._progress.update(self._task, completed=entry["step"])
         if "validation_loss" in entry:

@@ -33,6 +33,7 @@ class TrainCommand:
       resnet-bk train --preset seed --data book.txt --tokenizer char --steps 2000 --out runs/book
       resnet-bk train --preset seed --mixer resolvent --conv-size 4 --max-position-embeddings none --out runs/resolvent
       resnet-bk train --preset seed --mixer attention --out runs/transformer
+      resnet-bk train --preset 1b --gpu-memory 4GB --host-memory 24GB --sequence-length 1024 --out runs/large
       resnet-bk train --resume runs/first --steps 4000
       resnet-bk train --config runs/first/run.json --seed 1 --out runs/second
     """
@@ -45,6 +46,11 @@ class TrainCommand:
     """A run.json to take the configuration from; flags given besides it change it."""
     resume: Path | None = None
     """Run folder to go on with, bitwise as if it had never stopped (on a CPU); --steps may be raised."""
+    gpu_memory: str | None = None
+    """Train in this much, like 4GB: the fastest strategy that fits is chosen, and the allocator held to it. Flags given
+    besides it stay as they are."""
+    host_memory: str | None = None
+    """The same for the host, like 15GB."""
     model: ModelFlags = field(default_factory=ModelFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
     text: DataFlags = field(default_factory=DataFlags)
@@ -77,7 +83,7 @@ class TrainCommand:
         choose_device(config.training.device)
         check_tokenizer(config.data.tokenizer)
         dataset = prepare_dataset(config.data, on_progress=remark)
-        config = self._with_vocabulary(config, dataset)
+        config = self._within_budget(self._with_vocabulary(config, dataset))
         ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe)
         self._describe(ready)
         return ready
@@ -95,6 +101,7 @@ class TrainCommand:
         run.tokenizer()
         dataset = prepare_dataset(run.config.data, on_progress=remark)
         wanted = replace(run, config=replace(run.config, training=training))
+        self._hold_to_budget(training)
         ready = resume_run(wanted, dataset, observer=progress.observe)
         if ready.state.step >= steps:
             remark(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
@@ -141,6 +148,35 @@ class TrainCommand:
             model = ResNetBKConfig.from_preset(self.preset or DEFAULT_PRESET, **flags)
         return replace(config, model=model)
 
+    def _within_budget(self, config: "RunConfig") -> "RunConfig":
+        """The strategy that a budget asks for; without one, the configuration's own."""
+        if self.gpu_memory is None and self.host_memory is None:
+            return config
+        from resnet_bk.memory.plan import Budget
+        from resnet_bk.memory.units import parse_bytes
+        from resnet_bk.training.budget import choose_strategy
+        from resnet_bk.training.step import choose_device
+
+        self._hold_to_budget(config.training)
+        gpu, host = (None if words is None else parse_bytes(words) for words in (self.gpu_memory, self.host_memory))
+        training = choose_strategy(
+            config.model,
+            config.training,
+            Budget(gpu_bytes=gpu, host_bytes=host),
+            choose_device(config.training.device),
+            fixed=set(given(self.training)),
+        )
+        return replace(config, training=training)
+
+    def _hold_to_budget(self, training: TrainingConfig) -> None:
+        if self.gpu_memory is None:
+            return
+        from resnet_bk.memory.units import parse_bytes
+        from resnet_bk.training.budget import hold_to_budget
+        from resnet_bk.training.step import choose_device
+
+        hold_to_budget(parse_bytes(self.gpu_memory), choose_device(training.device))
+
     def _check_resume_flags(self, recorded: "RunConfig") -> None:
         """A run goes on as what it is: flags that would make it another are refused, not ignored."""
         if self.out is not None or self.preset is not None or self.config is not None:
@@ -157,10 +193,11 @@ class TrainCommand:
 
     def _describe(self, ready: "ReadyRun") -> None:
         from resnet_bk.memory.parameters import count_parameters
+        from resnet_bk.training.strategy import describe_strategy
 
         trainer = ready.trainer
         config, dataset = trainer.run.config, trainer.dataset
-        model, training, device = config.model, config.training, trainer.model.device
+        model, training, device = config.model, config.training, trainer.device
         counts = count_parameters(model)
         remark(
             f"model: {counts.total:,} parameters, {counts.active:,} active per token, {_mixer_in_words(model, device)}"
@@ -176,6 +213,8 @@ class TrainCommand:
             f"on {device.type}, {training.precision}, {training.num_threads} threads; "
             f"{training.tokens_per_step:,} tokens a step, {training.steps:,} steps; writing {trainer.run.folder}"
         )
+        if strategy := describe_strategy(training):
+            remark(f"memory: {strategy}")
 
     def _report(self, ready: "ReadyRun", summary: "TrainingSummary") -> None:
         run, dataset = ready.trainer.run, ready.trainer.dataset

@@ -8,6 +8,7 @@ import mmap
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,24 +33,23 @@ def host_empty(*size: int, dtype: torch.dtype, pinned: bool | None = None) -> Te
     pin = num_bytes > 0 and (torch.cuda.is_available() if pinned is None else pinned)
     if pin:
         # Pages of its own: the driver refuses a page that it knows already.
-        tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(size)
-    else:
-        tensor = torch.empty(size, dtype=dtype, device="cpu")
-    storage = tensor.untyped_storage()
-    key = storage._cdata
-    _made_here[key] = weakref.ref(storage, partial(_forget, key))
-    if pin:
+        storage = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).untyped_storage()
         _register(storage)
-    return tensor
+    else:
+        storage = torch.UntypedStorage(num_bytes)  # type: ignore[no-untyped-call]
+    key = storage._cdata
+    # Marked before there is a tensor: whoever watches tensors must know at once.
+    _made_here[key] = weakref.ref(storage, partial(_forget, key))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(size)
 
 
-def host_arena(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+def host_arena(shapes: Sequence[Sequence[int]], dtype: torch.dtype, *, pinned: bool | None = None) -> list[Tensor]:
     """Tensors of these shapes side by side in one piece of host memory, each ``ALIGNMENT`` bytes apart or less."""
     step = ALIGNMENT // dtype.itemsize
     numels = [torch.Size(shape).numel() for shape in shapes]
     rooms = [-(-numel // step) * step for numel in numels]
-    parts = host_empty(sum(rooms), dtype=dtype).split(rooms)
-    return [part[:numel].view(*shape) for part, numel, shape in zip(parts, numels, shapes, strict=True)]
+    parts: tuple[Tensor, ...] = torch.split(host_empty(sum(rooms), dtype=dtype, pinned=pinned), rooms)
+    return [part[:numel].view(torch.Size(shape)) for part, numel, shape in zip(parts, numels, shapes, strict=True)]
 
 
 def is_host_memory(tensor: Tensor) -> bool:
@@ -63,7 +63,7 @@ def _forget(key: int, _reference: object) -> None:
 
 def _register(storage: torch.UntypedStorage) -> None:
     address = storage.data_ptr()
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = runtime.cudaHostRegister(address, storage.nbytes(), 0)
     if int(error) != 0:
         raise RuntimeError(

@@ -20,7 +20,7 @@ class BKBlock(nn.Module):
         self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
     ) -> tuple[Tensor, MixerState | None, Routing]:
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
-        m_BND, routing = self.moe(self.norm(x_BND), real_tokens(context))
+        m_BND, routing = self.moe(self.norm(x_BND), real_tokens(context), context.batch_rows)
         mixed_BND, state = self.mixer(m_BND, context, state)
         return x_BND + m_BND + mixed_BND, state, routing
 
@@ -41,7 +41,7 @@ class MixerBlock(nn.Module):
         """The residual stream after the block, the mixer's state, and how the tokens were routed."""
         mixed_BND, state = self.mixer(self.mixer_norm(x_BND), context, state)
         x_BND = x_BND + mixed_BND
-        m_BND, routing = self.moe(self.moe_norm(x_BND), real_tokens(context))
+        m_BND, routing = self.moe(self.moe_norm(x_BND), real_tokens(context), context.batch_rows)
         return x_BND + m_BND, state, routing
 
 

@@ -18,7 +18,8 @@ class SequenceContext:
     ``key_mask_BK`` is nonzero for the real ones of all tokens, past and present, None if all are. ``padding`` is the
     same for the present ones. ``document_ids_BN`` tells the documents of packed rows apart: tokens of different ones
     do not mix. ``front_starts_BN`` is where a document starts behind another, bool, with each row's real tokens in
-    front. Both are None for one document a row.
+    front. Both are None for one document a row. ``batch_rows`` are the first row and the number of rows of the batch
+    that these rows are a piece of, None if they are all of it.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -26,6 +27,7 @@ class SequenceContext:
     key_mask_BK: Tensor | None = None
     document_ids_BN: Tensor | None = None
     front_starts_BN: Tensor | None = None
+    batch_rows: tuple[int, int] | None = None
 
     def front_rotary(self) -> tuple[Tensor, Tensor] | None:
         """``rotary`` with each row's real tokens in front."""

@@ -49,11 +49,17 @@ class MixtureOfExperts(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
-    def forward(self, x_BND: Tensor, real_BN: Tensor | None) -> tuple[Tensor, Routing]:
-        """Each token through its expert; ``real_BN`` False keeps padding out of the routing statistics."""
+    def forward(
+        self, x_BND: Tensor, real_BN: Tensor | None, batch_rows: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Each token through its expert; ``real_BN`` False keeps padding out of the routing statistics.
+
+        With ``batch_rows`` (first row, rows of the batch) the noise is the batch's, and these rows' part of it is used:
+        in whatever pieces a batch is processed, each token meets the same.
+        """
         x_TD = x_BND.flatten(0, 1)
         logits_TE = self._router_logits(x_TD)
-        noisy_TE = logits_TE + gumbel_noise(logits_TE) if self.training else logits_TE
+        noisy_TE = logits_TE + _noise(logits_TE, len(x_BND), batch_rows) if self.training else logits_TE
         expert_T = self._choice(noisy_TE)
         compute_dtype = torch.get_autocast_dtype(x_TD.device.type) if _autocast(x_TD) else x_TD.dtype
         mixed_TD = chosen_expert(
@@ -85,6 +91,14 @@ class MixtureOfExperts(nn.Module):
         load_E = torch.zeros_like(logits_TE[0]).index_add(0, expert_T, weight_T) / count
         probabilities_TE = F.softmax(logits_TE, dim=-1) * (weight_T * (weight_T.numel() / count)).unsqueeze(1)
         return Routing(balancing_loss=load_balancing_loss(probabilities_TE, load_E), expert_load_E=load_E.detach())
+
+
+def _noise(logits_TE: Tensor, num_rows: int, batch_rows: tuple[int, int] | None) -> Tensor:
+    if batch_rows is None:
+        return gumbel_noise(logits_TE)
+    first_row, rows_of_batch = batch_rows
+    noise_BNE = gumbel_noise(logits_TE.new_empty(rows_of_batch, len(logits_TE) // num_rows, logits_TE.shape[1]))
+    return noise_BNE[first_row : first_row + num_rows].flatten(0, 1)
 
 
 def _autocast(x: Tensor) -> bool:

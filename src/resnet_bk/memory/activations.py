@@ -45,16 +45,19 @@ class ActivationPart:
     formula: str
 
 
-def block_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
-    """What one block saves."""
+def block_activations(
+    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
+) -> list[ActivationPart]:
+    """What one block saves; ``half`` is autocast, and ``half_weights`` need no half copies for it."""
     tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
     experts, c = config.num_experts, 2 if half else 4
     # Half-precision products read half copies of the matrices, which autograd keeps too.
-    copies = 2 * experts * hidden * width * 2 if half else 0
+    cast = half and not half_weights
+    copies = 2 * experts * hidden * width * 2 if cast else 0
     moe = ActivationPart(
         name="mixture of experts",
         num_bytes=tokens * (2 * c * width + 2 * c * hidden + 8 * experts + 28 + c) + copies,
-        formula="T (2 c I + 2 c D + 8 E + 28 + c)" + (" + 4 E D I" if half else ""),
+        formula="T (2 c I + 2 c D + 8 E + 28 + c)" + (" + 4 E D I" if cast else ""),
     )
     norm_input = 8 * hidden + 8
     if config.mixer == "bk":
@@ -62,14 +65,14 @@ def block_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
             ActivationPart(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
             moe,
             *_convolution(config, shape, c),
-            _bk_core(config, shape, half=half),
+            _bk_core(config, shape, half=half, cast=cast),
         ]
     mixer = _attention if config.mixer == "attention" else _resolvent
     return [
         ActivationPart(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
         moe,
         *_convolution(config, shape, c),
-        mixer(config, shape, half=half),
+        mixer(config, shape, half=half, cast=cast),
     ]
 
 
@@ -101,31 +104,31 @@ def _window_tokens(config: ResNetBKConfig, shape: TrainingShape) -> int:
     return shape.batch_size * max(0, config.conv_size - 1)
 
 
-def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
     hidden, heads = config.hidden_size, config.num_bk_heads
     # Re G and Im G, which the operator and the output projection both read; a half copy; v if the sweeps go twice.
     per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
     return ActivationPart(
         name="BK-Core and projections",
-        num_bytes=shape.tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if half else 0),
-        formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if half else ""),
+        num_bytes=shape.tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if cast else 0),
+        formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if cast else ""),
     )
 
 
-def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
     hidden, heads = config.hidden_size, config.num_attention_heads
-    projections = 8 * hidden * hidden if half else 0
+    projections = 8 * hidden * hidden if cast else 0
     # fp32: input of qkv, qkv, the turned q and k, the mixed values in two layouts, 4 D each but qkv's 12 D. Autocast
     # keeps qkv, q, k and the mixed values as halves.
     per_hidden = 12 if half else 28
     return ActivationPart(
         name="attention and projections",
         num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + projections,
-        formula=f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if half else ""),
+        formula=f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if cast else ""),
     )
 
 
-def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
     hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
     vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
     c, key_size = 2 if half else 4, config.key_size or 1
@@ -143,14 +146,35 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> A
     # single token or a phase turns it.
     states = 2 if scattering or shape.sequence_length == 1 else 1
     state = states * 4 * shape.batch_size * key_size * hidden
-    projections = 2 * hidden * (channels + 2 * hidden) if half else 0
+    projections = 2 * hidden * (channels + 2 * hidden) if cast else 0
     per_token = per_hidden * hidden + 2 * c * channels + per_head * heads + per_key * heads * key_size
     return ActivationPart(
         name="carry and projections",
         num_bytes=shape.tokens * per_token + state + projections,
         formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {per_key} H K) + {4 * states} B K D"
-        + (" + 2 D (W + 2 D)" if half else ""),
+        + (" + 2 D (W + 2 D)" if cast else ""),
     )
+
+
+def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
+    """What a block keeps under selective checkpointing: its input, and the results of products and of operators."""
+    tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
+    mixture = tokens * (c * (config.intermediate_size + hidden) + 4 * config.num_experts)
+    if config.mixer == "bk":
+        mixer, formula = tokens * (12 * config.num_bk_heads + c * hidden), "T (12 H + c D)"
+    elif config.mixer == "attention":
+        mixer, formula = tokens * (5 * c * hidden + 4 * config.num_attention_heads), "T (5 c D + 4 A)"
+    else:
+        heads, channels = config.num_resolvent_heads, _convolved_channels(config)
+        state = 4 * shape.batch_size * (config.key_size or 1) * hidden
+        chains = 12 if config.resolvent_regime == "scattering" else 8
+        mixer = tokens * (c * (channels + 2 * hidden) + 4 * hidden + chains * heads) + state
+        formula = f"T (c (W + 2 D) + 4 D + {chains} H) + 4 B K D"
+    return [
+        ActivationPart(name="block inputs", num_bytes=4 * tokens * hidden, formula="4 T D"),
+        ActivationPart(name="mixer's products", num_bytes=mixer, formula=formula),
+        ActivationPart(name="experts' products", num_bytes=mixture, formula="T (c (I + D) + 4 E)"),
+    ]
 
 
 def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
@@ -169,7 +193,9 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     ]
 
 
-def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+def logits_and_loss(
+    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
+) -> ActivationPart:
     """What a chunk of the loss needs for a moment, beside what it keeps.
 
     fp32: logits and log-probabilities, 4 C V each. Autocast: logits in both types and log-probabilities, 10 C V; a half
@@ -188,12 +214,16 @@ def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool)
         worst = max(size * logits - 4 * head, 2 * logits + 2 * head if half else 4 * logits)
     return ActivationPart(
         name="logits and loss",
-        num_bytes=worst + (2 * head if half else 0),
-        formula=f"at most {size} C V" + (" + 6 V D" if half else "") + f", C = {chunk:,}",
+        num_bytes=worst + (2 * head if half and not half_weights else 0),
+        formula=f"at most {size} C V"
+        + ((" + 4 V D" if half_weights else " + 6 V D") if half else "")
+        + f", C = {chunk:,}",
     )
 
 
-def working_set(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> ActivationPart:
+def working_set(
+    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
+) -> ActivationPart:
     """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece.
 
     A convolution's has gradients of its window too, twice, which counts where rows are hardly longer than it.
@@ -201,8 +231,9 @@ def working_set(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> 
     tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
     size = 4 if half else 8
     window = size * _convolved_channels(config) * _window_tokens(config, shape)
+    expert_size = 2 if half_weights else 4
     return ActivationPart(
         name="working set of a block's backward",
-        num_bytes=tokens * 8 * hidden + 4 * config.num_experts * hidden * width + window,
-        formula="8 T D + 4 E D I" + (f" + {size} W B (S - 1)" if window else ""),
+        num_bytes=tokens * 8 * hidden + expert_size * config.num_experts * hidden * width + window,
+        formula=f"8 T D + {expert_size} E D I" + (f" + {size} W B (S - 1)" if window else ""),
     )

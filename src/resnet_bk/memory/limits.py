@@ -8,7 +8,9 @@ import torch
 
 from resnet_bk.errors import UserError
 from resnet_bk.memory.activations import TrainingShape
-from resnet_bk.memory.plan import Budget, make_plan
+from resnet_bk.memory.parameters import count_parameters
+from resnet_bk.memory.plan import PROCESS_BYTES, Budget, plan_strategy
+from resnet_bk.memory.strategy import Strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.models.matching import total_parameters
@@ -25,16 +27,22 @@ def available_bytes() -> int:
     return int(machine if container is None else min(machine, container))
 
 
-def check_training_fits(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, device: torch.device) -> None:
+def check_training_fits(
+    config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, *, device: torch.device
+) -> None:
     """Raises a UserError if training would need more host memory than there is.
 
-    On a GPU, whose allocator answers in words, only the weights are checked, which are made on the host.
+    For a GPU, whose allocator answers in words, that is what the strategy keeps on the host, and the weights, which are
+    made there.
     """
     available = available_bytes()
     # Weights, gradients and two moments of 4 bytes; checked first, because planning walks through the layers.
-    needed = total_parameters(config) * (16 if device.type == "cpu" else 4)
-    if needed <= available and device.type == "cpu":
-        needed = make_plan(config, shape, Budget()).strategies[1 if half else 0].tensor_bytes
+    total = total_parameters(config)
+    needed = total * (16 if device.type == "cpu" else 4)
+    if needed <= available:
+        plan = plan_strategy(strategy, config, shape, count_parameters(config), Budget())
+        on_host = plan.host_bytes - PROCESS_BYTES
+        needed = on_host + (plan.tensor_bytes if device.type == "cpu" else 4 * total)
     if needed > available:
         raise UserError(
             f"training would need {format_bytes(needed)} of memory and {format_bytes(available)} are free; take a "

@@ -26,16 +26,31 @@ COMPONENTS = {
     ".mixer.output": "output projection",
     "norm": "norms",
 }
+BLOCK = ".layers."  # in the name of a parameter of a block
 BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartCounts:
+    """Numbers of parameters of a part of the model, and of those that are float32 whatever the others are."""
+
+    total: int
+    float32: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Numbers of parameters. ``active`` ones take part in one token's computation: one expert of each block."""
+    """Numbers of parameters. ``active`` ones take part in one token's computation: one expert of each block.
+
+    ``block`` is one block, ``outside`` what is in none, ``largest`` the largest single tensor.
+    """
 
     by_component: dict[str, int]
     total: int
     active: int
+    block: PartCounts
+    outside: PartCounts
+    largest: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +66,40 @@ class SeedRow:
 def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
     """Counts the model of ``config`` on the meta device; tied weights count once, as embedding.
 
-    Layers are alike: one and two of them are built, and the difference stands for all the others.
+    Layers are alike: one is built, and stands for all of them.
     """
-    one, two = _count_with_layers(config, 1), _count_with_layers(config, 2)
-    others = config.num_layers - 1
-    by_component = {component: number + others * (two[component] - number) for component, number in one.items()}
+    with torch.device("meta"):
+        model = ResNetBKForCausalLM(ResNetBKConfig(**{**config.own_fields(), "num_layers": 1}))
+    by_component: dict[str, int] = {}
+    sizes: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        in_block = BLOCK in name
+        sizes[in_block].append((name, parameter.numel()))
+        times = config.num_layers if in_block else 1
+        component = component_of(name)
+        by_component[component] = by_component.get(component, 0) + times * parameter.numel()
     total = sum(by_component.values())
     idle = by_component["experts"] // config.num_experts * (config.num_experts - 1)
-    return ParameterCounts(by_component=by_component, total=total, active=total - idle)
+    return ParameterCounts(
+        by_component=by_component,
+        total=total,
+        active=total - idle,
+        block=_part(sizes[True]),
+        outside=_part(sizes[False]),
+        largest=max(number for _, number in sizes[True] + sizes[False]),
+    )
 
 
-def _count_with_layers(config: ResNetBKConfig, num_layers: int) -> dict[str, int]:
-    with torch.device("meta"):
-        model = ResNetBKForCausalLM(ResNetBKConfig(**{**config.own_fields(), "num_layers": num_layers}))
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        component = component_of(name)
-        counts[component] = counts.get(component, 0) + parameter.numel()
-    return counts
+def stays_float32(name: str, _parameter: object = None) -> bool:
+    """Whether the parameter of this name is never stored in a half type."""
+    return any(part in name for part in ResNetBKForCausalLM.float32_parameters)
+
+
+def _part(sizes: list[tuple[str, int]]) -> PartCounts:
+    return PartCounts(
+        total=sum(number for _, number in sizes),
+        float32=sum(number for name, number in sizes if stays_float32(name)),
+    )
 
 
 def component_of(name: str) -> str:

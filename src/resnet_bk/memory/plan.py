@@ -1,16 +1,20 @@
 """What training would need on the GPU and in host memory, by part and strategy, before anything runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from resnet_bk.frugal.activations import MIN_BYTES
+from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
 from resnet_bk.memory.activations import (
     ActivationPart,
     TrainingShape,
     block_activations,
     logits_and_loss,
     outer_activations,
+    selected_activations,
     working_set,
 )
-from resnet_bk.memory.parameters import BYTES_PER_PARAMETER, ParameterCounts, count_parameters
+from resnet_bk.memory.parameters import BYTES_PER_PARAMETER, ParameterCounts, PartCounts, count_parameters
+from resnet_bk.memory.strategy import STRATEGIES, Strategy
 from resnet_bk.models import ResNetBKConfig
 
 # Host memory of a training process without its tensors: Python, torch, transformers and CUDA's libraries. The resident
@@ -22,6 +26,11 @@ PROCESS_BYTES = 3_000_000_000
 # (H100, H200), and 8 MiB on older ones; the allocator counts it (benchmarks/gpu.py measures its sum with the rest).
 CUBLAS_BYTES = 2 * 32 * 2**20
 
+# State of torch's generator on a CPU, which a block that is computed again needs.
+GENERATOR_BYTES = 5056
+
+RECOMPUTED, ON_THEIR_WAY = "one block, computed again", "copies on their way"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -29,28 +38,6 @@ class Budget:
 
     gpu_bytes: int | None = None
     host_bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """A way to train; a name with + adds to the strategy before it.
-
-    ``half`` is autocast; ``available`` says whether ``resnet-bk train`` can do it today.
-    """
-
-    name: str
-    half: bool = False
-    checkpointing: bool = False
-    offload: bool = False
-    available: bool = False
-
-
-STRATEGIES = (
-    Strategy(name="fp32", available=True),
-    Strategy(name="mixed precision", half=True, available=True),
-    Strategy(name="+ checkpointing", half=True, checkpointing=True),
-    Strategy(name="+ offloaded optimizer", half=True, checkpointing=True, offload=True),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +58,8 @@ class StrategyPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """What tensors need, on any device: all but the workspaces of CUDA's libraries."""
-        return self.gpu_bytes - self.gpu_parts["cuBLAS"]
+        """What tensors need, on any device: all but the workspaces of CUDA's libraries, and what copies hold there."""
+        return self.gpu_bytes - self.gpu_parts["cuBLAS"] - self.gpu_parts.get(ON_THEIR_WAY, 0)
 
     @property
     def fits(self) -> bool | None:
@@ -103,66 +90,88 @@ def make_plan(config: ResNetBKConfig, shape: TrainingShape, budget: Budget) -> P
     return Plan(
         counts=counts,
         weight_bytes={name: counts.total * size for name, size in BYTES_PER_PARAMETER.items()},
-        activations=activation_parts(config, shape, half=False, checkpointing=False),
-        half_activations=activation_parts(config, shape, half=True, checkpointing=False),
-        strategies=[_plan_strategy(strategy, config, shape, counts, budget) for strategy in STRATEGIES],
+        activations=activation_parts(config, shape, STRATEGIES[0]),
+        half_activations=activation_parts(config, shape, STRATEGIES[1]),
+        strategies=[plan_strategy(strategy, config, shape, counts, budget) for strategy in STRATEGIES],
     )
 
 
-def activation_parts(
-    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, checkpointing: bool
-) -> list[ActivationPart]:
-    """Everything kept for backward, logits and loss last."""
-    per_block = block_activations(config, shape, half=half)
-    layers = config.num_layers
-    if checkpointing:
-        whole_block = sum(part.num_bytes for part in per_block)
-        inputs = layers * shape.tokens * config.hidden_size * 4
-        blocks = [
-            ActivationPart(name="block inputs", num_bytes=inputs, formula="4 L T D"),
-            ActivationPart(name="one block, recomputed", num_bytes=whole_block, formula="one block's parts"),
-        ]
-    else:
-        blocks = [
-            ActivationPart(name=part.name, num_bytes=layers * part.num_bytes, formula=f"L x [{part.formula}]")
-            for part in per_block
-        ]
+def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy) -> list[ActivationPart]:
+    """Everything that a step has on the device for backward, logits and loss last."""
+    half, half_weights = strategy.half, strategy.half_weights
+    block = block_activations(config, shape, half=half, half_weights=half_weights)
     return [
-        *blocks,
+        *_blocks(config, shape, strategy, block),
         *outer_activations(config, shape, half=half),
-        working_set(config, shape, half=half),
-        logits_and_loss(config, shape, half=half),
+        working_set(config, shape, half=half, half_weights=half_weights),
+        logits_and_loss(config, shape, half=half, half_weights=half_weights),
     ]
 
 
-def _plan_strategy(
+def _blocks(
+    config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, block: list[ActivationPart]
+) -> list[ActivationPart]:
+    layers, inputs = config.num_layers, 4 * shape.tokens * config.hidden_size
+    whole = sum(part.num_bytes for part in block)
+    again = ActivationPart(name=RECOMPUTED, num_bytes=whole, formula="one block's parts")
+    if strategy.checkpointing == "none":
+        return [
+            ActivationPart(name=part.name, num_bytes=layers * part.num_bytes, formula=f"L x [{part.formula}]")
+            for part in block
+        ]
+    if strategy.checkpointing == "selective":
+        selected = selected_activations(config, shape, half=strategy.half)
+        return [
+            *(
+                ActivationPart(name=part.name, num_bytes=layers * part.num_bytes, formula=f"L x [{part.formula}]")
+                for part in selected
+            ),
+            replace(again, num_bytes=max(0, whole - sum(part.num_bytes for part in selected[1:]))),
+        ]
+    # Of offloaded inputs the one that is used is here; those on their way are counted apart. Small ones stay.
+    kept, formula = (1, "4 T D") if _moves_inputs(strategy, inputs) else (layers, "4 L T D")
+    num_bytes = kept * inputs + layers * GENERATOR_BYTES
+    return [ActivationPart(name="block inputs", num_bytes=num_bytes, formula=f"{formula} + {GENERATOR_BYTES} L"), again]
+
+
+def _moves_inputs(strategy: Strategy, num_bytes: int) -> bool:
+    return strategy.checkpointing == "offload" and num_bytes >= MIN_BYTES
+
+
+def plan_strategy(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, budget: Budget
 ) -> StrategyPlan:
-    parameters = counts.total
-    parts = activation_parts(config, shape, half=strategy.half, checkpointing=strategy.checkpointing)
-    *kept, logits = parts
-    on_gpu = 2 if strategy.offload else 4
-    # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
-    passing = 2 * on_gpu * config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    """What one strategy needs for micro-batches of ``shape``."""
+    *kept, logits = activation_parts(config, shape, strategy)
+    working = working_set(config, shape, half=strategy.half, half_weights=strategy.half_weights).num_bytes
+    gradients, passing = _gradients(strategy, config, counts)
+    inputs = 4 * shape.tokens * config.hidden_size
+    on_their_way = _on_their_way(strategy, counts, inputs)
+    optimizer = 0 if strategy.offload_optimizer else 8 * counts.total
     gpu_parts = {
-        "weights": on_gpu * parameters,
-        "gradients": on_gpu * parameters,
-        "optimizer": 0 if strategy.offload else 8 * parameters,
+        "weights": _weights(strategy, config, counts),
+        "gradients": gradients,
+        "optimizer": optimizer,
         "activations": sum(part.num_bytes for part in kept),
         "logits and loss": logits.num_bytes,
         "cuBLAS": CUBLAS_BYTES,
+        **({ON_THEIR_WAY: on_their_way} if on_their_way else {}),
         **({"tied head, in passing": passing} if passing else {}),
     }
-    host_parts = {
-        "process with CUDA": PROCESS_BYTES,
-        "fp32 weights": 4 * parameters if strategy.offload else 0,
-        "optimizer": 8 * parameters if strategy.offload else 0,
-        "gradients on their way": 4 * parameters if strategy.offload else 0,
-    }
-    resident = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"]
-    # The block in hand has its working set while gradients pile up; the rest of the activations is gone by then.
-    last_gradient = gpu_parts["gradients"] + passing + working_set(config, shape, half=strategy.half).num_bytes
-    gpu_bytes = resident + max(gpu_parts["activations"] + gpu_parts["logits and loss"], last_gradient)
+    host_parts = _host_parts(strategy, config, shape, counts)
+    again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
+    moments = [
+        # The forward pass has ended: no block is computed again yet. The last one's output is there, its norm, and
+        # small change.
+        gpu_parts["activations"] - again + logits.num_bytes + (2 * inputs + 16 * shape.tokens if again else 0),
+        # The last gradient: the rest of the activations is gone by then.
+        gradients + passing + again + working + (2 * inputs if again else 0),
+    ]
+    if strategy.checkpointing != "none":
+        # Backward has reached the last block.
+        new = min(gradients, max(_stored(counts.block, strategy), passing))
+        moments.append(gpu_parts["activations"] + new)
+    gpu_bytes = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"] + on_their_way + max(moments)
     host_bytes = sum(host_parts.values())
     return StrategyPlan(
         strategy=strategy,
@@ -173,3 +182,50 @@ def _plan_strategy(
         gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - gpu_bytes,
         host_headroom=None if budget.host_bytes is None else budget.host_bytes - host_bytes,
     )
+
+
+def _weights(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> int:
+    """On the device: all weights, or two blocks and what is outside of blocks."""
+    blocks = min(2, config.num_layers) if strategy.stream_weights else config.num_layers
+    return blocks * _stored(counts.block, strategy) + _stored(counts.outside, strategy)
+
+
+def _stored(counts: PartCounts, strategy: Strategy) -> int:
+    return strategy.weight_bytes * (counts.total - counts.float32) + 4 * counts.float32
+
+
+def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> tuple[int, int]:
+    """Gradients that are there at once, and what a tied head adds for a moment."""
+    head = config.vocab_size * config.hidden_size * strategy.weight_bytes
+    # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
+    passing = 2 * head if config.tie_word_embeddings else 0
+    if not strategy.offload_optimizer:
+        return 4 * counts.total, passing
+    # Each leaves as it is made; the working set has an expert's.
+    return head, passing
+
+
+def _on_their_way(strategy: Strategy, counts: ParameterCounts, inputs: int) -> int:
+    """What copies to and from a GPU hold there while it goes on: two of the largest gradients, two blocks' inputs."""
+    gradients = 2 * strategy.weight_bytes * counts.largest if strategy.offload_optimizer else 0
+    return gradients + (2 * inputs if _moves_inputs(strategy, inputs) else 0)
+
+
+def _host_parts(
+    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts
+) -> dict[str, int]:
+    offloaded = strategy.offload_optimizer
+    largest = max(counts.largest, config.vocab_size * config.hidden_size)
+    inputs = 4 * shape.tokens * config.hidden_size
+    moments = 4 if strategy.half_moments else 8
+    return {
+        "process with CUDA": PROCESS_BYTES,
+        "fp32 weights": 4 * counts.total if offloaded else 0,
+        "optimizer": moments * counts.total if offloaded else 0,
+        "gradients": 4 * counts.total if offloaded else 0,
+        "gradients and weights on their way": (
+            (LANDING_PLACES + DEPARTURES) * strategy.weight_bytes * largest if offloaded else 0
+        ),
+        "streamed weights": config.num_layers * _stored(counts.block, strategy) if strategy.stream_weights else 0,
+        "offloaded activations": config.num_layers * inputs if _moves_inputs(strategy, inputs) else 0,
+    }

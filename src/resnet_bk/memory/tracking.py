@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.host import is_host_memory
 
 
@@ -18,10 +19,11 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     Storages are counted, so views cost nothing twice, and in-place work nothing at all; a storage counts until it is
     freed, also when only autograd holds it. Tensors that were there before count if ``include`` is told of them. Memory
-    of ``frugal.host``, which waits on the host for a device, is counted apart: ``host_bytes``, ``peak_host_bytes``. What
-    an operator allocates and frees inside itself is not seen, nor is an allocator's rounding. While anybody watches so,
-    autograd adds up the gradients of a tensor with two uses in a new tensor, and in place otherwise: of a tied matrix
-    there may be one gradient more.
+    of ``frugal.host``, which waits on the host for a device, is counted apart: ``host_bytes``, ``peak_host_bytes``.
+
+    What an operator allocates and frees inside itself is not seen, nor is an allocator's rounding, nor what another
+    thread allocates. While anybody watches so, autograd adds up the gradients of a tensor with two uses in a new
+    tensor, and in place otherwise: of a tied matrix there may be one gradient more.
 
     >>> with TensorTracker() as tracker:
     ...     x = torch.zeros(1000)
@@ -51,7 +53,9 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not isinstance(
+                leaf, HostGradient
+            ):  # whose numbers are a tensor's elsewhere
                 self._track(leaf)
         return result
 

@@ -69,6 +69,19 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
     config: ResNetBKConfig
     base_model_prefix = "model"
     _no_split_modules = ("BKBlock", "MixerBlock")
+    # Parameters, by parts of their names, that are never stored in a half type: what decides (the router), recurs (the
+    # chains), or scales (norms, filters).
+    float32_parameters = (
+        "router",
+        "potential",
+        "log_gap",
+        "energy",
+        "raw_eta",
+        "log_amplitude",
+        "skip",
+        "convolution",
+        "norm",
+    )
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -140,13 +153,16 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         document_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        batch_rows: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> ResNetBKModelOutput:
         """Hidden states of ``input_ids`` ``(B, N)``.
 
         ``attention_mask`` ``(B, past + N)`` is 0 for padding, on either side, and covers the cached tokens too.
         ``document_ids`` ``(B, N)`` tells packed documents apart, each a run of equal numbers: nothing passes between
-        them, and positions begin again.
+        them, and positions begin again. ``batch_rows`` says that these rows are a piece of a batch, from this row on
+        and of so many: in training each token then meets the routing noise that it meets in the whole batch, drawn
+        after the same seed.
 
         Raises:
             ValueError: the inputs do not fit the model; the message names the mend.
@@ -154,6 +170,9 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(x_BND.device.type):
+            # Autocast keeps the residual stream in float32: also where the embedding is stored in a half type.
+            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
         length = x_BND.shape[1]
         cache = self._cache(past_key_values, use_cache)
         past_length = 0 if cache is None else cache.get_seq_length()
@@ -172,6 +191,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             key_mask_BK=key_mask_BK,
             document_ids_BN=document_ids,
             front_starts_BN=None if document_ids is None else _front_starts(document_ids, padding),
+            batch_rows=batch_rows,
         )
 
         all_hidden_states = [x_BND] if output_hidden_states else []
@@ -255,6 +275,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
+        batch_rows: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> ResNetBKCausalLMOutput:
         """Logits, and a loss if targets are given.
@@ -270,6 +291,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             return_logits: None for logits except in training mode with targets, where they are by far the largest
                 tensor; True for logits then too; False for a loss without logits, a chunk of tokens at a time. A head
                 that is more than a matrix (an adapter, say, or one that is sharded by itself) always makes them all.
+            batch_rows: as in ``ResNetBKModel``.
         """
         if labels is not None and shift_labels is not None:
             raise ValueError("give labels or shift_labels, not both")
@@ -282,6 +304,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             document_ids=document_ids,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            batch_rows=batch_rows,
         )
         targets_BN = shift_targets(labels) if labels is not None else shift_labels
         if targets_BN is not None and logits_to_keep:

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory, read_json, write_json
+from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
 MANIFEST, WEIGHTS, MOMENTS, STATE = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"
@@ -52,7 +53,7 @@ def save_checkpoint(
     with new_directory(path) as folder:
         try:
             with _no_progress_bar():
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=_weights(model, optimizer))
             save_file(_moments(model, optimizer), folder / MOMENTS)
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
@@ -80,12 +81,16 @@ def restore_optimizer(
 ) -> TrainingState:
     """Puts a checkpoint's moments and loss scale back; the model's weights must be its own already."""
     moments = load_file(path / MOMENTS)
-    for name, parameter in model.named_parameters():
-        entries = {
-            key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
-        }
-        if entries:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    saved = optimizer.state_dict()
+    places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    saved["state"] = {}
+    for index, parameter in zip(indices, places, strict=True):
+        entries = {key: moments.get(f"{key}.{names[parameter]}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if entries["step"] is not None:
+            saved["state"][index] = entries
+    optimizer.load_state_dict(saved)
     state = read_json(path / STATE)
     if scale := state.pop("scaler"):
         scaler.load_state_dict(scale)
@@ -144,11 +149,30 @@ def _no_progress_bar() -> Iterator[None]:
             enable_progress_bar()
 
 
+def _weights(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The model's state with float32 weights: the masters, where the model has them rounded."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    if isinstance(optimizer, OffloadedAdamW):
+        masters = {
+            name: optimizer.master(parameter)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.dtype != torch.float32
+        }
+        state.update(masters)
+    return state
+
+
 def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """By the parameters' names; masters are the weights, and saved there."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = optimizer.state_dict()
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
     return {
-        f"{key}.{name}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        f"{key}.{names[parameter]}": value.detach().contiguous()
+        for index, parameter in zip(indices, parameters, strict=True)
+        for key, value in saved["state"].get(index, {}).items()
+        if key != "master"
     }
 
 

@@ -39,18 +39,22 @@ def evaluate(
     sequence_length: int,
     max_tokens: int | None = None,
     precision: Precision = "fp32",
+    device: torch.device | None = None,
 ) -> Evaluation:
-    """Mean loss over windows of ``tokens`` (:func:`evaluation_batches`); the model's mode is restored afterwards."""
-    was_training = model.training
+    """Mean loss over windows of ``tokens`` (:func:`evaluation_batches`); the model's mode is restored afterwards.
+
+    ``device`` is where the model computes, if not where its weights are.
+    """
+    was_training, device = model.training, device or model.device
     model.eval()
     total, count = 0.0, 0
     for input_ids, targets in evaluation_batches(
         tokens, batch_size=batch_size, sequence_length=sequence_length, max_tokens=max_tokens
     ):
-        with autocast(model.device, precision):
+        with autocast(device, precision):
             output = model(
-                input_ids.to(model.device),
-                shift_labels=targets.to(model.device),
+                input_ids.to(device),
+                shift_labels=targets.to(device),
                 use_cache=False,
                 return_logits=False,
             )

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from resnet_bk.errors import UserError
-from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.frugal.micro_batches import MicroBatches
+from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.training.checkpoint import TrainingState, prune_checkpoints, save_checkpoint
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset, training_batch
@@ -21,6 +22,7 @@ from resnet_bk.training.evaluate import Evaluation, evaluate
 from resnet_bk.training.metrics import MetricsLog
 from resnet_bk.training.run import Run
 from resnet_bk.training.step import StepResult, train_step
+from resnet_bk.training.strategy import PreparedTraining
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -49,15 +51,19 @@ class Trainer:
         self,
         *,
         run: Run,
-        model: ResNetBKForCausalLM,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        prepared: PreparedTraining,
+        device: torch.device,
         dataset: TokenDataset,
         observer: Observer,
     ) -> None:
-        self.run, self.model, self.optimizer, self.scaler = run, model, optimizer, scaler
-        self.dataset, self.observer = dataset, observer
+        self.run, self.device, self.dataset, self.observer = run, device, dataset, observer
+        self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, prepared.scaler
         self.config: TrainingConfig = run.config.training
+        self.micro_batches = MicroBatches(
+            min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size),
+            is_out_of_memory=is_out_of_memory,
+            on_smaller=lambda rows: observer({"micro_batch_size": rows}),
+        )
 
     def train(self, start: TrainingState) -> TrainingSummary:
         """Runs to the last step and returns how it ended.
@@ -75,7 +81,7 @@ class Trainer:
         ):
             last_logged = start
             for step in range(start.step, self.config.steps):
-                result = train_step(self.model, self.optimizer, self.scaler, self._batches(step), self.config, step)
+                result = self._step(step)
                 state = TrainingState(step=step + 1, seconds=time.perf_counter() - began)
                 if self._due(state.step, self.config.log_every):
                     self._log(metrics, result, state, last_logged)
@@ -97,6 +103,18 @@ class Trainer:
                 checkpoint=path,
                 validation=self._evaluate(metrics, state, None),
             )
+
+    def _step(self, step: int) -> StepResult:
+        return train_step(
+            self.model,
+            self.optimizer,
+            self.scaler,
+            self._batches(step),
+            self.config,
+            step,
+            device=self.device,
+            micro_batches=self.micro_batches,
+        )
 
     def _batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         count = self.config.gradient_accumulation_steps
@@ -121,7 +139,7 @@ class Trainer:
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "learning_rate": result.learning_rate,
-            "grad_norm": float(result.grad_norm),
+            "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
             "tokens": state.step * self.config.tokens_per_step,
             "tokens_per_second": (state.step - last.step) * self.config.tokens_per_step / seconds,
             "seconds": state.seconds,
@@ -137,10 +155,11 @@ class Trainer:
         evaluation = evaluate(
             self.model,
             self.dataset.validation.tokens,
-            batch_size=self.config.batch_size,
+            batch_size=self.micro_batches.rows,
             sequence_length=self.config.sequence_length,
             max_tokens=max_tokens,
             precision=self.config.precision,
+            device=self.device,
         )
         entry = {
             "step": state.step,
@@ -161,8 +180,8 @@ class Trainer:
     def _checked_loss(self, result: StepResult, state: TrainingState) -> float:
         """The loss, unless it or the update is no number: then nothing is saved over what was good."""
         loss = float(result.cross_entropy)
-        overflow_is_expected = self.scaler.is_enabled()
-        if not math.isfinite(loss) or not (overflow_is_expected or math.isfinite(float(result.grad_norm))):
+        unknown = self.scaler.is_enabled() or result.grad_norm is None  # an overflow is part of scaling
+        if not math.isfinite(loss) or not (unknown or math.isfinite(float(result.grad_norm or 0))):
             raise UserError(
                 f"the loss or its gradient is not a number at step {state.step}; lower --learning-rate in a new run "
                 f"(the last good checkpoint is {self.run.latest_checkpoint()})"

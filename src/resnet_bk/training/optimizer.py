@@ -1,16 +1,40 @@
 """AdamW with decay where it belongs, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.layers import ShortConvolution
 from resnet_bk.training.config import SHORTEST_DEFAULT_DECAY, TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW over two groups: matrices decay; embeddings, norms, filters, biases and energies do not.
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW over the groups of ``parameter_groups``."""
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, betas=betas, fused=True)
+
+
+def build_offloaded_optimizer(
+    model: nn.Module, config: TrainingConfig, device: torch.device, *, blocks: Iterable[nn.Module] = ()
+) -> OffloadedAdamW:
+    """The same with masters, moments and update on the host; gradients will come from ``device``."""
+    return OffloadedAdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        moments_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
+        blocks=blocks,
+        device=device,
+        seed=config.seed,
+    )
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; embeddings, norms, filters, biases and energies do not.
 
     An embedding row is only touched by its own token, so decay would shrink rare tokens for being rare; a head tied
     to it follows it. Vectors (norms, energies, a channel's filter) set scales that decay would pull away from their
@@ -24,8 +48,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         if parameter.requires_grad:
             decays = parameter.dim() >= 2 and id(parameter) not in undecayed
             (decayed if decays else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

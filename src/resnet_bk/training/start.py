@@ -15,9 +15,9 @@ from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset
 from resnet_bk.training.data.batches import check_long_enough
 from resnet_bk.training.loop import Observer, Trainer
-from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.run import Run, RunConfig, check_new_run, open_run, write_record
-from resnet_bk.training.step import build_scaler, choose_device
+from resnet_bk.training.step import choose_device
+from resnet_bk.training.strategy import prepare_training, strategy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,11 @@ def start_run(
         torch.set_num_threads(config.training.num_threads)
     config = replace(config, training=replace(config.training, num_threads=torch.get_num_threads()))
     torch.manual_seed(config.training.seed)
-    model = ResNetBKForCausalLM(config.model).to(device)
-    optimizer, scaler = build_optimizer(model, config.training), build_scaler(device, config.training.precision)
+    prepared = prepare_training(ResNetBKForCausalLM(config.model), config.training, device)
     with new_directory(out) as folder:
         write_record(folder, config, dataset, command)
-        save_checkpoint(folder / "checkpoints", model, optimizer, scaler, TrainingState())
-    trainer = Trainer(
-        run=open_run(out), model=model, optimizer=optimizer, scaler=scaler, dataset=dataset, observer=observer
-    )
+        save_checkpoint(folder / "checkpoints", prepared.model, prepared.optimizer, prepared.scaler, TrainingState())
+    trainer = Trainer(run=open_run(out), prepared=prepared, device=device, dataset=dataset, observer=observer)
     return ReadyRun(trainer=trainer, state=TrainingState())
 
 
@@ -83,16 +80,17 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyR
     checkpoint = run.latest_checkpoint()
     device = choose_device(run.config.training.device)
     check_memory(run.config.model, run.config.training, device)
-    model = load_model_checkpoint(checkpoint).to(device)
+    model = load_model_checkpoint(checkpoint)
     if model.config.own_fields() != run.config.model.own_fields():
         raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
-    optimizer, scaler = build_optimizer(model, run.config.training), build_scaler(device, run.config.training.precision)
-    state = restore_optimizer(checkpoint, model, optimizer, scaler)
-    trainer = Trainer(run=run, model=model, optimizer=optimizer, scaler=scaler, dataset=dataset, observer=observer)
+    prepared = prepare_training(model, run.config.training, device)
+    state = restore_optimizer(checkpoint, prepared.model, prepared.optimizer, prepared.scaler)
+    trainer = Trainer(run=run, prepared=prepared, device=device, dataset=dataset, observer=observer)
     return ReadyRun(trainer=trainer, state=state)
 
 
 def check_memory(model: ResNetBKConfig, training: TrainingConfig, device: torch.device) -> None:
     """Raises a UserError if training the model so would need more host memory than there is."""
-    shape = TrainingShape(batch_size=training.batch_size, sequence_length=training.sequence_length)
-    check_training_fits(model, shape, half=training.precision != "fp32", device=device)
+    rows = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    shape = TrainingShape(batch_size=rows, sequence_length=training.sequence_length)
+    check_training_fits(model, shape, strategy_of(training), device=device)

@@ -1,6 +1,8 @@
 """One optimizer step: forward, backward, clipping, update, in the chosen precision."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +10,10 @@ import torch
 from torch import Tensor
 
 from resnet_bk.errors import UserError
-from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.frugal.micro_batches import MicroBatches, split_rows
+from resnet_bk.frugal.optimizer import OffloadedAdamW
+from resnet_bk.memory.limits import is_out_of_memory
+from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.optimizer import learning_rate, set_learning_rate
 
@@ -20,11 +25,11 @@ class StepResult:
     """What a step saw; tensors on the device, so that reading them is the caller's choice.
 
     ``cross_entropy`` in nats a token and ``grad_norm`` (before clipping) are scalars; ``expert_load`` is
-    (layers, experts).
+    (layers, experts). Where weights are updated during backward there is no ``grad_norm``.
     """
 
     cross_entropy: Tensor
-    grad_norm: Tensor
+    grad_norm: Tensor | None
     expert_load: Tensor
     learning_rate: float
 
@@ -70,36 +75,95 @@ def train_step(
     batches: Iterable[tuple[Tensor, Tensor]],
     config: TrainingConfig,
     step: int,
+    *,
+    device: torch.device | None = None,
+    micro_batches: MicroBatches | None = None,
 ) -> StepResult:
     """Learns from ``gradient_accumulation_steps`` batches of (token ids, targets), each int64 ``(B, N)``.
 
-    Under fp16 a step whose gradients overflow is skipped and the scale lowered, as torch's GradScaler does.
+    Each batch goes through the model in pieces of ``micro_batches.rows`` rows, which change nothing but rounding and
+    the balancing loss (that of a piece is of its own tokens). A step that runs out of memory is tried again with
+    smaller ones. Under fp16 a step whose gradients overflow is skipped and the scale lowered, as torch's GradScaler
+    does. ``device`` is where the model computes, if not where its weights are. An ``OffloadedAdamW`` updates during
+    backward where nothing must be known of all gradients first.
     """
-    device = model.device
-    optimizer.zero_grad(set_to_none=True)
-    nats, loads = [], []
-    for micro_step, (input_ids, targets) in enumerate(batches):
-        seed_micro_step(config.seed, step, micro_step)
-        with autocast(device, config.precision):
-            output = model(_moved(input_ids, device), shift_labels=_moved(targets, device), use_cache=False)
-        loss = output.loss / config.gradient_accumulation_steps
-        nats.append(output.cross_entropy)
-        loads.append(output.expert_load)
-        scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    batches, device = list(batches), device or model.device
     rate = learning_rate(config, step)
     set_learning_rate(optimizer, rate)
+    micro_batches = micro_batches or MicroBatches(config.micro_batch_size or len(batches[0][0]))
+    # What has begun to update weights cannot be tried again: only once a step has shown that memory suffices.
+    in_backward = micro_batches.proven and updates_in_backward(optimizer, scaler, config)
+
+    def forward_and_backward(rows: int) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        pieces = [
+            (number, rows_of_piece)
+            for number, (input_ids, _) in enumerate(batches)
+            for rows_of_piece in split_rows(len(input_ids), rows)
+        ]
+        nats: list[Tensor] = []
+        loads: list[Tensor] = []
+        for number, (start, stop) in pieces:
+            seed_micro_step(config.seed, step, number)
+            update_now = in_backward and (number, (start, stop)) == pieces[-1]
+            share, output = _forward(model, batches[number], start, stop, config, device)
+            assert output.loss is not None and output.cross_entropy is not None and output.expert_load is not None
+            nats.append(share * output.cross_entropy)
+            loads.append(share * output.expert_load)
+            with _updating(optimizer) if update_now else nullcontext():
+                scaler.scale(share * output.loss).backward()  # type: ignore[no-untyped-call]
+        return torch.stack(nats).sum(0), torch.stack(loads).sum(0)
+
+    cross_entropy, expert_load = micro_batches.run(forward_and_backward)
+    grad_norm = None
+    if not in_backward:
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    expert_load = torch.stack(loads).mean(0)
     model.balance_experts(expert_load)
     return StepResult(
-        cross_entropy=torch.stack(nats).mean(),
+        cross_entropy=cross_entropy,
         grad_norm=grad_norm,
         expert_load=expert_load,
         learning_rate=rate,
     )
+
+
+def updates_in_backward(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: TrainingConfig) -> bool:
+    """Whether a weight can be updated as soon as its gradient is there: if neither a norm nor a scale must be known."""
+    return isinstance(optimizer, OffloadedAdamW) and config.max_grad_norm is None and not scaler.is_enabled()
+
+
+@contextmanager
+def _updating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    assert isinstance(optimizer, OffloadedAdamW)
+    try:
+        with optimizer.updating_in_backward():
+            yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                "memory ran out while weights were being updated; go on from the last checkpoint with a smaller "
+                "--micro-batch-size"
+            ) from error
+        raise
+
+
+def _forward(
+    model: ResNetBKForCausalLM,
+    batch: tuple[Tensor, Tensor],
+    start: int,
+    stop: int,
+    config: TrainingConfig,
+    device: torch.device,
+) -> tuple[float, ResNetBKCausalLMOutput]:
+    """These rows' share of the step, and the model's output for them."""
+    rows = len(batch[0])
+    input_ids, targets = (_moved(tokens[start:stop], device) for tokens in batch)
+    with autocast(device, config.precision):
+        output = model(input_ids, shift_labels=targets, use_cache=False, batch_rows=(start, rows))
+    return (stop - start) / (rows * config.gradient_accumulation_steps), output
 
 
 def _moved(tokens: Tensor, device: torch.device) -> Tensor:

@@ -43,7 +43,8 @@ def carry(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """o ``(B, N, H, V)`` in v's type and the state behind the last token, ``(B, H, K, V)``."""
-    o_BNHV, final_BHKV = forms(backend).carry(q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV)
+    with torch.autocast(v_BNHV.device.type, enabled=False):  # sums are in the state's type
+        o_BNHV, final_BHKV = forms(backend).carry(q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV)
     return o_BNHV.to(v_BNHV.dtype), final_BHKV
 
 
@@ -60,9 +61,10 @@ def carry_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (in their types), log l and the initial state."""
-    q_bar, k_bar, v_bar, log_bar, state_bar = forms(backend).carry_adjoint(
-        grad_o_BNHV, grad_final_BHKV, q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV
-    )
+    with torch.autocast(v_BNHV.device.type, enabled=False):
+        q_bar, k_bar, v_bar, log_bar, state_bar = forms(backend).carry_adjoint(
+            grad_o_BNHV, grad_final_BHKV, q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV
+        )
     return q_bar.to(q_BNHK.dtype), k_bar.to(k_BNHK.dtype), v_bar.to(v_BNHV.dtype), log_bar, state_bar
 
 

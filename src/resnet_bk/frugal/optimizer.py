@@ -1,0 +1,358 @@
+"""AdamW on the host: master weights, moments and the update, for weights on a device."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from resnet_bk.frugal.adamw import AdamWSettings, update
+from resnet_bk.frugal.gradients import Courier, HostGradient
+from resnet_bk.frugal.host import host_arena, host_empty
+from resnet_bk.frugal.streaming import weight_home
+
+# What a group of torch's AdamW has besides, so that either loads the other's state and then does the same.
+AS_TORCHS = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": True,
+    "decoupled_weight_decay": True,
+}
+
+
+class OffloadedAdamW(torch.optim.Optimizer):
+    """torch's fused AdamW, with everything but the weights themselves in host memory.
+
+    The masters are the weights in float32; the weights on the device are the masters rounded to their type. A gradient
+    leaves the device when backward has made it. For float32 weights on a CPU every step equals
+    ``torch.optim.AdamW(fused=True)`` bit for bit, and ``clip_grad_norm_``, ``GradScaler``, schedulers, gradient
+    accumulation and parameter groups work as with that.
+
+    ``step`` returns when the weights have their new values, but for those inside ``blocks``: they return while the next
+    forward pass runs, each block waiting for its own. ``with optimizer.updating_in_backward():`` around the last
+    backward pass of a step updates each weight as soon as its gradient is there: faster, but nothing may then change
+    gradients between backward and step, neither clipping nor a loss scale.
+
+    Masters follow a weight that was changed in place from outside (``load_state_dict``, say), at the next step.
+
+    Args:
+        params: parameters or groups, on their device (or streamed: the update then goes to their home in host memory).
+        lr, betas, eps, weight_decay: of every group that does not say otherwise.
+        moments_dtype: ``torch.float32``, or ``torch.bfloat16`` with stochastic rounding: half the memory.
+        blocks: modules whose parameters nobody uses but through their forward.
+        device: where gradients come from, if not where the parameters are now.
+        seed: of the stochastic rounding.
+
+    Raises:
+        ValueError: a value does not fit.
+
+    Source: J. Ren et al., "ZeRO-Offload" (2021).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moments_dtype: torch.dtype = torch.float32,
+        blocks: Iterable[nn.Module] = (),
+        device: torch.device | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check(lr, betas, eps, weight_decay, moments_dtype)
+        self._moments_dtype, self._seed = moments_dtype, seed
+        self._courier = None if device is None else Courier(device)
+        self._slots: dict[nn.Parameter, _Slot] = {}
+        self._in_backward = False
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
+        for block in blocks:
+            for parameter in block.parameters():
+                if parameter in self._slots:
+                    self._slots[parameter].block = weakref.ref(block)
+            before_use = partial(_before_use, weakref.ref(self))
+            block.register_forward_pre_hook(before_use)
+            block.register_state_dict_pre_hook(before_use)  # type: ignore[no-untyped-call]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's masters and moments are allocated."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
+        for parameter in parameters:
+            if not parameter.is_floating_point() or not local_tensor(parameter).is_contiguous():
+                raise ValueError("OffloadedAdamW takes contiguous parameters of floating-point types")
+        if parameters and self._courier is None:
+            self._courier = Courier(parameters[0].device)
+        # Nothing on the device reads these, so that they need not be pinned.
+        shapes = [local_tensor(parameter).shape for parameter in parameters]
+        masters = host_arena(shapes, torch.float32, pinned=False)
+        first, second = (host_arena(shapes, self._moments_dtype, pinned=False) for _ in range(2))
+        for parameter, master, exp_avg, exp_avg_sq in zip(parameters, masters, first, second, strict=True):
+            self._slots[parameter] = _Slot(
+                parameter=parameter,
+                group=group,
+                index=len(self._slots),
+                master=master.copy_(local_tensor(parameter.detach())),
+                exp_avg=exp_avg.zero_(),
+                exp_avg_sq=exp_avg_sq.zero_(),
+                step=torch.zeros(()),
+                version=parameter._version,
+            )
+            parameter.grad_dtype = None  # sums are float32, whatever the weights are
+            parameter.register_post_accumulate_grad_hook(partial(_take, weakref.ref(self)))
+
+    @contextmanager
+    def updating_in_backward(self) -> Iterator[None]:
+        """Around a step's last backward pass: each weight is updated as soon as its gradient is there.
+
+        ``step`` must follow; it does what is left.
+        """
+        self._in_backward = True
+        try:
+            yield
+        finally:
+            self._in_backward = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        slots = [slot for slot in self._slots.values() if slot.parameter.grad is not None]
+        for slot in slots:
+            if host_gradient(slot.parameter) is None:  # assigned by hand
+                self._take(slot)
+        # The worker takes these in order: first what step waits for, then what the next forward pass needs first.
+        for slot in sorted(slots, key=lambda slot: slot.block is not None):
+            self._update(slot)
+        for slot in self._slots.values():
+            if slot.block is None:
+                slot.arrive()
+        return loss
+
+    def synchronize(self, block: nn.Module | None = None) -> None:
+        """Returns when the weights of ``block``, or all, have the values of the last step."""
+        for slot in self._slots.values():
+            if block is None or (slot.block is not None and slot.block() is block):
+                slot.arrive()
+
+    @torch.no_grad()
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 weights of a parameter, in host memory; of its local piece, where it is sharded."""
+        slot = self._slots[parameter]
+        slot.follow()
+        return slot.master
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's AdamW has it, with a ``master`` where the weights are not float32 themselves."""
+        for parameter, slot in self._slots.items():
+            slot.follow()
+            if slot.step:
+                self.state[parameter] = slot.state()
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this class or of torch's AdamW.
+
+        Masters that are not the weights, when these are rounded to the weights' type, become the weights.
+        """
+        self.synchronize()
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for group in self.param_groups:
+            _check_group(group)
+        for index, parameter, group in zip(saved, parameters, groups, strict=True):
+            if parameter in self._slots:
+                self._slots[parameter].group = group  # torch has replaced them
+                self._slots[parameter].load(state_dict["state"].get(index, {}))
+
+    def _take(self, slot: "_Slot") -> None:
+        """Sends a gradient that is on the device to the host; a ``HostGradient`` takes its place."""
+        assert self._courier is not None and slot.parameter.grad is not None
+        gradient = local_tensor(slot.parameter.grad)
+        if self._in_backward:
+            # Nobody will ask for it: it needs no place but the one where it lands.
+            slot.parameter.grad = slot.gradient = None
+            self._update(slot, gradient)
+            return
+        if slot.gradient is None:
+            slot.gradient = host_empty(*slot.master.shape, dtype=torch.float32, pinned=False)
+        self._courier.bring(gradient, slot.gradient.copy_)
+        receive = partial(self._add, slot)
+        wrapper: Tensor = HostGradient(slot.gradient, gradient.device, receive=receive, wait=self._courier.wait)
+        if isinstance(slot.parameter.grad, DTensor):
+            wrapper = like_dtensor(wrapper, slot.parameter.grad)
+        slot.parameter.grad = wrapper
+
+    def _add(self, slot: "_Slot", gradient: Tensor) -> None:
+        assert self._courier is not None and slot.gradient is not None
+        self._courier.bring(gradient, slot.gradient.add_)
+
+    def _update(self, slot: "_Slot", gradient: Tensor | None = None) -> None:
+        """Has the worker update a parameter: by ``gradient``, which is on the device, or by what is on the host."""
+        assert self._courier is not None
+        slot.follow()
+        work = partial(self._updated, slot, _settings(slot.group), self._courier.moment())
+        if gradient is not None:
+            slot.future = self._courier.bring(gradient, work)
+        else:
+            assert slot.gradient is not None
+            slot.future = self._courier.do(partial(work, slot.gradient))
+
+    def _updated(self, slot: "_Slot", settings: AdamWSettings, after: Any, gradient: Tensor) -> None:
+        assert self._courier is not None
+        with torch.no_grad():
+            seed = (self._seed, slot.index, int(slot.step))
+            update(slot.master, gradient, slot.exp_avg, slot.exp_avg_sq, slot.step, settings, seed=seed)
+            slot.event = self._courier.send(slot.master, slot.weights(), after)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Slot:
+    """What belongs to one parameter, in host memory."""
+
+    parameter: nn.Parameter
+    group: dict[str, Any]
+    index: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    version: int  # of the parameter, when the master was last known to be it
+    gradient: Tensor | None = None
+    block: "weakref.ref[nn.Module] | None" = None
+    future: Future[None] | None = None
+    event: Any = None
+
+    def weights(self) -> Tensor:
+        """What the master is written to."""
+        return local_tensor(weight_home(self.parameter))
+
+    def arrive(self) -> None:
+        """Returns when the weights have their new values, for whoever uses them next on the current stream."""
+        if self.future is not None:
+            self.future.result()
+            self.future = None
+        if self.event is not None:
+            torch.cuda.current_stream(self.parameter.device).wait_event(self.event)
+            self.event = None
+
+    def follow(self) -> None:
+        """The master becomes the weights where those were changed from outside.
+
+        Not where they are the master's own, rounded: then it knows more.
+        """
+        self.arrive()
+        if self.parameter._version == self.version:
+            return
+        self._agree()
+
+    def _agree(self) -> None:
+        self.version = self.parameter._version
+        weights = self.weights().to("cpu")
+        if not torch.equal(self.master.to(weights.dtype), weights):
+            self.master.copy_(weights)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, as torch's optimizers name them."""
+        state = {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.parameter.dtype != torch.float32:
+            state["master"] = self.master
+        return {name: value.clone() for name, value in state.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes such a state; none at all is that of a parameter which was never updated."""
+        self.step.fill_(float(state.get("step", 0)))
+        for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            if name in state:
+                moment.copy_(local_tensor(state[name]))
+            else:
+                moment.zero_()
+        if "master" in state:
+            self.master.copy_(local_tensor(state["master"]))
+        self._agree()
+
+
+def host_gradient(parameter: nn.Parameter) -> HostGradient | None:
+    """The gradient of a parameter, or of its local piece, if it is on the host."""
+    if parameter.grad is None:
+        return None
+    gradient = local_tensor(parameter.grad)
+    return gradient if isinstance(gradient, HostGradient) else None
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's piece of a sharded tensor; any other tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def like_dtensor(local: Tensor, like: DTensor) -> DTensor:
+    """A sharded tensor laid out as another one, with ``local`` as this process's piece."""
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _take(reference: "weakref.ref[OffloadedAdamW]", parameter: nn.Parameter) -> None:
+    optimizer = reference()
+    if optimizer is None:
+        return
+    slot = optimizer._slots[parameter]
+    with torch.no_grad():
+        if host_gradient(parameter) is None:
+            optimizer._take(slot)
+        elif optimizer._in_backward:
+            # Accumulated from earlier passes: this one was the last.
+            optimizer._update(slot)
+            parameter.grad = None
+
+
+def _before_use(reference: "weakref.ref[OffloadedAdamW]", block: nn.Module, *_: Any) -> None:
+    optimizer = reference()
+    if optimizer is not None:
+        optimizer.synchronize(block)
+
+
+def _settings(group: dict[str, Any]) -> AdamWSettings:
+    beta1, beta2 = group["betas"]
+    return AdamWSettings(
+        lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
+    )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize"):
+        if group[name]:
+            raise ValueError(f"OffloadedAdamW has no {name}; leave it False")
+
+
+def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, moments_dtype: torch.dtype) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; give 0 or more")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {betas}; give two numbers from 0 to below 1")
+    if moments_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"moments_dtype is {moments_dtype}; choose torch.float32 or torch.bfloat16")

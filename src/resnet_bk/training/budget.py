@@ -1,0 +1,132 @@
+"""Training under a memory budget: which strategy, in what pieces, and holding it to that."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+
+from resnet_bk.errors import UserError
+from resnet_bk.memory.activations import TrainingShape
+from resnet_bk.memory.parameters import count_parameters
+from resnet_bk.memory.plan import Budget, StrategyPlan, plan_strategy
+from resnet_bk.memory.strategy import STRATEGIES, Strategy
+from resnet_bk.memory.units import format_bytes
+from resnet_bk.models import ResNetBKConfig
+from resnet_bk.training.config import Precision, TrainingConfig
+from resnet_bk.training.strategy import training_fields
+
+# What the allocator's segments hold beyond their tensors, as a share of these.
+FRAGMENTATION = 0.05
+# With fewer tokens at once a GPU waits for its next kernel.
+BUSY_TOKENS = 2048
+# Other programs on the same card are not our context.
+LARGEST_CONTEXT = 1_000_000_000
+
+
+def choose_strategy(
+    model: ResNetBKConfig,
+    training: TrainingConfig,
+    budget: Budget,
+    device: torch.device,
+    *,
+    fixed: Collection[str] = (),
+) -> TrainingConfig:
+    """The fastest strategy that fits the budget, with the largest micro-batches that do.
+
+    Smaller micro-batches cost less time than the next strategy, until a GPU is no longer busy with one. ``fixed`` names
+    fields of ``training`` that stay as they are.
+
+    Raises:
+        UserError: nothing fits; the message says by how much.
+    """
+    counts, half_type = count_parameters(model), half_type_of(device)
+    usable = usable_budget(budget, device)
+    closest: tuple[int, StrategyPlan] | None = None
+    for strategy, rows in _candidates(training, device, fixed):
+        fields = training_fields(strategy, half_type)
+        if any(name in fixed and fields[name] != getattr(training, name) for name in fields):
+            continue
+        shape = TrainingShape(batch_size=rows, sequence_length=training.sequence_length)
+        plan = plan_strategy(strategy, model, shape, counts, Budget())
+        missing = _missing(plan, usable, device)
+        if missing <= 0:
+            return replace(training, **fields, micro_batch_size=rows if rows < training.batch_size else None)
+        if closest is None or missing < closest[0]:
+            closest = missing, plan
+    if closest is None:
+        raise UserError("no strategy has the flags that were given; leave some of them out")
+    missing, plan = closest
+    raise UserError(
+        f"nothing fits: {plan.strategy.name} with one sequence at a time comes closest and misses by "
+        f"{format_bytes(missing)}; take a larger budget, a shorter --sequence-length or a smaller model"
+    )
+
+
+def _missing(plan: StrategyPlan, budget: Budget, device: torch.device) -> int:
+    """Bytes by which a plan exceeds the budget; without a GPU there are no libraries and copies of its own."""
+    on_device = plan.gpu_bytes if device.type == "cuda" else plan.tensor_bytes
+    needs = ((on_device, budget.gpu_bytes), (plan.host_bytes, budget.host_bytes))
+    return max((need - room for need, room in needs if room is not None), default=0)
+
+
+def usable_budget(budget: Budget, device: torch.device) -> Budget:
+    """What tensors may take: without what the driver takes for this process, and what segments waste."""
+    if budget.gpu_bytes is None:
+        return budget
+    return replace(budget, gpu_bytes=int((budget.gpu_bytes - context_bytes(device)) / (1 + FRAGMENTATION)))
+
+
+def hold_to_budget(gpu_bytes: int, device: torch.device) -> None:
+    """Has torch's allocator refuse what would exceed the budget; the refusal is an out-of-memory error."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (gpu_bytes - context_bytes(device)) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+
+
+def context_bytes(device: torch.device) -> int:
+    """What the driver has given to this process besides tensors; 0 without a GPU."""
+    if device.type != "cuda":
+        return 0
+    torch.empty(1, device=device)  # the context is made at the first use
+    free, total = torch.cuda.mem_get_info(device)
+    return min(LARGEST_CONTEXT, total - free - torch.cuda.memory_reserved(device))
+
+
+def half_type_of(device: torch.device) -> Precision:
+    """bf16 where the device computes in it, else fp16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return "bf16"
+
+
+def _candidates(
+    training: TrainingConfig, device: torch.device, fixed: Collection[str]
+) -> Iterator[tuple[Strategy, int]]:
+    """Strategies with rows of a micro-batch, the fastest first."""
+    strategies = list(_strategies(device, in_fp32="precision" in fixed and training.precision == "fp32"))
+    sizes = _micro_batches(training, fixed)
+    busy = [rows for rows in sizes if rows * training.sequence_length >= BUSY_TOKENS] or sizes[:1]
+    for rest in (busy, [rows for rows in sizes if rows not in busy]):
+        for strategy in strategies:
+            for rows in rest:
+                yield strategy, rows
+
+
+def _strategies(device: torch.device, *, in_fp32: bool) -> Iterator[Strategy]:
+    for strategy in STRATEGIES:
+        if device.type == "cuda" and not (strategy.half or in_fp32):
+            continue  # slower there, and larger
+        chosen = replace(strategy, half=False, half_weights=False) if in_fp32 else strategy
+        yield chosen
+        if chosen.offload_optimizer:
+            yield replace(chosen, name=f"{chosen.name}, moments in bf16", half_moments=True)
+
+
+def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int]:
+    if "micro_batch_size" in fixed and training.micro_batch_size is not None:
+        return [min(training.micro_batch_size, training.batch_size)]
+    sizes = [training.batch_size]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
