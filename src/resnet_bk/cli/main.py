@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Commands say it in their own words, and on one line.
     warnings.filterwarnings("ignore", message="causal=False", category=UserWarning)
     try:
-        command = parse(arguments)
+        command = _parse_once(arguments)
         command.run()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,6 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: out of memory; {advice}", file=sys.stderr)
         return EXIT_USER_ERROR
     return EXIT_OK
+
+
+def _parse_once(arguments: Sequence[str]) -> Command:
+    """Of torchrun's ranks, which all have the same arguments, rank 0 tells what is wrong with them."""
+    try:
+        return parse(arguments)
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        time.sleep(1)  # torchrun ends all ranks once one has ended: rank 0 speaks first
+        raise SystemExit(EXIT_USER_ERROR) from None
 
 
 def parse(arguments: Sequence[str]) -> Command:

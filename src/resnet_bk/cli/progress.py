@@ -11,8 +11,9 @@ from resnet_bk.cli.console import progress_console, remark
 class TrainingProgress:
     """Shows step, loss, perplexity, tokens/s, memory, the busiest expert's share and the time left."""
 
-    def __init__(self) -> None:
-        self._live = progress_console.is_terminal
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._live = progress_console.is_terminal and not silent
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -41,6 +42,8 @@ class TrainingProgress:
 
     def observe(self, entry: dict[str, Any]) -> None:
         """Hears of every step; speaks at logged ones, and where a step did not fit."""
+        if self._silent:
+            return
         if "micro_batch_size" in entry:
             self._progress.console.print(
                 f"out of memory: going on with micro-batches of {entry['micro_batch_size']} rows, the same batch and "

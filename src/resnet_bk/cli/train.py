@@ -1,6 +1,7 @@
 """``resnet-bk train``."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from resnet_bk.models import ResNetBKConfig
     from resnet_bk.training.data import TokenDataset
+    from resnet_bk.training.distributed import World
     from resnet_bk.training.loop import TrainingSummary
     from resnet_bk.training.run import RunConfig
     from resnet_bk.training.start import ReadyRun
@@ -36,6 +38,7 @@ class TrainCommand:
       resnet-bk train --preset 1b --gpu-memory 4GB --host-memory 24GB --sequence-length 1024 --out runs/large
       resnet-bk train --resume runs/first --steps 4000
       resnet-bk train --config runs/first/run.json --seed 1 --out runs/second
+      torchrun --nproc-per-node 8 -m resnet_bk train --preset 1b --precision bf16 --out runs/large
     """
 
     out: Path | None = None
@@ -58,37 +61,48 @@ class TrainCommand:
     """Print the outcome as one JSON document on standard output."""
 
     def run(self) -> None:
-        """Trains, and prints how it ended."""
-        progress = TrainingProgress()
+        """Trains, and prints how it ended. Of several ranks (torchrun), rank 0 prints and writes."""
+        from resnet_bk.training.distributed import joined
+
+        with joined() as world:
+            self._train(world)
+
+    def _train(self, world: "World") -> None:
+        progress = TrainingProgress(silent=not world.is_main)
         with progress:
-            ready = self._resume(progress) if self.resume else self._start(progress)
+            ready = self._resume(progress, world) if self.resume else self._start(progress, world)
             if ready is None:
                 return
             run = ready.trainer.run
             progress.begin(total=run.config.training.steps, completed=ready.state.step)
             summary = ready.trainer.train(ready.state)
-        self._report(ready, summary)
+        if world.is_main:
+            self._report(ready, summary)
 
-    def _start(self, progress: TrainingProgress) -> "ReadyRun":
+    def _start(self, progress: TrainingProgress, world: "World") -> "ReadyRun":
         if self.out is None:
             raise UserError("say where the run goes: --out runs/NAME (or --resume a run folder)")
         from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.data.tokenizer import check_tokenizer
         from resnet_bk.training.run import check_new_run
-        from resnet_bk.training.start import start_run
+        from resnet_bk.training.start import check_ranks, start_run
         from resnet_bk.training.step import choose_device
 
-        check_new_run(self.out)
+        if world.is_main:
+            check_new_run(self.out)
         config = self._configuration()
+        check_ranks(config.training, world)
         choose_device(config.training.device)
         check_tokenizer(config.data.tokenizer)
-        dataset = prepare_dataset(config.data, on_progress=remark)
-        config = self._within_budget(self._with_vocabulary(config, dataset))
-        ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe)
-        self._describe(ready)
+        with world.one_here_first():
+            dataset = prepare_dataset(config.data, on_progress=_remarks(world))
+        config = self._within_budget(self._with_vocabulary(config, dataset, world))
+        ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe, world=world)
+        if world.is_main:
+            self._describe(ready)
         return ready
 
-    def _resume(self, progress: TrainingProgress) -> "ReadyRun | None":
+    def _resume(self, progress: TrainingProgress, world: "World") -> "ReadyRun | None":
         assert self.resume
         from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.run import open_run
@@ -99,20 +113,23 @@ class TrainCommand:
         steps = run.config.training.steps if self.training.steps is None else self.training.steps
         training = replace(run.config.training, steps=steps)
         run.tokenizer()
-        dataset = prepare_dataset(run.config.data, on_progress=remark)
+        with world.one_here_first():
+            dataset = prepare_dataset(run.config.data, on_progress=_remarks(world))
         wanted = replace(run, config=replace(run.config, training=training))
         self._hold_to_budget(training)
-        ready = resume_run(wanted, dataset, observer=progress.observe)
+        ready = resume_run(wanted, dataset, observer=progress.observe, world=world)
+        say = _remarks(world)
         if ready.state.step >= steps:
-            remark(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
-            if self.json:
+            say(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
+            if self.json and world.is_main:
                 print_json({"run": str(self.resume), "steps": ready.state.step, "finished": True})
             return None
         # Written last: a run that turns out damaged, or done, keeps its record.
-        if steps != run.config.training.steps:
-            run.extended_to(steps)
-        self._describe(ready)
-        remark(f"going on after step {ready.state.step}")
+        if world.is_main:
+            if steps != run.config.training.steps:
+                run.extended_to(steps)
+            self._describe(ready)
+        say(f"going on after step {ready.state.step}")
         return ready
 
     def _configuration(self) -> "RunConfig":
@@ -133,14 +150,14 @@ class TrainCommand:
         data = replace(base.data if base else DataConfig(), **given(self.text))
         return RunConfig(model=model, training=training, data=data)
 
-    def _with_vocabulary(self, config: "RunConfig", dataset: "TokenDataset") -> "RunConfig":
+    def _with_vocabulary(self, config: "RunConfig", dataset: "TokenDataset", world: "World") -> "RunConfig":
         """The model's vocabulary is the tokenizer's, unless it was asked for; experts of a baseline follow it."""
         vocab_size = dataset.tokenizer.vocab_size
         if self.model.vocab_size is not None or config.model.vocab_size == vocab_size:
             return config
         from resnet_bk.models import ResNetBKConfig
 
-        remark(f"vocabulary: {vocab_size:,} tokens, the tokenizer's (configured: {config.model.vocab_size:,})")
+        _remarks(world)(f"vocabulary: {vocab_size:,} tokens, the tokenizer's (configured: {config.model.vocab_size:,})")
         flags = {**given(self.model), "vocab_size": vocab_size}
         if self.config:
             model = ResNetBKConfig.derive(config.model.own_fields(), **flags)
@@ -210,7 +227,7 @@ class TrainCommand:
             f"{len(dataset.validation.tokens):,} held out ({record['split']})"
         )
         remark(
-            f"on {device.type}, {training.precision}, {training.num_threads} threads; "
+            f"on {_ranks_in_words(trainer.world)}{device.type}, {training.precision}, {training.num_threads} threads; "
             f"{training.tokens_per_step:,} tokens a step, {training.steps:,} steps; writing {trainer.run.folder}"
         )
         if strategy := describe_strategy(training):
@@ -238,6 +255,15 @@ class TrainCommand:
         )
         if self.json:
             print_json(document)
+
+
+def _remarks(world: "World") -> Callable[[str], None]:
+    """What remarks go through: nowhere, but on rank 0."""
+    return remark if world.is_main else lambda _: None
+
+
+def _ranks_in_words(world: "World") -> str:
+    return "" if world.size == 1 else f"{world.size} ranks, each "
 
 
 def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:

@@ -1,5 +1,6 @@
 """A top-1 mixture of experts with Gumbel-softmax routing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,9 @@ class MixtureOfExperts(nn.Module):
 
     With a ``router_bias_update_rate`` there is a bias for each expert, a buffer, that is added where the choice is made
     and nowhere else: no gradient and no probability knows of it. ``balance`` moves it after each optimizer step.
+
+    Where a batch is shared by several ranks, ``reduce_load`` adds up over them what it is given, each expert's tokens
+    and all tokens: loads are then the whole batch's.
     """
 
     router_bias: Tensor | None
@@ -44,6 +48,7 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = num_experts
         self.router_temperature = router_temperature
         self.router_bias_update_rate = router_bias_update_rate
+        self.reduce_load: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("router_bias", torch.zeros(num_experts) if router_bias_update_rate else None)
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
@@ -88,7 +93,8 @@ class MixtureOfExperts(nn.Module):
     def _routing(self, logits_TE: Tensor, expert_T: Tensor, real_BN: Tensor | None) -> Routing:
         weight_T = torch.ones_like(logits_TE[:, 0]) if real_BN is None else real_BN.flatten().to(logits_TE.dtype)
         count = weight_T.sum().clamp(min=1)
-        load_E = torch.zeros_like(logits_TE[0]).index_add(0, expert_T, weight_T) / count
+        tokens_E = torch.zeros_like(logits_TE[0]).index_add(0, expert_T, weight_T)
+        load_E = tokens_E / count if self.reduce_load is None else _shared_load(self.reduce_load, tokens_E, count)
         probabilities_TE = F.softmax(logits_TE, dim=-1) * (weight_T * (weight_T.numel() / count)).unsqueeze(1)
         return Routing(balancing_loss=load_balancing_loss(probabilities_TE, load_E), expert_load_E=load_E.detach())
 
@@ -99,6 +105,12 @@ def _noise(logits_TE: Tensor, num_rows: int, batch_rows: tuple[int, int] | None)
     first_row, rows_of_batch = batch_rows
     noise_BNE = gumbel_noise(logits_TE.new_empty(rows_of_batch, len(logits_TE) // num_rows, logits_TE.shape[1]))
     return noise_BNE[first_row : first_row + num_rows].flatten(0, 1)
+
+
+def _shared_load(add_up: Callable[[Tensor], Tensor], tokens_E: Tensor, count: Tensor) -> Tensor:
+    """From the ranks' tokens and not their loads: whole numbers add up to the same in any order."""
+    totals = add_up(torch.cat([tokens_E, count.unsqueeze(0)]))
+    return totals[:-1] / totals[-1]
 
 
 def _autocast(x: Tensor) -> bool:

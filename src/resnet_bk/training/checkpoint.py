@@ -22,8 +22,16 @@ from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory, read_json, write_json
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.training.distributed import ALONE, World
+from resnet_bk.training.distributed_checkpoint import (
+    gathered_moments,
+    gathered_weights,
+    load_sharded_model,
+    restore_sharded_moments,
+)
 
 MANIFEST, WEIGHTS, MOMENTS, STATE = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"
+CPU = torch.device("cpu")
 NAME_PATTERN = re.compile(r"step-(\d{8})")
 
 
@@ -41,35 +49,56 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     state: TrainingState,
+    world: World = ALONE,
 ) -> Path:
-    """Writes ``parent/step-00000100`` and returns it.
+    """Writes ``parent/step-00000100`` and returns it. Of several ranks, which all call it, rank 0 writes.
 
     Raises:
         UserError: it could not be written (a full disk, say); nothing that was there has changed.
     """
-    path = parent / f"step-{state.step:08d}"
-    if path.exists():
+    path = path_of_step(parent, state.step)
+    if world.as_main(path.exists()):
         return path
-    with new_directory(path) as folder:
-        try:
-            with _no_progress_bar():
-                model.save_pretrained(folder, state_dict=_weights(model, optimizer))
-            save_file(_moments(model, optimizer), folder / MOMENTS)
-        except SafetensorError as error:
-            raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
-        write_json(folder / STATE, {**asdict(state), "scaler": scaler.state_dict()})
-        write_json(folder / MANIFEST, {file.name: _identity(file) for file in sorted(folder.iterdir())})
+    if world.size == 1:
+        weights, moments = _weights(model, optimizer), _moments(model, optimizer)
+    else:
+        weights, moments = gathered_weights(model, world), gathered_moments(model, optimizer, world)
+    if world.is_main:
+        _write(path, model, weights, moments, {**asdict(state), "scaler": scaler.state_dict()})
+    world.wait()
     return path
 
 
-def load_model_checkpoint(path: Path) -> ResNetBKForCausalLM:
-    """The model of a checkpoint, on the CPU, in evaluation mode.
+def _write(
+    path: Path,
+    model: ResNetBKForCausalLM,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> None:
+    with new_directory(path) as folder:
+        try:
+            with _no_progress_bar():
+                model.save_pretrained(folder, state_dict=weights)
+            save_file(moments, folder / MOMENTS)
+        except SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
+        write_json(folder / STATE, state)
+        write_json(folder / MANIFEST, {file.name: _identity(file) for file in sorted(folder.iterdir())})
+
+
+def load_model_checkpoint(path: Path, world: World = ALONE, device: torch.device = CPU) -> ResNetBKForCausalLM:
+    """The model of a checkpoint in evaluation mode, on the CPU; of several ranks, each has its part on ``device``.
 
     Raises:
         UserError: the folder is not a checkpoint, or a file of it is damaged.
     """
-    verify_checkpoint(path)
+    if world.is_main:
+        verify_checkpoint(path)
+    world.wait()
     config = ResNetBKConfig.from_pretrained(path)
+    if world.size > 1:
+        return load_sharded_model(config, path / WEIGHTS, world, device)
     model = ResNetBKForCausalLM(config)
     load_model(model, path / WEIGHTS)
     model.eval()
@@ -77,10 +106,25 @@ def load_model_checkpoint(path: Path) -> ResNetBKForCausalLM:
 
 
 def restore_optimizer(
-    path: Path, model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path,
+    model: ResNetBKForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    world: World = ALONE,
 ) -> TrainingState:
     """Puts a checkpoint's moments and loss scale back; the model's weights must be its own already."""
-    moments = load_file(path / MOMENTS)
+    if world.size > 1:
+        restore_sharded_moments(path / MOMENTS, model, optimizer)
+    else:
+        _restore_moments(path / MOMENTS, model, optimizer)
+    state = read_json(path / STATE)
+    if scale := state.pop("scaler"):
+        scaler.load_state_dict(scale)
+    return TrainingState(**state)
+
+
+def _restore_moments(file: Path, model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    moments = load_file(file)
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved = optimizer.state_dict()
     places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -91,10 +135,6 @@ def restore_optimizer(
         if entries["step"] is not None:
             saved["state"][index] = entries
     optimizer.load_state_dict(saved)
-    state = read_json(path / STATE)
-    if scale := state.pop("scaler"):
-        scaler.load_state_dict(scale)
-    return TrainingState(**state)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -118,6 +158,11 @@ def verify_checkpoint(path: Path) -> None:
 def checkpoints(parent: Path) -> list[Path]:
     """The checkpoint folders in ``parent``, oldest first."""
     return sorted(path for path in parent.glob("step-*") if NAME_PATTERN.fullmatch(path.name) and path.is_dir())
+
+
+def path_of_step(parent: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return parent / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -10,6 +10,7 @@ from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.training.config import Precision
 from resnet_bk.training.data import evaluation_batches
 from resnet_bk.training.data.dataset import Tokens
+from resnet_bk.training.distributed import ALONE, World
 from resnet_bk.training.step import autocast
 
 
@@ -40,17 +41,20 @@ def evaluate(
     max_tokens: int | None = None,
     precision: Precision = "fp32",
     device: torch.device | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Mean loss over windows of ``tokens`` (:func:`evaluation_batches`); the model's mode is restored afterwards.
 
-    ``device`` is where the model computes, if not where its weights are.
+    ``device`` is where the model computes, if not where its weights are. Several ranks share each batch and return the
+    same.
     """
     was_training, device = model.training, device or model.device
     model.eval()
     total, count = 0.0, 0
-    for input_ids, targets in evaluation_batches(
+    for batch in evaluation_batches(
         tokens, batch_size=batch_size, sequence_length=sequence_length, max_tokens=max_tokens
     ):
+        input_ids, targets = world.share(*batch)
         with autocast(device, precision):
             output = model(
                 input_ids.to(device),
@@ -59,7 +63,9 @@ def evaluate(
                 return_logits=False,
             )
         predicted = int((targets != IGNORE_INDEX).sum())
-        total += float(output.cross_entropy) * predicted
-        count += predicted
+        if predicted:
+            total += float(output.cross_entropy) * predicted
+            count += predicted
     model.train(was_training)
-    return Evaluation(loss=total / count, tokens=count)
+    total, all_predicted = world.totals(total, count)
+    return Evaluation(loss=total / all_predicted, tokens=int(all_predicted))

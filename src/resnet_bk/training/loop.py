@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.training.checkpoint import TrainingState, prune_checkpoints, save_checkpoint
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset, training_batch
+from resnet_bk.training.distributed import ALONE, World
 from resnet_bk.training.evaluate import Evaluation, evaluate
 from resnet_bk.training.metrics import MetricsLog
 from resnet_bk.training.run import Run
@@ -44,7 +45,8 @@ class TrainingSummary:
 class Trainer:
     """Takes a run from one step to its last.
 
-    ``observer`` hears of every step: ``{"step": s}`` alone, or with what ``metrics.jsonl`` got at logged steps.
+    ``observer`` hears of every step: ``{"step": s}`` alone, or with what ``metrics.jsonl`` got at logged steps. Of
+    several ranks, all of which train, rank 0 writes.
     """
 
     def __init__(
@@ -55,13 +57,17 @@ class Trainer:
         device: torch.device,
         dataset: TokenDataset,
         observer: Observer,
+        world: World = ALONE,
     ) -> None:
         self.run, self.device, self.dataset, self.observer = run, device, dataset, observer
         self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, prepared.scaler
         self.config: TrainingConfig = run.config.training
+        self.world = world
+        rows = self.config.batch_size // world.size
         self.micro_batches = MicroBatches(
-            min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size),
-            is_out_of_memory=is_out_of_memory,
+            min(self.config.micro_batch_size or rows, rows),
+            # Of several ranks, one that tried again alone would leave the others waiting.
+            is_out_of_memory=is_out_of_memory if world.size == 1 else lambda _: False,
             on_smaller=lambda rows: observer({"micro_batch_size": rows}),
         )
 
@@ -72,11 +78,11 @@ class Trainer:
             UserError: the loss stopped being a number, or a checkpoint could not be written; the last one is whole.
             TrainingInterruptedError: Ctrl-C; the state is saved.
         """
-        prune_checkpoints(self.run.checkpoint_folder, self.config.keep_checkpoints)
+        self._prune()
         began = time.perf_counter() - start.seconds
         self.model.train()
         with (
-            MetricsLog(self.run.metrics_file, first_step=start.step) as metrics,
+            self._metrics_log(start.step) as metrics,
             stop_requests() as stop_requested,
         ):
             last_logged = start
@@ -90,7 +96,7 @@ class Trainer:
                     self.observer({"step": state.step})
                 if self._due(state.step, self.config.eval_every):
                     self._evaluate(metrics, state, self.config.eval_tokens)
-                if stop_requested() and state.step < self.config.steps:
+                if self.world.any(stop_requested()) and state.step < self.config.steps:
                     path = self._save(result, state)
                     raise TrainingInterruptedError(
                         f"interrupted after step {state.step}; saved {path}; go on with --resume {self.run.folder}"
@@ -114,23 +120,26 @@ class Trainer:
             step,
             device=self.device,
             micro_batches=self.micro_batches,
+            world=self.world,
         )
 
     def _batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         count = self.config.gradient_accumulation_steps
         for micro_step in range(count):
-            yield training_batch(
+            batch = training_batch(
                 self.dataset.train.tokens,
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
                 seed=self.config.seed,
                 step=step * count + micro_step,
             )
+            rows = self.world.rows(self.config.batch_size)
+            yield batch[0][rows], batch[1][rows]
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
 
-    def _log(self, metrics: MetricsLog, result: StepResult, state: TrainingState, last: TrainingState) -> None:
+    def _log(self, metrics: MetricsLog | None, result: StepResult, state: TrainingState, last: TrainingState) -> None:
         loss = self._checked_loss(result, state)
         seconds = max(state.seconds - last.seconds, 1e-9)
         load = result.expert_load
@@ -148,18 +157,18 @@ class Trainer:
             "expert_load": [[round(share, 4) for share in layer] for layer in load.tolist()],
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
         }
-        metrics.append(entry)
-        self.observer(entry)
+        self._record(metrics, entry)
 
-    def _evaluate(self, metrics: MetricsLog, state: TrainingState, max_tokens: int | None) -> Evaluation:
+    def _evaluate(self, metrics: MetricsLog | None, state: TrainingState, max_tokens: int | None) -> Evaluation:
         evaluation = evaluate(
             self.model,
             self.dataset.validation.tokens,
-            batch_size=self.micro_batches.rows,
+            batch_size=self.micro_batches.rows * self.world.size,
             sequence_length=self.config.sequence_length,
             max_tokens=max_tokens,
             precision=self.config.precision,
             device=self.device,
+            world=self.world,
         )
         entry = {
             "step": state.step,
@@ -167,14 +176,25 @@ class Trainer:
             "validation_tokens": evaluation.tokens,
             "seconds": state.seconds,
         }
-        metrics.append(entry)
-        self.observer(entry)
+        self._record(metrics, entry)
         return evaluation
+
+    def _metrics_log(self, first_step: int) -> AbstractContextManager[MetricsLog | None]:
+        return MetricsLog(self.run.metrics_file, first_step=first_step) if self.world.is_main else nullcontext()
+
+    def _record(self, metrics: MetricsLog | None, entry: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.append(entry)
+        self.observer(entry)
+
+    def _prune(self) -> None:
+        if self.world.is_main:
+            prune_checkpoints(self.run.checkpoint_folder, self.config.keep_checkpoints)
 
     def _save(self, result: StepResult, state: TrainingState) -> Path:
         self._checked_loss(result, state)
-        path = save_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer, self.scaler, state)
-        prune_checkpoints(self.run.checkpoint_folder, self.config.keep_checkpoints)
+        path = save_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer, self.scaler, state, self.world)
+        self._prune()
         return path
 
     def _checked_loss(self, result: StepResult, state: TrainingState) -> float:

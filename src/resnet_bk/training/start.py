@@ -10,10 +10,19 @@ from resnet_bk.files import new_directory
 from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
-from resnet_bk.training.checkpoint import TrainingState, load_model_checkpoint, restore_optimizer, save_checkpoint
+from resnet_bk.training.checkpoint import (
+    CPU,
+    TrainingState,
+    load_model_checkpoint,
+    path_of_step,
+    restore_optimizer,
+    save_checkpoint,
+    step_of,
+)
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset
 from resnet_bk.training.data.batches import check_long_enough
+from resnet_bk.training.distributed import ALONE, World
 from resnet_bk.training.loop import Observer, Trainer
 from resnet_bk.training.run import Run, RunConfig, check_new_run, open_run, write_record
 from resnet_bk.training.step import choose_device
@@ -45,48 +54,76 @@ def check_config(config: RunConfig, dataset: TokenDataset) -> None:
 
 
 def start_run(
-    out: Path, config: RunConfig, dataset: TokenDataset, *, command: list[str], observer: Observer
+    out: Path,
+    config: RunConfig,
+    dataset: TokenDataset,
+    *,
+    command: list[str],
+    observer: Observer,
+    world: World = ALONE,
 ) -> ReadyRun:
     """Makes the run folder, with a checkpoint of step 0, in one rename: from then on a kill loses at most steps.
+
+    Of several ranks, rank 0 makes it, with the weights that one process would begin with, and all go on from there.
 
     Raises:
         UserError: the configuration, the text or ``out`` does not fit.
     """
-    check_new_run(out)
     check_config(config, dataset)
-    device = choose_device(config.training.device)
+    check_ranks(config.training, world)
+    device = world.place(choose_device(config.training.device))
+    if not world.is_main:
+        world.wait()
+        return resume_run(open_run(out), dataset, observer=observer, world=world)
+    check_new_run(out)
     check_memory(config.model, config.training, device)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     config = replace(config, training=replace(config.training, num_threads=torch.get_num_threads()))
     torch.manual_seed(config.training.seed)
-    prepared = prepare_training(ResNetBKForCausalLM(config.model), config.training, device)
+    prepared = prepare_training(ResNetBKForCausalLM(config.model), config.training, device if world.size == 1 else CPU)
     with new_directory(out) as folder:
         write_record(folder, config, dataset, command)
         save_checkpoint(folder / "checkpoints", prepared.model, prepared.optimizer, prepared.scaler, TrainingState())
+    if world.size > 1:
+        del prepared
+        world.wait()
+        return resume_run(open_run(out), dataset, observer=observer, world=world)
     trainer = Trainer(run=open_run(out), prepared=prepared, device=device, dataset=dataset, observer=observer)
     return ReadyRun(trainer=trainer, state=TrainingState())
 
 
-def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer) -> ReadyRun:
-    """Goes on from the newest checkpoint.
+def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer, world: World = ALONE) -> ReadyRun:
+    """Goes on from the newest checkpoint, which any number of ranks may have written.
 
     Raises:
         UserError: a file is damaged, or the text or vocabulary is no longer the run's.
     """
     run.check_same_data(dataset)
+    check_ranks(run.config.training, world)
     if run.config.training.num_threads is not None:
         torch.set_num_threads(run.config.training.num_threads)
-    checkpoint = run.latest_checkpoint()
-    device = choose_device(run.config.training.device)
-    check_memory(run.config.model, run.config.training, device)
-    model = load_model_checkpoint(checkpoint)
+    checkpoint = path_of_step(run.checkpoint_folder, world.as_main(step_of(run.latest_checkpoint())))
+    device = world.place(choose_device(run.config.training.device))
+    if world.is_main:
+        check_memory(run.config.model, run.config.training, device)
+    model = load_model_checkpoint(checkpoint, world, device)
     if model.config.own_fields() != run.config.model.own_fields():
         raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
     prepared = prepare_training(model, run.config.training, device)
-    state = restore_optimizer(checkpoint, prepared.model, prepared.optimizer, prepared.scaler)
-    trainer = Trainer(run=run, prepared=prepared, device=device, dataset=dataset, observer=observer)
+    state = restore_optimizer(checkpoint, prepared.model, prepared.optimizer, prepared.scaler, world)
+    trainer = Trainer(run=run, prepared=prepared, device=device, dataset=dataset, observer=observer, world=world)
     return ReadyRun(trainer=trainer, state=state)
+
+
+def check_ranks(training: TrainingConfig, world: World) -> None:
+    """Raises a UserError for what several ranks cannot do: an uneven batch, or weights and moments kept on the host."""
+    world.rows(training.batch_size)
+    if world.size > 1 and training.offload_optimizer:
+        raise UserError(
+            f"offload_optimizer is for one process, and these are {world.size} ranks, which share weights and moments; "
+            "leave it out, or train without torchrun"
+        )
 
 
 def check_memory(model: ResNetBKConfig, training: TrainingConfig, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
 from resnet_bk.training.config import Precision, TrainingConfig
+from resnet_bk.training.distributed import ALONE, World, whole
 from resnet_bk.training.optimizer import learning_rate, set_learning_rate
 
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,8 +79,11 @@ def train_step(
     *,
     device: torch.device | None = None,
     micro_batches: MicroBatches | None = None,
+    world: World = ALONE,
 ) -> StepResult:
     """Learns from ``gradient_accumulation_steps`` batches of (token ids, targets), each int64 ``(B, N)``.
+
+    With several ranks they are this rank's rows of them; what it returns is that of all ranks.
 
     Each batch goes through the model in pieces of ``micro_batches.rows`` rows, which change nothing but rounding and
     the balancing loss (that of a piece is of its own tokens). A step that runs out of memory is tried again with
@@ -106,7 +110,7 @@ def train_step(
         for number, (start, stop) in pieces:
             seed_micro_step(config.seed, step, number)
             update_now = in_backward and (number, (start, stop)) == pieces[-1]
-            share, output = _forward(model, batches[number], start, stop, config, device)
+            share, output = _forward(model, batches[number], start, stop, config, device, world)
             assert output.loss is not None and output.cross_entropy is not None and output.expert_load is not None
             nats.append(share * output.cross_entropy)
             loads.append(share * output.expert_load)
@@ -119,11 +123,12 @@ def train_step(
     if not in_backward:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+        grad_norm = whole(grad_norm)
     scaler.step(optimizer)
     scaler.update()
     model.balance_experts(expert_load)
     return StepResult(
-        cross_entropy=cross_entropy,
+        cross_entropy=world.mean(cross_entropy),
         grad_norm=grad_norm,
         expert_load=expert_load,
         learning_rate=rate,
@@ -157,12 +162,14 @@ def _forward(
     stop: int,
     config: TrainingConfig,
     device: torch.device,
+    world: World,
 ) -> tuple[float, ResNetBKCausalLMOutput]:
     """These rows' share of the step, and the model's output for them."""
     rows = len(batch[0])
     input_ids, targets = (_moved(tokens[start:stop], device) for tokens in batch)
     with autocast(device, config.precision):
-        output = model(input_ids, shift_labels=targets, use_cache=False, batch_rows=(start, rows))
+        place = (world.rank * rows + start, world.size * rows)
+        output = model(input_ids, shift_labels=targets, use_cache=False, batch_rows=place)
     return (stop - start) / (rows * config.gradient_accumulation_steps), output
 
 
