@@ -17,6 +17,15 @@ from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 STEPS = 200
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Small tensors: threads would wait for each other more than they work.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny(**overrides):
     torch.manual_seed(0)
     return ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", vocab_size=64, **overrides)).train()
