@@ -70,7 +70,7 @@ def test_the_planned_peak_of_each_strategy_is_not_below_the_measured_one(mixer, 
     on_device, _, plan = measured(mixer, case, name)
     # On a CPU selective checkpointing computes the experts' products again, which on a GPU it keeps.
     assert on_device <= plan.tensor_bytes
-    assert plan.tensor_bytes - kept_on_a_gpu(mixer, case, name) <= 1.15 * on_device
+    assert plan.tensor_bytes - kept_on_a_gpu(mixer, case, name) <= 1.2 * on_device
 
 
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dense_oracle import relative_error
 
-from resnet_bk.ops import convolution
+from resnet_bk.ops import convolution, convolution_torch
 from resnet_bk.ops.convolution import short_convolution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,8 @@ def by_definition(x, weight, window=None, documents=None):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("with_window", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_it_is_its_definition_with_every_gradient(backend, length, size, with_window, with_documents):
+def test_it_is_its_definition_with_every_gradient(backend, length, size, with_window, with_documents, monkeypatch):
+    monkeypatch.setattr(convolution_torch, "PIECE", 16)
     generator = torch.Generator().manual_seed(0)
     device = DEVICE if backend == "triton" else "cpu"
 
@@ -56,13 +57,36 @@ def test_it_is_its_definition_with_every_gradient(backend, length, size, with_wi
         assert relative_error(found.cpu(), wanted) < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("with_options", [False, True])
-def test_torch_accepts_the_operator(with_options):
+def test_torch_accepts_the_operator(backend, with_options):
     x = torch.randn(2, 9, 3, device=DEVICE, requires_grad=True)
     weight = torch.randn(4, 3, device=DEVICE, requires_grad=True)
     window = torch.randn(2, 3, 3, device=DEVICE) if with_options else None
-    documents = torch.zeros(2, 9, dtype=torch.int32, device=DEVICE) if with_options else None
-    torch.library.opcheck(convolution._convolution, (x, weight, window, documents))
+    has_documents = with_options and backend == "triton"
+    documents = torch.zeros(2, 9, dtype=torch.int32, device=DEVICE) if has_documents else None
+    torch.library.opcheck(convolution._convolution, (x, weight, window, documents, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_torch_a_halfs_weight_gradient_is_summed_in_single_precision(dtype):
+    x, grad = (torch.randn(1, 3000, 8).to(dtype) for _ in range(2))
+    weight = torch.randn(4, 8, requires_grad=True)
+    y = short_convolution(x, weight, backend="torch")
+    assert y.dtype == dtype
+    (found,) = torch.autograd.grad(y, weight, grad)
+    behind = torch.nn.functional.pad(x.double(), (0, 0, 3, 0))
+    wanted = torch.stack([(grad.double() * behind[:, 3 - s : 3003 - s]).sum((0, 1)) for s in range(4)])
+    assert relative_error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_under_autocast_it_is_in_its_type(length):
+    x, weight = torch.randn(2, length, 3), torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = short_convolution(x, weight)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, by_definition(x.double(), weight.double())) < 1e-2
 
 
 def test_halves_are_summed_in_single_precision():

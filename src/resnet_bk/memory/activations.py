@@ -1,7 +1,7 @@
 """What a training step keeps between forward and backward, by part, as formulas in the shapes.
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
-    K key width, R of it turn with the position, W channels of a mixer's convolution, S its tokens, V vocabulary,
+    K key width, R of it turn with the position, W channels of a mixer's convolution, V vocabulary,
     L layers, C tokens of a chunk of the loss; c = 4 bytes in fp32, 2 in the half types of autocast.
 
 They list the tensors that autograd saves in this implementation, one by one. Against tensors tracked on a CPU the
@@ -77,17 +77,11 @@ def block_activations(
 
 
 def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[ActivationPart]:
-    """Its input, with the window before it, and its weights as it reads them. (The kernel on a GPU needs no window.)"""
+    """Its input."""
     if not config.conv_size:
         return []
-    numbers = shape.tokens + _window_tokens(config, shape) + config.conv_size
-    return [
-        ActivationPart(
-            name="short convolution",
-            num_bytes=c * _convolved_channels(config) * numbers,
-            formula="c W (T + B (S - 1) + S)",
-        )
-    ]
+    num_bytes = c * _convolved_channels(config) * shape.tokens
+    return [ActivationPart(name="short convolution", num_bytes=num_bytes, formula="c W T")]
 
 
 def _convolved_channels(config: ResNetBKConfig) -> int:
@@ -97,11 +91,6 @@ def _convolved_channels(config: ResNetBKConfig) -> int:
     if config.mixer == "attention":
         return 3 * config.hidden_size
     return 2 * config.num_resolvent_heads * config.key_size + config.hidden_size
-
-
-def _window_tokens(config: ResNetBKConfig, shape: TrainingShape) -> int:
-    """Zeros before the first tokens of all rows."""
-    return shape.batch_size * max(0, config.conv_size - 1)
 
 
 def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
@@ -221,19 +210,12 @@ def logits_and_loss(
     )
 
 
-def working_set(
-    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
-) -> ActivationPart:
-    """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece.
-
-    A convolution's has gradients of its window too, twice, which counts where rows are hardly longer than it.
-    """
+def working_set(config: ResNetBKConfig, shape: TrainingShape, *, half_weights: bool = False) -> ActivationPart:
+    """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece."""
     tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
-    size = 4 if half else 8
-    window = size * _convolved_channels(config) * _window_tokens(config, shape)
     expert_size = 2 if half_weights else 4
     return ActivationPart(
         name="working set of a block's backward",
-        num_bytes=tokens * 8 * hidden + expert_size * config.num_experts * hidden * width + window,
-        formula=f"8 T D + {expert_size} E D I" + (f" + {size} W B (S - 1)" if window else ""),
+        num_bytes=tokens * 8 * hidden + expert_size * config.num_experts * hidden * width,
+        formula=f"8 T D + {expert_size} E D I",
     )

@@ -103,7 +103,7 @@ def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Str
     return [
         *_blocks(config, shape, strategy, block),
         *outer_activations(config, shape, half=half),
-        working_set(config, shape, half=half, half_weights=half_weights),
+        working_set(config, shape, half_weights=half_weights),
         logits_and_loss(config, shape, half=half, half_weights=half_weights),
     ]
 
@@ -143,7 +143,7 @@ def plan_strategy(
 ) -> StrategyPlan:
     """What one strategy needs for micro-batches of ``shape``."""
     *kept, logits = activation_parts(config, shape, strategy)
-    working = working_set(config, shape, half=strategy.half, half_weights=strategy.half_weights).num_bytes
+    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
     gradients, passing = _gradients(strategy, config, counts)
     inputs = 4 * shape.tokens * config.hidden_size
     on_their_way = _on_their_way(strategy, counts, inputs)
@@ -161,9 +161,8 @@ def plan_strategy(
     host_parts = _host_parts(strategy, config, shape, counts)
     again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
     moments = [
-        # The forward pass has ended: no block is computed again yet. The last one's output is there, its norm, and
-        # small change.
-        gpu_parts["activations"] - again + logits.num_bytes + (2 * inputs + 16 * shape.tokens if again else 0),
+        # The forward pass has ended: no block is computed again yet. The normed output is there, in two types at times.
+        gpu_parts["activations"] + logits.num_bytes + ((3 * inputs) // 2 - again - working if again else 0),
         # The last gradient: the rest of the activations is gone by then.
         gradients + passing + again + working + (2 * inputs if again else 0),
     ]

@@ -1,7 +1,6 @@
 """A short causal convolution along the tokens, one filter for each channel: ``y_i = sum_s weight_s x_{i-s}``.
 
-The backends are ``triton`` on a GPU and ``torch`` elsewhere. In torch it is a convolution over pictures one pixel
-high, channels last: that kernel needs no transposed copy, and is the fastest of torch's on a CPU.
+The backends are ``triton`` on a GPU and ``torch`` elsewhere, behind one registered operator.
 """
 
 from typing import Any
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.ops import convolution_torch
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 
 
@@ -52,17 +52,20 @@ def short_convolution(
     if name == "triton":
         if documents is not None:
             documents = documents.to(torch.int32)
-        result: Tensor = _convolution(x, weight, window, documents)
+        result: Tensor = _convolution(x, weight, window, documents, name)
+        return result
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, window = x.to(dtype), None if window is None else window.to(dtype)
+    if documents is None and (x.shape[1] > 1 or torch.is_grad_enabled()):
+        result = _convolution(x, weight, window, None, name)
         return result
     before = weight.shape[0] - 1
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window, x], dim=1)
     if documents is not None:
         return _in_documents(x, weight, documents)
-    if x.shape[1] == weight.shape[0]:
-        # One token, as in decoding: a sum costs less than setting a convolution up.
-        return (x * weight.flip(0).to(x.dtype)).sum(1, keepdim=True)
-    weight_C11S = weight.flip(0).mT[:, None, None]
-    return F.conv2d(x.mT.unsqueeze(2), weight_C11S, groups=x.shape[-1]).squeeze(2).mT
+    # One token, as in decoding: a sum costs less than setting a convolution up.
+    return (x * weight.flip(0).to(x.dtype)).sum(1, keepdim=True)
 
 
 def _in_documents(x_BMC: Tensor, weight_SC: Tensor, documents_BN: Tensor) -> Tensor:
@@ -76,7 +79,11 @@ def _in_documents(x_BMC: Tensor, weight_SC: Tensor, documents_BN: Tensor) -> Ten
 
 
 @torch.library.custom_op("resnet_bk::short_convolution", mutates_args=())
-def _convolution(x_BNC: Tensor, weight_SC: Tensor, window_BWC: Tensor | None, documents_BN: Tensor | None) -> Tensor:
+def _convolution(
+    x_BNC: Tensor, weight_SC: Tensor, window_BWC: Tensor | None, documents_BN: Tensor | None, backend: str
+) -> Tensor:
+    if backend == "torch":
+        return convolution_torch.forward(x_BNC, weight_SC, window_BWC)
     from resnet_bk.ops import convolution_gpu
 
     return convolution_gpu.forward(x_BNC, weight_SC, window_BWC, documents_BN)
@@ -84,30 +91,40 @@ def _convolution(x_BNC: Tensor, weight_SC: Tensor, window_BWC: Tensor | None, do
 
 @torch.library.custom_op("resnet_bk::short_convolution_backward", mutates_args=())
 def _convolution_backward(
-    grad_BNC: Tensor, x_BNC: Tensor, weight_SC: Tensor, window_BWC: Tensor | None, documents_BN: Tensor | None
+    grad_BNC: Tensor,
+    x_BNC: Tensor,
+    weight_SC: Tensor,
+    window_BWC: Tensor | None,
+    documents_BN: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "torch":
+        return convolution_torch.backward(grad_BNC, x_BNC, weight_SC, window_BWC)
     from resnet_bk.ops import convolution_gpu
 
     return convolution_gpu.backward(grad_BNC, x_BNC, weight_SC, window_BWC, documents_BN)
 
 
 @_convolution.register_fake
-def _(x_BNC: Tensor, weight_SC: Tensor, window_BWC: Any, documents_BN: Any) -> Tensor:
+def _(x_BNC: Tensor, weight_SC: Tensor, window_BWC: Any, documents_BN: Any, backend: str) -> Tensor:
     return x_BNC.new_empty(x_BNC.shape)
 
 
 @_convolution_backward.register_fake
-def _(grad_BNC: Tensor, x_BNC: Tensor, weight_SC: Tensor, window_BWC: Any, documents_BN: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad_BNC: Tensor, x_BNC: Tensor, weight_SC: Tensor, window_BWC: Any, documents_BN: Any, backend: str
+) -> tuple[Tensor, Tensor]:
     return x_BNC.new_empty(x_BNC.shape), weight_SC.new_empty(weight_SC.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor | None, ...]:
-    x_bar, weight_bar = _convolution_backward(grad_BNC, *ctx.saved_tensors)
-    return x_bar, weight_bar, None, None
+    x_bar, weight_bar = _convolution_backward(grad_BNC, *ctx.saved_tensors, ctx.backend)
+    return x_bar, weight_bar, None, None, None
 
 
 _convolution.register_autograd(_gradients, setup_context=_save)

@@ -54,8 +54,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Mixed precision: matrix products in the half type, weights and reductions in float32. Off for fp32."""
-    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES.get(precision), enabled=precision != "fp32")
+    """Mixed precision: matrix products in the half type, weights and reductions in float32. Off for fp32.
+
+    Without autocast's cache: no weight is used twice, and what is in it lives as long as the forward pass.
+    """
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES.get(precision), enabled=enabled, cache_enabled=False)
 
 
 def build_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:
