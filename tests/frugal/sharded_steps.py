@@ -1,4 +1,4 @@
-"""Run by torchrun: a sharded model trained by torch's AdamW and by the one on the host must be the same, bit for bit."""
+"""Run by torchrun: a sharded model trained by torch's AdamW and by the one on the host is the same, bit for bit."""
 
 import sys
 from datetime import timedelta

@@ -12,6 +12,15 @@ SCRIPT = Path(__file__).with_name("sharded_steps.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["clipped", "in-backward"])
 def test_sharded_parameters_are_updated_as_torch_does(mode):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), mode]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+        mode,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -311,7 +311,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def like_dtensor(local: Tensor, like: DTensor) -> DTensor:
     """A sharded tensor laid out as another one, with ``local`` as this process's piece."""
     # Not from_local, which makes a view of it: what a HostGradient computes is an ordinary tensor.
-    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _take(reference: "weakref.ref[OffloadedAdamW]", parameter: nn.Parameter) -> None:

@@ -49,17 +49,23 @@ def short_convolution(
     if window is not None:
         window = window.to(x.dtype)
     name = choose_convolution_backend(x.device).name if backend == "auto" else backend
+    result: Tensor
     if name == "triton":
         if documents is not None:
             documents = documents.to(torch.int32)
-        result: Tensor = _convolution(x, weight, window, documents, name)
+        result = _convolution(x, weight, window, documents, name)
         return result
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, window = x.to(dtype), None if window is None else window.to(dtype)
     if documents is None and (x.shape[1] > 1 or torch.is_grad_enabled()):
         result = _convolution(x, weight, window, None, name)
-        return result
+    else:
+        result = _small(x, weight, window, documents)
+    return result
+
+
+def _small(x: Tensor, weight: Tensor, window: Tensor | None, documents: Tensor | None) -> Tensor:
     before = weight.shape[0] - 1
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window, x], dim=1)
     if documents is not None:
