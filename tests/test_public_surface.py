@@ -9,6 +9,17 @@ from resnet_bk.ops import bk_carry, bk_core, bk_tunnel
 
 SURFACE = {
     "resnet_bk": {"ResNetBKConfig", "ResNetBKForCausalLM", "__version__"},
+    "resnet_bk.frugal": {
+        "CheckpointHandle",
+        "HostActivations",
+        "MicroBatches",
+        "OffloadedAdamW",
+        "StreamedBlocks",
+        "checkpoint_blocks",
+        "half_weights",
+        "split_rows",
+        "stream_blocks",
+    },
     "resnet_bk.ops": {"bk_carry", "bk_core", "bk_tunnel"},
     "resnet_bk.ops.bk": {
         "BackendChoice",
