@@ -186,9 +186,12 @@ class TrainCommand:
         return replace(config, training=training)
 
     def _hold_to_budget(self, training: TrainingConfig) -> None:
+        from resnet_bk.memory.units import parse_bytes
+
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory)
         if self.gpu_memory is None:
             return
-        from resnet_bk.memory.units import parse_bytes
         from resnet_bk.training.budget import hold_to_budget
         from resnet_bk.training.step import choose_device
 

@@ -1,5 +1,6 @@
 """AdamW on the host: master weights, moments and the update, for weights on a device."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -76,6 +77,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._courier = None if device is None else Courier(device)
         self._slots: dict[nn.Parameter, _Slot] = {}
         self._in_backward = False
+        self._squares: list[float] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
         for block in blocks:
             for parameter in block.parameters():
@@ -121,6 +123,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         ``step`` must follow; it does what is left.
         """
         self._in_backward = True
+        self._squares = []
         try:
             yield
         finally:
@@ -144,6 +147,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if slot.block is None:
                 slot.arrive()
         return loss
+
+    def norm_in_backward(self) -> float:
+        """Norm of the gradients by which ``updating_in_backward`` has updated last; waits for these updates."""
+        if self._courier is not None:
+            self._courier.wait()
+        return math.sqrt(sum(self._squares))
 
     def synchronize(self, block: nn.Module | None = None) -> None:
         """Returns when the weights of ``block``, or all, have the values of the last step."""
@@ -214,16 +223,21 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Has the worker update a parameter: by ``gradient``, which is on the device, or by what is on the host."""
         assert self._courier is not None
         slot.follow()
-        work = partial(self._updated, slot, _settings(slot.group), self._courier.moment())
+        squares = self._squares if self._in_backward else None
+        work = partial(self._updated, slot, _settings(slot.group), self._courier.moment(), squares)
         if gradient is not None:
             slot.future = self._courier.bring(gradient, work)
         else:
             assert slot.gradient is not None
             slot.future = self._courier.do(partial(work, slot.gradient))
 
-    def _updated(self, slot: "_Slot", settings: AdamWSettings, after: Any, gradient: Tensor) -> None:
+    def _updated(
+        self, slot: "_Slot", settings: AdamWSettings, after: Any, squares: list[float] | None, gradient: Tensor
+    ) -> None:
         assert self._courier is not None
         with torch.no_grad():
+            if squares is not None:
+                squares.append(float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2)
             seed = (self._seed, slot.index, int(slot.step))
             update(slot.master, gradient, slot.exp_avg, slot.exp_avg_sq, slot.step, settings, seed=seed)
             slot.event = self._courier.send(slot.master, slot.weights(), after)

@@ -168,7 +168,7 @@ def plan_strategy(
     ]
     if strategy.checkpointing != "none":
         # Backward has reached the last block.
-        new = min(gradients, max(_stored(counts.block, strategy), passing))
+        new = 0 if strategy.offload_optimizer else min(gradients, max(_stored(counts.block, strategy), passing))
         moments.append(gpu_parts["activations"] + new)
     gpu_bytes = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"] + on_their_way + max(moments)
     host_bytes = sum(host_parts.values())
@@ -200,8 +200,8 @@ def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCoun
     passing = 2 * head if config.tie_word_embeddings else 0
     if not strategy.offload_optimizer:
         return 4 * counts.total, passing
-    # Each leaves as it is made; the working set has an expert's.
-    return head, passing
+    # Each leaves as it is made; the working set has an expert's. A half table's is summed in float32 first.
+    return head * (3 if strategy.half_weights else 1), passing
 
 
 def _on_their_way(strategy: Strategy, counts: ParameterCounts, inputs: int) -> int:

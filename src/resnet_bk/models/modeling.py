@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from resnet_bk.frugal.precision import HALF_TYPES
 from resnet_bk.layers import (
     BKBlock,
     BKMixer,
@@ -26,6 +27,7 @@ from resnet_bk.layers.padding import Padding
 from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
 from resnet_bk.models.configuration import ResNetBKConfig
+from resnet_bk.ops.embedding import embedding_in_single
 from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
 
 
@@ -169,10 +171,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        x_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_autocast_enabled(x_BND.device.type):
-            # Autocast keeps the residual stream in float32: also where the embedding is stored in a half type.
-            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+        x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         length = x_BND.shape[1]
         cache = self._cache(past_key_values, use_cache)
         past_length = 0 if cache is None else cache.get_seq_length()
@@ -219,6 +218,20 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if past_key_values is None and wanted:
             return ResNetBKCache(self.config)
         return past_key_values
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        weight = getattr(self.embed_tokens, "weight", None)
+        if (
+            type(self.embed_tokens) is nn.Embedding
+            and isinstance(weight, Tensor)
+            and weight.dtype in HALF_TYPES
+            and torch.is_autocast_enabled(weight.device.type)
+            and input_ids is not None
+        ):
+            # Autocast keeps the residual stream in float32: also where the table is stored in a half type.
+            return embedding_in_single(input_ids, weight)
+        vectors: Tensor = self.embed_tokens(input_ids)
+        return vectors
 
     def _rotary(self, position_ids_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         size = self.config.rotary_size

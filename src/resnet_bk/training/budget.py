@@ -41,7 +41,7 @@ def choose_strategy(
     """
     counts, half_type = count_parameters(model), half_type_of(device)
     usable = usable_budget(budget, device)
-    closest: tuple[int, StrategyPlan] | None = None
+    closest: tuple[int, StrategyPlan, int] | None = None
     for strategy, rows in _candidates(training, device, fixed):
         fields = training_fields(strategy, half_type)
         if any(name in fixed and fields[name] != getattr(training, name) for name in fields):
@@ -52,12 +52,13 @@ def choose_strategy(
         if missing <= 0:
             return replace(training, **fields, micro_batch_size=rows if rows < training.batch_size else None)
         if closest is None or missing < closest[0]:
-            closest = missing, plan
+            closest = missing, plan, rows
     if closest is None:
         raise UserError("no strategy has the flags that were given; leave some of them out")
-    missing, plan = closest
+    missing, plan, rows = closest
+    sequences = "one sequence" if rows == 1 else f"{rows} sequences"
     raise UserError(
-        f"nothing fits: {plan.strategy.name} with one sequence at a time comes closest and misses by "
+        f"nothing fits: {plan.strategy.name} with {sequences} at a time comes closest and misses by "
         f"{format_bytes(missing)}; take a larger budget, a shorter --sequence-length or a smaller model"
     )
 

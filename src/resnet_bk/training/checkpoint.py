@@ -80,11 +80,18 @@ def _write(
         try:
             with _no_progress_bar():
                 model.save_pretrained(folder, state_dict=weights)
+            _say_float32(folder / "config.json")
             save_file(moments, folder / MOMENTS)
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
         write_json(folder / STATE, state)
         write_json(folder / MANIFEST, {file.name: _identity(file) for file in sorted(folder.iterdir())})
+
+
+def _say_float32(config_file: Path) -> None:
+    """Readers load what the configuration says: that of the weights in the file, not of those on the device."""
+    text = config_file.read_text(encoding="utf-8")
+    config_file.write_text(re.sub(r'("dtype": )"b?float16"', r'\1"float32"', text), encoding="utf-8")
 
 
 def load_model_checkpoint(path: Path, world: World = ALONE, device: torch.device = CPU) -> ResNetBKForCausalLM:

@@ -14,6 +14,7 @@ import torch
 
 from resnet_bk.errors import UserError
 from resnet_bk.frugal.micro_batches import MicroBatches
+from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.training.checkpoint import TrainingState, prune_checkpoints, save_checkpoint
 from resnet_bk.training.config import TrainingConfig
@@ -148,7 +149,7 @@ class Trainer:
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "learning_rate": result.learning_rate,
-            "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
+            "grad_norm": self._grad_norm(result),
             "tokens": state.step * self.config.tokens_per_step,
             "tokens_per_second": (state.step - last.step) * self.config.tokens_per_step / seconds,
             "seconds": state.seconds,
@@ -200,13 +201,19 @@ class Trainer:
     def _checked_loss(self, result: StepResult, state: TrainingState) -> float:
         """The loss, unless it or the update is no number: then nothing is saved over what was good."""
         loss = float(result.cross_entropy)
-        unknown = self.scaler.is_enabled() or result.grad_norm is None  # an overflow is part of scaling
-        if not math.isfinite(loss) or not (unknown or math.isfinite(float(result.grad_norm or 0))):
+        overflow_is_expected = self.scaler.is_enabled()
+        if not math.isfinite(loss) or not (overflow_is_expected or math.isfinite(self._grad_norm(result))):
             raise UserError(
                 f"the loss or its gradient is not a number at step {state.step}; lower --learning-rate in a new run "
                 f"(the last good checkpoint is {self.run.latest_checkpoint()})"
             )
         return loss
+
+    def _grad_norm(self, result: StepResult) -> float:
+        if result.grad_norm is not None:
+            return float(result.grad_norm)
+        assert isinstance(self.optimizer, OffloadedAdamW)
+        return self.optimizer.norm_in_backward()
 
 
 @contextmanager

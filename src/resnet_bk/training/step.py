@@ -26,7 +26,7 @@ class StepResult:
     """What a step saw; tensors on the device, so that reading them is the caller's choice.
 
     ``cross_entropy`` in nats a token and ``grad_norm`` (before clipping) are scalars; ``expert_load`` is
-    (layers, experts). Where weights are updated during backward there is no ``grad_norm``.
+    (layers, experts). Where weights are updated during backward there is no ``grad_norm`` yet: the optimizer has it.
     """
 
     cross_entropy: Tensor
