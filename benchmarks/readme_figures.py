@@ -9,6 +9,7 @@ made, and what the other benchmarks wrote, each named in the table that shows it
 
 import argparse
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from resnet_bk.files import read_json, write_text
@@ -24,6 +25,7 @@ SHAKESPEARE = ROOT / "benchmarks" / "results" / "gpu" / "shakespeare.json"
 STEPS = ROOT / "benchmarks" / "results" / "gpu" / "step.json"
 THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
 DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
+FRUGAL = ROOT / "benchmarks" / "results" / "cpu" / "frugal.json"
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
 PHASES = {
     "forward": "forward time",
@@ -46,6 +48,7 @@ def main() -> int:
         "cpu": cpu_table(),
         "steps": steps_table(),
         "speeds": speeds_table(),
+        "frugal": frugal_table(),
     }
     for name, content in contents.items():
         wanted = between_markers(wanted, name, content)
@@ -132,6 +135,29 @@ def speeds_table() -> str:
         sources.append(f"[{name}](benchmarks/results/{name}/bk_core.json): {source(document)}, copy {copied:,.0f} GB/s")
     shown = "\n".join(lines)
     return f"{shown}\n\n<sub>{'; '.join(sources)}</sub>"
+
+
+def frugal_table() -> str:
+    """What each strategy needs and costs, as Markdown: those of mixed precision, beside plain float32."""
+    document = read_json(FRUGAL)
+    lines = [
+        "| training | on the device | of it activations | on the host | planner's error | time of a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    plain, *others = document["strategies"]
+    for row in (plain, *(row for row in others if row["training"]["precision"] != "fp32")):
+        device, activations, host = (f"{row['bytes'][part] / 1e6:,.0f} MB" for part in ("peak", "activations", "host"))
+        slower = median(ours / theirs for ours, theirs in zip(row["samples"], plain["samples"], strict=True))
+        lines.append(
+            f"| {row['name']} | {device} | {activations} | {host} | {row['planner_error']:+.0%} | {slower:.2f} |"
+        )
+    shown, model = "\n".join(lines), document["model"]
+    shape = f"batch {document['batch_size']} x {document['sequence_length']}"
+    return (
+        f"{shown}\n\n<sub>[strategies](benchmarks/results/cpu/frugal.json): {document['parameters']:,} parameters, "
+        f"{model['num_layers']} layers of {model['hidden_size']}, {shape}, in plain float32's time; {source(document)}"
+        "</sub>"
+    )
 
 
 def source(document: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Each strategy's plan against tensors that real steps made, on the device and on the host."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ CASES = {
     "weights": ({"num_layers": 4, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 128}, 1, 16),
 }
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
+IN_SINGLE = {
+    f"{strategy.name}, fp32": replace(strategy, half=False, half_weights=False)
+    for strategy in STRATEGIES
+    if strategy.offload_optimizer
+}
 
 
 def on_host(tensor):
@@ -38,7 +44,7 @@ def measured(mixer, case, name):
     """Peaks of tensors on the device and on the host in a second step, and the plan."""
     overrides, batch_size, length = CASES[case]
     config = ResNetBKConfig.from_preset("tiny", mixer=mixer, **{"intermediate_size": 128, **overrides})
-    fields = training_fields(BY_NAME[name], "bf16")
+    fields = training_fields((BY_NAME | IN_SINGLE)[name], "bf16")
     training = TrainingConfig(batch_size=batch_size, sequence_length=length, **fields)
     prepared = prepare_training(build_model(config, seed=0).train(), training, CPU)
     batch = random_batch(config, batch_size, length, CPU)
@@ -59,18 +65,18 @@ def kept_on_a_gpu(mixer, case, name):
     overrides, batch_size, length = CASES[case]
     config = ResNetBKConfig.from_preset("tiny", mixer=mixer, **{"intermediate_size": 128, **overrides})
     shape = TrainingShape(batch_size=batch_size, sequence_length=length)
-    parts = activation_parts(config, shape, BY_NAME[name])
+    parts = activation_parts(config, shape, (BY_NAME | IN_SINGLE)[name])
     return sum(part.num_bytes for part in parts if part.name == "experts' products")
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", BY_NAME | IN_SINGLE)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
 def test_the_planned_peak_of_each_strategy_is_not_below_the_measured_one(mixer, case, name):
     on_device, _, plan = measured(mixer, case, name)
     # On a CPU selective checkpointing computes the experts' products again, which on a GPU it keeps.
     assert on_device <= plan.tensor_bytes
-    assert plan.tensor_bytes - kept_on_a_gpu(mixer, case, name) <= 1.2 * on_device
+    assert plan.tensor_bytes - kept_on_a_gpu(mixer, case, name) <= 1.25 * on_device
 
 
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])

@@ -128,8 +128,9 @@ def _blocks(
             ),
             replace(again, num_bytes=max(0, whole - sum(part.num_bytes for part in selected[1:]))),
         ]
-    # Of offloaded inputs the one that is used is here; those on their way are counted apart. Small ones stay.
-    kept, formula = (1, "4 T D") if _moves_inputs(strategy, inputs) else (layers, "4 L T D")
+    # Of offloaded inputs the one that is used is here, and the next; those on their way are counted apart. Small ones
+    # stay.
+    kept, formula = (min(2, layers), "8 T D") if _moves_inputs(strategy, inputs) else (layers, "4 L T D")
     num_bytes = kept * inputs + layers * GENERATOR_BYTES
     return [ActivationPart(name="block inputs", num_bytes=num_bytes, formula=f"{formula} + {GENERATOR_BYTES} L"), again]
 
@@ -205,9 +206,9 @@ def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCoun
 
 
 def _on_their_way(strategy: Strategy, counts: ParameterCounts, inputs: int) -> int:
-    """What copies to and from a GPU hold there while it goes on: two of the largest gradients, two blocks' inputs."""
+    """What copies to and from a GPU hold there while it goes on: two of the largest gradients, one block's input."""
     gradients = 2 * strategy.weight_bytes * counts.largest if strategy.offload_optimizer else 0
-    return gradients + (2 * inputs if _moves_inputs(strategy, inputs) else 0)
+    return gradients + (inputs if _moves_inputs(strategy, inputs) else 0)
 
 
 def _host_parts(

@@ -89,7 +89,10 @@ def context_bytes(device: torch.device) -> int:
     """What the driver has given to this process besides tensors; 0 without a GPU."""
     if device.type != "cuda":
         return 0
-    torch.empty(1, device=device)  # the context is made at the first use
+    # The context is made at the first use, and cuBLAS's part of it at the first product.
+    ones = torch.ones(64, 64, device=device)
+    ones @ ones
+    torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     return min(LARGEST_CONTEXT, total - free - torch.cuda.memory_reserved(device))
 

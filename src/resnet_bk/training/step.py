@@ -91,9 +91,12 @@ def train_step(
 
     Each batch goes through the model in pieces of ``micro_batches.rows`` rows, which change nothing but rounding and
     the balancing loss (that of a piece is of its own tokens). A step that runs out of memory is tried again with
-    smaller ones. Under fp16 a step whose gradients overflow is skipped and the scale lowered, as torch's GradScaler
-    does. ``device`` is where the model computes, if not where its weights are. An ``OffloadedAdamW`` updates during
-    backward where nothing must be known of all gradients first.
+    smaller ones; so give the same ``micro_batches`` to every step, which also remember what has fitted. ``device`` is
+    where the model computes, if not where its weights are.
+
+    Under fp16 a step whose gradients overflow is skipped and the scale lowered, as torch's GradScaler does. An
+    ``OffloadedAdamW`` updates during backward where nothing must be known of all gradients first, from the second step
+    with the same ``micro_batches`` on.
     """
     batches, device = list(batches), device or model.device
     rate = learning_rate(config, step)
