@@ -75,7 +75,7 @@ def test_what_runs_out_of_memory_is_tried_with_half_the_rows(rows, most, calls):
     assert told == calls[1:], "each smaller number once, the first of all never"
 
 
-@settings(max_examples=25, deadline=None)  # garbage is collected at each halving
+@settings(max_examples=8, deadline=None)  # garbage is collected at each halving, which takes its time
 @given(rows=COUNTS, data=st.data())
 def test_whatever_fits_is_found_and_halving_never_goes_below_half_of_it(rows, data):
     most = data.draw(st.integers(1, rows))

@@ -103,7 +103,7 @@ class Loop:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [False, True], ids=["constant", "scheduler"])
 @pytest.mark.parametrize("clipping", [False, True], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_200_steps_equal_fused_adamw_bitwise_through_a_resume(accumulation, clipping, scheduler):
     options = {"accumulation": accumulation, "clipping": clipping, "scheduler": scheduler}
     ours = Loop(lambda model: OffloadedAdamW(groups(model), blocks=model.model.layers), **options)

@@ -147,10 +147,10 @@ def plain():
 @pytest.mark.parametrize(
     ("strategy", "steps"),
     [
-        ("selective checkpointing", 200),
+        ("selective checkpointing", 50),
         ("full checkpointing", 50),
         ("offloaded inputs", 50),
-        ("offloaded optimizer", 200),
+        ("offloaded optimizer", 50),
         ("streamed weights", 50),
         ("all together", 200),
     ],

@@ -102,10 +102,12 @@ def train_step(
     rate = learning_rate(config, step)
     set_learning_rate(optimizer, rate)
     micro_batches = micro_batches or MicroBatches(config.micro_batch_size or len(batches[0][0]))
-    # What has begun to update weights cannot be tried again: only once a step has shown that memory suffices.
-    in_backward = micro_batches.proven and updates_in_backward(optimizer, scaler, config)
+    in_backward = False
 
     def forward_and_backward(rows: int) -> tuple[Tensor, Tensor]:
+        nonlocal in_backward
+        # What has begun to update weights cannot be tried again: only once a step has shown that memory suffices.
+        in_backward = micro_batches.proven and updates_in_backward(optimizer, scaler, config)
         optimizer.zero_grad(set_to_none=True)
         pieces = [
             (number, rows_of_piece)
