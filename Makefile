@@ -19,11 +19,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
 	@touch $@
 
-demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (3 minutes on 2 cores)
+demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (under 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo.py
 
-test: setup ## run every test
-	$(BIN)/python -m pytest
+test: setup ## run every test, files side by side on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"

@@ -3,13 +3,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Two workers side by side (make test) have a core each, and so have the processes that they start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402  # reads that variable when it is loaded
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
-torch.set_num_threads(2)
+torch.set_num_threads(1 if WORKERS > 1 else 2)
 
 
 @pytest.fixture(scope="session")

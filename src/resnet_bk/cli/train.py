@@ -30,6 +30,8 @@ CHANGEABLE_ON_RESUME = ("steps",)
 class TrainCommand:
     """Train a language model, or go on with a run that was stopped.
 
+    Several GPUs or machines share parameters and batch under torchrun: torchrun --nproc-per-node 8 -m resnet_bk train ...
+
     Examples:
       resnet-bk train --preset seed --out runs/first
       resnet-bk train --preset seed --data book.txt --tokenizer char --steps 2000 --out runs/book
@@ -38,7 +40,6 @@ class TrainCommand:
       resnet-bk train --preset 1b --gpu-memory 4GB --host-memory 24GB --sequence-length 1024 --out runs/large
       resnet-bk train --resume runs/first --steps 4000
       resnet-bk train --config runs/first/run.json --seed 1 --out runs/second
-      torchrun --nproc-per-node 8 -m resnet_bk train --preset 1b --precision bf16 --out runs/large
     """
 
     out: Path | None = None
