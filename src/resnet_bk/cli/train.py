@@ -30,7 +30,8 @@ CHANGEABLE_ON_RESUME = ("steps",)
 class TrainCommand:
     """Train a language model, or go on with a run that was stopped.
 
-    Several GPUs or machines share parameters and batch under torchrun: torchrun --nproc-per-node 8 -m resnet_bk train ...
+    Several GPUs or machines share parameters and batch under torchrun:
+    torchrun --nproc-per-node 8 -m resnet_bk train ...
 
     Examples:
       resnet-bk train --preset seed --out runs/first
