@@ -50,6 +50,12 @@ def groups(model, weight_decay=0.1):
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0, "lr": 2e-3}]
 
 
+def on_the_host(parameter):
+    """A gradient's numbers, once they are there."""
+    parameter.grad.wait()
+    return parameter.grad.host
+
+
 def assert_same_weights(one, other):
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -188,11 +194,11 @@ def test_clipping_ignored():
     model = perceptron()
     optimizer = OffloadedAdamW(model.parameters())
     backward(model, 0)
-    expected = torch.stack([parameter.grad.host.norm() for parameter in model.parameters()]).norm()
+    expected = torch.stack([on_the_host(parameter).norm() for parameter in model.parameters()]).norm()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
     assert float(norm) == pytest.approx(float(expected), rel=1e-6)
     assert norm > 0.25
-    clipped = torch.stack([parameter.grad.host.norm() for parameter in model.parameters()]).norm()
+    clipped = torch.stack([on_the_host(parameter).norm() for parameter in model.parameters()]).norm()
     assert float(clipped) == pytest.approx(0.25, rel=1e-5)
     optimizer.step()
 
@@ -202,7 +208,7 @@ def test_clipping_by_value_works_too():
     optimizer = OffloadedAdamW(model.parameters())
     backward(model, 0)
     torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
-    assert max(float(parameter.grad.host.abs().max()) for parameter in model.parameters()) == pytest.approx(0.01)
+    assert max(float(on_the_host(parameter).abs().max()) for parameter in model.parameters()) == pytest.approx(0.01)
     optimizer.step()
 
 
@@ -238,8 +244,7 @@ def test_only_the_last_micro_batchs_gradient_kept():
         backward(ours, 0, micro_step)
         backward(torchs, 0, micro_step)
     for a, b in zip(ours.parameters(), torchs.parameters(), strict=True):
-        a.grad.wait()
-        assert torch.equal(a.grad.host, b.grad)
+        assert torch.equal(on_the_host(a), b.grad)
     optimizer.step()
 
 
