@@ -516,3 +516,19 @@ def test_an_error_in_the_update_is_raised_by_step(monkeypatch):
     backward(model, 0)
     with pytest.raises(RuntimeError, match="broken"):
         optimizer.step()
+
+
+def test_weights_return_in_the_order_of_the_blocks(monkeypatch):
+    # Groups sort parameters otherwise: all matrices, then all vectors.
+    model, updated = perceptron(), []
+    optimizer = OffloadedAdamW(groups(model), blocks=[model[0], model[2]])
+    turns = {slot.master.data_ptr(): slot.turn for slot in optimizer._slots.values()}
+
+    def recording(master, *rest, **options):
+        updated.append(turns[master.data_ptr()])
+
+    monkeypatch.setattr("resnet_bk.frugal.optimizer.update", recording)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.synchronize()
+    assert updated == [0, 0, 1, 1, 2, 2]

@@ -47,13 +47,9 @@ class PlanCommand:
         """Plans and prints."""
         from resnet_bk.memory.activations import TrainingShape
         from resnet_bk.memory.plan import Budget, make_plan
-        from resnet_bk.memory.units import parse_bytes
         from resnet_bk.models import ResNetBKConfig
 
-        budget = Budget(
-            gpu_bytes=parse_bytes(self.gpu_memory) if self.gpu_memory is not None else None,
-            host_bytes=parse_bytes(self.host_memory) if self.host_memory is not None else None,
-        )
+        budget = Budget.parse(self.gpu_memory, self.host_memory)
         shape = TrainingShape(batch_size=self.batch_size, sequence_length=self.sequence_length)
         try:
             config = ResNetBKConfig.from_preset(self.preset, **given(self.model))

@@ -15,6 +15,7 @@ from resnet_bk.training.config import DataConfig, TrainingConfig
 if TYPE_CHECKING:
     import torch
 
+    from resnet_bk.memory.plan import Budget
     from resnet_bk.models import ResNetBKConfig
     from resnet_bk.training.data import TokenDataset
     from resnet_bk.training.distributed import World
@@ -118,7 +119,7 @@ class TrainCommand:
         with world.one_here_first():
             dataset = prepare_dataset(run.config.data, on_progress=_remarks(world))
         wanted = replace(run, config=replace(run.config, training=training))
-        self._hold_to_budget(training)
+        self._held_budget(training)
         ready = resume_run(wanted, dataset, observer=progress.observe, world=world)
         say = _remarks(world)
         if ready.state.step >= steps:
@@ -171,33 +172,28 @@ class TrainCommand:
         """The strategy that a budget asks for; without one, the configuration's own."""
         if self.gpu_memory is None and self.host_memory is None:
             return config
-        from resnet_bk.memory.plan import Budget
-        from resnet_bk.memory.units import parse_bytes
         from resnet_bk.training.budget import choose_strategy
         from resnet_bk.training.step import choose_device
 
-        self._hold_to_budget(config.training)
-        gpu, host = (None if words is None else parse_bytes(words) for words in (self.gpu_memory, self.host_memory))
         training = choose_strategy(
             config.model,
             config.training,
-            Budget(gpu_bytes=gpu, host_bytes=host),
+            self._held_budget(config.training),
             choose_device(config.training.device),
             fixed=set(given(self.training)),
         )
         return replace(config, training=training)
 
-    def _hold_to_budget(self, training: TrainingConfig) -> None:
-        from resnet_bk.memory.units import parse_bytes
-
-        if self.host_memory is not None:
-            parse_bytes(self.host_memory)
-        if self.gpu_memory is None:
-            return
+    def _held_budget(self, training: TrainingConfig) -> "Budget":
+        """The budget that was given, to which the allocator is held from here on."""
+        from resnet_bk.memory.plan import Budget
         from resnet_bk.training.budget import hold_to_budget
         from resnet_bk.training.step import choose_device
 
-        hold_to_budget(parse_bytes(self.gpu_memory), choose_device(training.device))
+        budget = Budget.parse(self.gpu_memory, self.host_memory)
+        if budget.gpu_bytes is not None:
+            hold_to_budget(budget.gpu_bytes, choose_device(training.device))
+        return budget
 
     def _check_resume_flags(self, recorded: "RunConfig") -> None:
         """A run goes on as what it is: flags that would make it another are refused, not ignored."""

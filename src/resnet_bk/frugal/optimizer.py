@@ -79,10 +79,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._in_backward = False
         self._squares: list[float] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
-        for block in blocks:
+        for turn, block in enumerate(blocks, start=1):
             for parameter in block.parameters():
                 if parameter in self._slots:
-                    self._slots[parameter].block = weakref.ref(block)
+                    self._slots[parameter].block, self._slots[parameter].turn = weakref.ref(block), turn
             before_use = partial(_before_use, weakref.ref(self))
             block.register_forward_pre_hook(before_use)
             block.register_state_dict_pre_hook(before_use)  # type: ignore[no-untyped-call]
@@ -141,7 +141,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if host_gradient(slot.parameter) is None:  # assigned by hand
                 self._take(slot)
         # The worker takes these in order: first what step waits for, then what the next forward pass needs first.
-        for slot in sorted(slots, key=lambda slot: slot.block is not None):
+        for slot in sorted(slots, key=lambda slot: slot.turn):
             self._update(slot)
         for slot in self._slots.values():
             if slot.block is None:
@@ -257,6 +257,7 @@ class _Slot:
     version: int  # of the parameter, when the master was last known to be it
     gradient: Tensor | None = None
     block: "weakref.ref[nn.Module] | None" = None
+    turn: int = 0  # of its block among the blocks, from 1 on
     future: Future[None] | None = None
     event: Any = None
 

@@ -1,6 +1,7 @@
 """What training would need on the GPU and in host memory, by part and strategy, before anything runs."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 from resnet_bk.frugal.activations import MIN_BYTES
 from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
@@ -15,6 +16,7 @@ from resnet_bk.memory.activations import (
 )
 from resnet_bk.memory.parameters import BYTES_PER_PARAMETER, ParameterCounts, PartCounts, count_parameters
 from resnet_bk.memory.strategy import STRATEGIES, Strategy
+from resnet_bk.memory.units import parse_bytes
 from resnet_bk.models import ResNetBKConfig
 
 # Host memory of a training process without its tensors: Python, torch, transformers and CUDA's libraries. The resident
@@ -38,6 +40,17 @@ class Budget:
 
     gpu_bytes: int | None = None
     host_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, gpu: str | None, host: str | None) -> Self:
+        """From amounts as people write them, like 12GB.
+
+        Raises:
+            UserError: one cannot be read.
+        """
+        sizes = (None if words is None else parse_bytes(words) for words in (gpu, host))
+        gpu_bytes, host_bytes = sizes
+        return cls(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

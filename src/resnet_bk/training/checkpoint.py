@@ -132,13 +132,11 @@ def restore_optimizer(
 
 def _restore_moments(file: Path, model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     moments = load_file(file)
-    names = {parameter: name for name, parameter in model.named_parameters()}
     saved = optimizer.state_dict()
-    places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    names = _names_by_index(model, optimizer, saved)
     saved["state"] = {}
-    for index, parameter in zip(indices, places, strict=True):
-        entries = {key: moments.get(f"{key}.{names[parameter]}") for key in ("step", "exp_avg", "exp_avg_sq")}
+    for index, name in names.items():
+        entries = {key: moments.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if entries["step"] is not None:
             saved["state"][index] = entries
     optimizer.load_state_dict(saved)
@@ -214,15 +212,22 @@ def _weights(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> di
     return state
 
 
-def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """By the parameters' names; masters are the weights, and saved there."""
+def _names_by_index(
+    model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> dict[int, str]:
+    """The parameters' names by the numbers that the optimizer's state dict ``saved`` gives them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = optimizer.state_dict()
     indices = [index for group in saved["param_groups"] for index in group["params"]]
+    return {index: names[parameter] for index, parameter in zip(indices, parameters, strict=True)}
+
+
+def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """By the parameters' names; masters are the weights, and saved there."""
+    saved = optimizer.state_dict()
     return {
-        f"{key}.{names[parameter]}": value.detach().contiguous()
-        for index, parameter in zip(indices, parameters, strict=True)
+        f"{key}.{name}": value.detach().contiguous()
+        for index, name in _names_by_index(model, optimizer, saved).items()
         for key, value in saved["state"].get(index, {}).items()
         if key != "master"
     }

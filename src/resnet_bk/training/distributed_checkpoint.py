@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from resnet_bk.frugal.optimizer import local_tensor
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.distributed import World, reshard, shard_model
 
@@ -88,8 +89,7 @@ def _gathered(tensor: Tensor, world: World) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local_tensor(tensor.detach())
 
 
 def _read_part(file: Any, name: str, like: Tensor) -> Tensor:
