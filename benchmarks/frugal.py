@@ -211,7 +211,8 @@ class Subject:
     def step(self, step: int) -> float:
         """One training step; the loss before it."""
         prepared, batch = self.prepared, self.batches[step % len(self.batches)]
-        result = train_step(prepared.model, prepared.optimizer, prepared.scaler, [batch], self.training, step)
+        arguments = (prepared.model, prepared.optimizer, prepared.scaler, [batch], self.training, step)
+        result = train_step(*arguments, by_block=prepared.by_block)
         return result.cross_entropy.item()
 
     def finish(self) -> None:

@@ -40,7 +40,6 @@ from resnet_bk.files import read_json, write_json
 from resnet_bk.frugal import host
 from resnet_bk.frugal.micro_batches import MicroBatches
 from resnet_bk.frugal.optimizer import OffloadedAdamW
-from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.memory.plan import Budget, plan_strategy
@@ -56,11 +55,12 @@ from resnet_bk.training.strategy import (
     prepare_training,
     strategy_of,
     training_fields,
+    training_shape,
 )
 
 GB, MIB = 10**9, 2**20
 VOCABULARY, LENGTH = 32_768, 1024
-LARGE, SMALL = 131_072, 16_384  # tokens of a step
+LARGE, MEDIUM, SMALL = 131_072, 32_768, 16_384  # tokens of a step
 DATA = DataConfig(data="stdlib", tokenizer="byte")
 WARMUP = 2  # the first step proves that memory suffices, the second is the first that updates during backward
 SAMPLE_SECONDS = 0.05  # from inside a cell
@@ -70,6 +70,8 @@ LEAST_SECONDS = 45.0  # with less, a cell would not get to its first step
 # What a cell inside the GPU must not use, whatever would fit.
 IN_GPU = {"offload_optimizer": False, "half_weights": False, "stream_weights": False, "checkpointing": "none"}
 HALF_MOMENTS = {"moments": "bf16", "offload_optimizer": True}
+# Of a cell inside the GPU: trained as usual, or with each block computed again, as under a cap.
+INSIDE, RECOMPUTING = ": inside the GPU", ", recomputing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +93,20 @@ class Cell:
 def all_cells() -> list[Cell]:
     """The most important first."""
     cells = [
-        _capped("1b", 4.0),
+        _capped("1b", 4.0, steps=50),
         _in_gpu("1b", "1b under 4 GB"),
-        _capped("7b", 12.0, steps=4, fixed=HALF_MOMENTS),
+        _in_gpu("1b", "1b under 4 GB", checkpointing="full"),
+        _capped("7b", 12.0, tokens=MEDIUM, steps=4, fixed=HALF_MOMENTS),
         _capped("1b", 3.0),
-        _capped("7b", 8.0, steps=4, fixed=HALF_MOMENTS),
-        _capped("100m", 1.0),
+        _in_gpu("1b", "1b under 3 GB"),
         _capped("1b", 4.0, clips=True),
-        _in_gpu("1b", "1b under 4 GB, clipped", clips=True),
         _capped("1b", 4.0, tokens=SMALL),
         _in_gpu("1b", "1b under 4 GB, 16,384 tokens", tokens=SMALL),
+        _capped("100m", 1.6),
+        _in_gpu("100m", "100m under 1.6 GB"),
         _capped("1b", 4.0, tokens=SMALL, clips=True),
-        _in_gpu("1b", "1b under 4 GB, 16,384 tokens, clipped", tokens=SMALL, clips=True),
-        _capped("1b", 3.0, clips=True),
-        _capped("1b", 3.0, tokens=SMALL),
-        _capped("1b", 3.0, tokens=SMALL, clips=True),
-        _in_gpu("100m", "100m under 1 GB"),
-        _in_gpu("1b", "1b under 3 GB"),
+        _capped("7b", 8.0, tokens=MEDIUM, steps=4, fixed=HALF_MOMENTS),
+        _capped("100m", 1.0),
     ]
     assert len({cell.name for cell in cells}) == len(cells)
     return cells
@@ -118,8 +117,11 @@ def _capped(preset: str, gigabytes: float, **fields: Any) -> Cell:
     return Cell(name=name, preset=preset, cap_bytes=int(gigabytes * GB), **fields)
 
 
-def _in_gpu(preset: str, like: str, **fields: Any) -> Cell:
-    return Cell(name=f"{like}: inside the GPU", preset=preset, cap_bytes=None, fixed=IN_GPU, like=like, **fields)
+def _in_gpu(preset: str, like: str, checkpointing: str = "none", **fields: Any) -> Cell:
+    name, fixed = f"{like}{INSIDE}", {**IN_GPU, "checkpointing": checkpointing}
+    if checkpointing != "none":
+        name += RECOMPUTING
+    return Cell(name=name, preset=preset, cap_bytes=None, fixed=fixed, like=like, **fields)
 
 
 def _variant(fields: dict[str, Any]) -> str:
@@ -345,9 +347,9 @@ def train(cell: Cell, device: torch.device, row: dict[str, Any], *, until: float
         hold_to_budget(cell.cap_bytes, device)
         load_kernels(cell, device)
         row["context"]["with_kernels"] = context_bytes(device)
-        hold_to_budget(cell.cap_bytes, device)
+        hold_to_budget(cell.cap_bytes, device, kernels_loaded=True)
     training = chosen_training(cell, config, device)
-    row |= describe_choice(cell, config, training)
+    row |= describe_choice(config, training)
     yield
     began = time.perf_counter()
     prepared = prepare_training(build_model(config, training.seed).train(), training, device)
@@ -413,7 +415,8 @@ def chosen_training(cell: Cell, config: ResNetBKConfig, device: torch.device) ->
         max_grad_norm=1.0 if cell.clips else None,
         **fixed,
     )
-    return choose_strategy(config, training, budget_of(cell, device), device, fixed=fixed)
+    loaded = cell.cap_bytes is not None  # what is chosen for the whole card has room for kernels
+    return choose_strategy(config, training, budget_of(cell, device), device, fixed=fixed, kernels_loaded=loaded)
 
 
 def budget_of(cell: Cell, device: torch.device) -> Budget:
@@ -423,11 +426,10 @@ def budget_of(cell: Cell, device: torch.device) -> Budget:
     return Budget(gpu_bytes=cell.cap_bytes or torch.cuda.get_device_properties(device).total_memory)
 
 
-def describe_choice(cell: Cell, config: ResNetBKConfig, training: TrainingConfig) -> dict[str, Any]:
+def describe_choice(config: ResNetBKConfig, training: TrainingConfig) -> dict[str, Any]:
     """What was chosen, and what the planner says of it."""
-    rows = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    shape, counts = TrainingShape(batch_size=rows, sequence_length=cell.length), count_parameters(config)
-    plan = plan_strategy(strategy_of(training), config, shape, counts, Budget())
+    counts = count_parameters(config)
+    plan = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget())
     return {
         "parameters": counts.total,
         "training": asdict(training),
@@ -462,6 +464,7 @@ def timed_step(
         step,
         device=device,
         micro_batches=micro_batches,
+        by_block=prepared.by_block,
     )
     loss = result.cross_entropy.item()
     synchronizer(device)()
@@ -509,11 +512,10 @@ def table(document: dict[str, Any]) -> str:
     """The cells, as Markdown."""
     lines = [
         "| model, tokens a step | cap | by the driver | tensors | planned | on the host | strategy | tokens/s | inside "
-        "the GPU | loss |",
-        "| --- " * 10 + "|",
+        "the GPU | there, recomputing | loss |",
+        "| --- " * 11 + "|",
     ]
     cells = document["cells"]
-    inside = {row["cell"]["like"]: row for row in cells.values() if row["cell"]["like"]}
     for name, row in cells.items():
         if row["cell"]["like"]:
             continue
@@ -528,8 +530,9 @@ def table(document: dict[str, Any]) -> str:
             gigabytes(row.get("host", {}).get("peak_resident_bytes")),
             row["died"].replace("|", "/") if "died" in row else row["strategy"],
             speed(row),
-            ratio(row, inside.get(name)),
-            losses(row, inside.get(name)),
+            ratio(row, cells.get(name + INSIDE)),
+            ratio(row, cells.get(name + INSIDE + RECOMPUTING)),
+            losses(row, cells.get(name + INSIDE)),
         ]
         lines.append(f"| {' | '.join(figures)} |")
     shown = "\n".join(lines)

@@ -34,7 +34,7 @@ from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.config import Precision, TrainingConfig
-from resnet_bk.training.step import AUTOCAST_DTYPES
+from resnet_bk.training.micro_step import AUTOCAST_DTYPES
 
 WARMUP, ROUNDS = 3, 7
 LENGTHS = {"cuda": [128, 512, 1024, 4096, 16_384, 65_536, 131_072], "cpu": [128, 512, 2048, 8192]}

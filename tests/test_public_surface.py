@@ -138,6 +138,6 @@ def test_a_name_that_is_not_there_is_the_usual_error():
 
 def test_bk_carry_is_called_like_this():
     assert signature(bk_carry) == (
-        "(q, k, v, log_l, *, angle=None, starts=None, initial_state=None, output_final_state=False, form='chunked', "
-        "backend='auto')"
+        "(q, k, v, log_l, *, angle=None, starts=None, initial_state=None, skip=None, output_final_state=False, "
+        "form='chunked', backend='auto')"
     )

@@ -21,6 +21,7 @@ REVIEWED = {
     *("add_", "atan2", "constant_pad_nd", "cumsum", "exp", "fill_", "flip", "new_empty_strided", "ones"),
     *("remainder", "rsqrt", "select_backward", "sigmoid", "silu", "squeeze", "sub_"),
     *("sub", "sum", "t", "transpose", "unbind", "unsqueeze", "view", "zeros", "zeros_like"),
+    *("resnet_bk.gated_norm", "resnet_bk.gated_norm_backward"),
 }
 
 

@@ -428,10 +428,10 @@ def test_an_error_leaves_everything_idle_and_usable(where):
     plain, streamed, handle = twins()
     failing = streamed.blocks[2]
     tokens = batch(0)
-    fail = FloatingPointError("in the middle")
 
     def raise_it(*_):
-        raise fail
+        # A new one each time: one that is kept keeps its frames, and in older torch a checkpoint's hooks with them.
+        raise FloatingPointError("in the middle")
 
     handles = []
     if where == "forward":
@@ -840,15 +840,19 @@ def test_on_a_gpu(micro_batches):
         model.loss(tokens.to(device)).backward()
 
     assert_same(plain, streamed, what=lambda parameter: parameter.detach().cpu())
-    for expected, got in zip(
-        steps(plain, micro_batches=micro_batches, backward=backward),
-        steps(streamed, micro_batches=micro_batches, backward=backward),
-        strict=True,
+    for step, (expected, got) in enumerate(
+        zip(
+            steps(plain, micro_batches=micro_batches, backward=backward),
+            steps(streamed, micro_batches=micro_batches, backward=backward),
+            strict=True,
+        )
     ):
         assert_idle(streamed)
+        # The GPU adds up in no fixed order, and Adam divides what is next to nothing by what is next to nothing.
+        most = 1e-3 if step else 1e-5
         for name, gradient in expected.items():
-            # The optimizer's own rounding is another on the host.
-            torch.testing.assert_close(got[name].cpu(), gradient.cpu(), rtol=1e-4, atol=1e-5)
+            error = (got[name].cpu() - gradient.cpu()).norm() / gradient.cpu().norm()
+            assert error < most, f"step {step}: {name} is {error} off"
     with torch.no_grad():
         tokens = batch(0).to(device)
         torch.testing.assert_close(streamed.eval()(tokens), plain.eval()(tokens), rtol=1e-3, atol=1e-3)

@@ -13,8 +13,9 @@ from resnet_bk.memory.strategy import Strategy
 from resnet_bk.memory.tracking import TensorTracker, training_tensors
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.micro_step import autocast
 from resnet_bk.training.optimizer import build_optimizer
-from resnet_bk.training.step import autocast, build_scaler, train_step
+from resnet_bk.training.step import build_scaler, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:causal=False")
 CPU = torch.device("cpu")

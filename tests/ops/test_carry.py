@@ -13,11 +13,20 @@ from resnet_bk.ops.carry.chunked import CHUNK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 17 * CHUNK + 5]
-NAMES = ("q", "k", "v", "log_l", "initial_state", "angle")
+NAMES = ("q", "k", "v", "log_l", "initial_state", "angle", "skip")
 
 
 def arguments(
-    length, *, angle=False, starts=False, key_size=6, value_size=5, dtype=torch.float32, seed=0, device="cpu"
+    length,
+    *,
+    angle=False,
+    starts=False,
+    skip=False,
+    key_size=6,
+    value_size=5,
+    dtype=torch.float32,
+    seed=0,
+    device="cpu",
 ):
     """Two rows, three heads, whose decays are next to none, slow, and at once."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +44,8 @@ def arguments(
     }
     if angle:
         inputs["angle"] = normal(rows, length, heads).float()
+    if skip:
+        inputs["skip"] = normal(heads).float()
     if starts:
         inputs["starts"] = (torch.rand(rows, length, generator=generator) < 0.03).to(device)
     return inputs
@@ -76,7 +87,8 @@ def test_it_carries_content_by_the_resolvent_of_the_chain_cut_at_each_token(regi
         ratios = bk_core(v, z, h0=0.0)
         a, log_l, angle = v - z, ratios.abs().log(), ratios.angle()
     q, k, x = (torch.randn(1, length, heads, 4, dtype=torch.float64) for _ in range(3))
-    o = bk_carry(q, k, x, log_l, angle=angle)
+    skip = torch.randn(heads, dtype=torch.float64)
+    o = bk_carry(q, k, x, log_l, angle=angle, skip=skip) - skip.unsqueeze(-1) * x
     for head in range(heads):
         # With an angle, coordinates (i, i + 2) are real and imaginary part.
         q_, k_ = ((y[0, :, head, :2] + 1j * y[0, :, head, 2:]) if angle is not None else y[0, :, head] for y in (q, k))
@@ -91,8 +103,9 @@ def test_it_carries_content_by_the_resolvent_of_the_chain_cut_at_each_token(regi
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("angle", [False, True])
 @pytest.mark.parametrize("starts", [False, True])
-def test_all_forms_agree_with_every_gradient(length, angle, starts):
-    inputs = arguments(length, angle=angle, starts=starts)
+@pytest.mark.parametrize("skip", [False, True])
+def test_all_forms_agree_with_every_gradient(length, angle, starts, skip):
+    inputs = arguments(length, angle=angle, starts=starts, skip=skip)
     expected = reference(inputs)
     assert_equal(everything(inputs), expected, 5e-6)
     if length <= 2 * CHUNK:
@@ -107,18 +120,20 @@ def test_all_forms_agree_with_every_gradient(length, angle, starts):
     key_size=st.integers(1, 9),
     value_size=st.integers(1, 9),
     starts=st.booleans(),
+    skip=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(length, key_size, value_size, starts, seed):
-    inputs = arguments(length, key_size=key_size, value_size=value_size, starts=starts, seed=seed)
+def test_any_shape(length, key_size, value_size, starts, skip, seed):
+    inputs = arguments(length, key_size=key_size, value_size=value_size, starts=starts, skip=skip, seed=seed)
     assert_equal(everything(inputs), reference(inputs), 5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("length", [1, CHUNK - 1, 2 * CHUNK + 1, 6 * CHUNK])
 @pytest.mark.parametrize("starts", [False, True])
-def test_the_triton_kernels_agree(dtype, length, starts):
-    inputs = arguments(length, starts=starts, key_size=8, value_size=20, dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_triton_kernels_agree(dtype, length, starts, skip):
+    inputs = arguments(length, starts=starts, skip=skip, key_size=8, value_size=20, dtype=dtype, device=DEVICE)
     tolerance = 5e-6 if dtype == torch.float32 else 3e-3
     assert_equal(everything(inputs, backend="triton"), reference(inputs), tolerance)
 
@@ -184,6 +199,15 @@ def test_extreme_decays_stay_finite(log_l, backend):
     assert_equal(everything(inputs, backend=backend), reference(inputs), 5e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_right_behind_a_decay_to_nothing_has_its_own_decay_to_the_last_digit(backend):
+    # Sums of logarithms that are as large as this have no digit left for those after them.
+    inputs = arguments(9, device=DEVICE if backend == "triton" else "cpu")
+    inputs["log_l"] = torch.full_like(inputs["log_l"], -0.1)
+    inputs["log_l"][:, 4] = -3e5
+    assert_equal(everything(inputs, backend=backend), reference(inputs), 5e-6)
+
+
 @pytest.mark.slow
 def test_a_million_tokens_do_not_drift():
     length = 2**20
@@ -197,13 +221,15 @@ def test_a_million_tokens_do_not_drift():
 
 
 @pytest.mark.parametrize("with_starts", [False, True])
+@pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_accepts_the_operator(with_starts, dtype):
+def test_torch_accepts_the_operator(with_starts, with_skip, dtype):
     q, k, v, log_l, state = (
         x.to(dtype).requires_grad_() for x in arguments(CHUNK + 2, key_size=3, value_size=2).values()
     )
     starts = torch.rand(2, CHUNK + 2) < 0.05 if with_starts else None
-    torch.library.opcheck(operators.carry, (q, k, v, log_l, starts, state, "torch"))
+    skip = torch.randn(3, dtype=dtype, requires_grad=True) if with_skip else None
+    torch.library.opcheck(operators.carry, (q, k, v, log_l, starts, state, skip, "torch"))
 
 
 def test_its_products_are_counted():
@@ -248,6 +274,7 @@ def test_the_triton_kernels_refuse_what_they_cannot_do():
         ({"log_l": torch.zeros(2, 4, 3, dtype=torch.long)}, "real"),
         ({"initial_state": torch.zeros(2, 3, 5, 6)}, "initial_state"),
         ({"starts": torch.zeros(2, 4)}, "bool"),
+        ({"skip": torch.zeros(2)}, "skip"),
         ({"form": "magic"}, "form"),
         ({"backend": "magic"}, "backend"),
         (

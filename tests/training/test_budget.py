@@ -25,6 +25,7 @@ from resnet_bk.training import budget as budget_module
 from resnet_bk.training.budget import (
     BUSY_TOKENS,
     FRAGMENTATION,
+    KERNELS_BYTES,
     choose_strategy,
     context_bytes,
     half_type_of,
@@ -36,11 +37,11 @@ from resnet_bk.training.data import prepare_dataset, training_batch
 from resnet_bk.training.run import open_run
 from resnet_bk.training.start import resume_run
 from resnet_bk.training.step import train_step
-from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields
+from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 STRATEGY_FIELDS = tuple(training_fields(STRATEGIES[0], "bf16"))
-MODEL = ResNetBKConfig.from_preset("tiny", num_layers=5, hidden_size=64, intermediate_size=128, vocab_size=256)
+MODEL = ResNetBKConfig.from_preset("tiny", num_layers=16, hidden_size=64, intermediate_size=128, vocab_size=256)
 TRAINING = TrainingConfig(batch_size=8, sequence_length=512, device="cpu")
 MANY = 10**15
 # The order that choose_strategy has: each strategy, and behind those with moments on the host the same in bfloat16.
@@ -68,8 +69,8 @@ def rows_of(training):
 
 
 def planned(training, model=MODEL):
-    shape = TrainingShape(batch_size=rows_of(training), sequence_length=training.sequence_length)
-    return plan_strategy(strategy_of(training), model, shape, counts_of(tuple(model.own_fields().items())), Budget())
+    counts = counts_of(tuple(model.own_fields().items()))
+    return plan_strategy(strategy_of(training), model, training_shape(training), counts, Budget())
 
 
 def needs_on_device(training, device=CPU, model=MODEL):
@@ -78,8 +79,10 @@ def needs_on_device(training, device=CPU, model=MODEL):
 
 
 def place(training):
-    """Where in the order the chosen strategy is."""
-    return ORDER.index(replace(strategy_of(training), name=""))
+    """Where in the order the chosen strategy is: last where gradients cross with each of several micro-batches."""
+    strategy = strategy_of(training)
+    crosses = strategy.offload_optimizer and not strategy.goes_by_block and rows_of(training) < training.batch_size
+    return ORDER.index(replace(strategy, name="")) + (len(ORDER) if crosses else 0)
 
 
 def choose(gpu_bytes=None, host_bytes=None, *, training=TRAINING, device=CPU, **options):
@@ -182,8 +185,10 @@ def test_what_the_driver_has_taken_is_not_there_to_be_used(on_a_gpu, monkeypatch
     need = int(needs_on_device(whole, GPU) * (1 + FRAGMENTATION)) + 2
     assert choose(need, device=GPU) == whole
     monkeypatch.setattr(budget_module, "context_bytes", lambda _: 500_000_000)
-    assert choose(need + 500_000_000, device=GPU) == whole
-    assert choose(need + 499_900_000, device=GPU) != whole
+    taken = 500_000_000 + KERNELS_BYTES
+    assert choose(need + taken, device=GPU) == whole
+    assert choose(need + taken - 100_000, device=GPU) != whole
+    assert choose(need + 500_000_000, device=GPU, kernels_loaded=True) == whole
 
 
 def test_the_host_is_a_budget_too():
@@ -338,18 +343,35 @@ def test_what_is_chosen_computes_in_it(monkeypatch, supported, half):
 
 @pytest.mark.parametrize("budget", [0.5, 1, 3], ids=["half of it", "all of it", "more than there is"])
 def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, budget):
-    total, context, shares = 10_000_000, 1_000_000, []
+    total, context, shares = 10_000_000_000, 900_000_000, []
 
     class Properties:
         total_memory = total
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(budget_module, "context_bytes", lambda _: context)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append((share, device))
     )
-    hold_to_budget(int(budget * total), GPU)
-    assert shares == [(pytest.approx(min(1.0, budget - 0.1)), GPU)]
+    for device in (torch.device("cuda", 1), torch.device("cuda")):
+        hold_to_budget(int(budget * total), device)
+    hold_to_budget(int(budget * total), GPU, kernels_loaded=True)
+    share, later = (pytest.approx(min(1.0, budget - gone)) for gone in (0.1, 0.09))
+    assert shares == [(share, 1), (share, 3), (later, 0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_allocator_refuses_what_exceeds_the_budget():
+    device = torch.device("cuda")
+    try:
+        hold_to_budget(context_bytes(device) + 100_000_000, device, kernels_loaded=True)
+        torch.empty(50_000_000, dtype=torch.uint8, device=device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(200_000_000, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # A strategy and a configuration say the same.
@@ -396,7 +418,7 @@ def budgets_of_the_command():
     plans = []
     for strategy in STRATEGIES:
         for rows in (8, 1):
-            shape = TrainingShape(batch_size=rows, sequence_length=64)
+            shape = TrainingShape(batch_size=rows, sequence_length=64, micro_batches=8 // rows)
             plans.append(plan_strategy(strategy, model, shape, count_parameters(model), Budget()).tensor_bytes)
     low, high = int(1.08 * min(plans)), int(1.1 * max(plans))
     return [high, (high + low) // 2, (high + 3 * low) // 4, low]
@@ -443,7 +465,7 @@ def peak_of_a_step(out):
     ]
 
     def step(number):
-        more = {"device": CPU, "micro_batches": trainer.micro_batches}
+        more = {"device": CPU, "micro_batches": trainer.micro_batches, "by_block": trainer.by_block}
         train_step(*arguments, [batches[number]], config, 2 + number, **more)
 
     step(0)

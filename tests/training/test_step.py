@@ -12,8 +12,9 @@ from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenSplit, train_tokenizer, training_batch
 from resnet_bk.training.evaluate import evaluate
+from resnet_bk.training.micro_step import seed_micro_step
 from resnet_bk.training.optimizer import build_optimizer
-from resnet_bk.training.step import build_scaler, choose_device, seed_micro_step, train_step
+from resnet_bk.training.step import build_scaler, choose_device, train_step
 
 CPU = torch.device("cpu")
 MIXERS = ["resolvent", "bk", "attention"]

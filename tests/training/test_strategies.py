@@ -28,7 +28,8 @@ from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.checkpoint import MOMENTS, WEIGHTS, checkpoints, load_model_checkpoint, step_of
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.loop import TrainingInterruptedError
-from resnet_bk.training.step import seed_micro_step, train_step, updates_in_backward
+from resnet_bk.training.micro_step import seed_micro_step
+from resnet_bk.training.step import train_step, updates_in_backward
 from resnet_bk.training.strategy import prepare_training
 
 CPU = torch.device("cpu")
@@ -95,6 +96,7 @@ class Session:
         self.config = TrainingConfig(**{**defaults, **training})
         prepared = prepare_training(model or tiny(**dict(overrides)), self.config, CPU)
         self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, scaler or prepared.scaler
+        self.by_block = prepared.by_block
         self.micro_batches = MicroBatches(min(rows, self.config.micro_batch_size or rows))
         self.rows, self.number = rows, 0
 
@@ -104,7 +106,7 @@ class Session:
 
     def step(self):
         arguments = (self.model, self.optimizer, self.scaler, self.batches(), self.config, self.number)
-        result = train_step(*arguments, device=CPU, micro_batches=self.micro_batches)
+        result = train_step(*arguments, device=CPU, micro_batches=self.micro_batches, by_block=self.by_block)
         self.number += 1
         return result
 
@@ -565,26 +567,27 @@ def test_whoever_reads_checkpoints_reads_these(tmp_path, text_file, strategy):
 
 
 def poisoned(model, monkeypatch, *, at, poison):
-    """From its call number ``at`` on, the model's output goes through ``poison``."""
-    forward, calls = model.forward, []
+    """From its call number ``at`` on, the model's loss goes through ``poison``."""
+    loss_of, calls = model.loss_of, []
 
-    def poisoned_forward(*arguments, **options):
-        output = forward(*arguments, **options)
+    def poisoned_loss(*arguments, **options):
+        nats, loss = loss_of(*arguments, **options)
         if model.training:
             calls.append(1)
             if len(calls) >= at:
-                poison(output)
-        return output
+                return poison(nats, loss)
+        return nats, loss
 
-    monkeypatch.setattr(model, "forward", poisoned_forward)
-
-
-def nan_loss(output):
-    output.loss, output.cross_entropy = output.loss * math.nan, output.cross_entropy * math.nan
+    monkeypatch.setattr(model, "loss_of", poisoned_loss)
 
 
-def nan_gradient(output):
-    output.loss.register_hook(lambda gradient: gradient * math.nan)
+def nan_loss(nats, loss):
+    return nats * math.nan, loss * math.nan
+
+
+def nan_gradient(nats, loss):
+    loss.register_hook(lambda gradient: gradient * math.nan)
+    return nats, loss
 
 
 @pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
@@ -606,32 +609,46 @@ ROOMS = {"plain": {}, "all together": ALL_TOGETHER, "all, halved": ROUNDED["all,
 
 
 def with_room_for(model, monkeypatch, most, *, where="forward", after=0):
-    """Has more than ``most`` rows run out of memory, from the call number ``after`` on."""
-    forward, calls = model.forward, []
+    """Has more than ``most`` rows run out of memory once ``after`` losses were computed; returns the rows of each."""
+    loss_of, calls = model.loss_of, []
+    first_is_without_gradients = False
 
-    def limited(input_ids, **options):
-        fails = model.training and len(input_ids) > most and len(calls) >= after
-        calls.append(len(input_ids))
-        if fails and where == "forward":
+    def fails(x):
+        return model.training and len(x) > most and len(calls) >= after
+
+    def limited(hidden, *arguments, **options):
+        fails_here = fails(hidden)
+        calls.append(len(hidden))
+        result = loss_of(hidden, *arguments, **options)
+        if fails_here and where == "after forward":
             raise torch.OutOfMemoryError("no room")
-        output = forward(input_ids, **options)
-        if fails and where == "after forward":
-            raise torch.OutOfMemoryError("no room")
-        if fails and where == "backward":
-            # Where the first block's gradients are all there, and the embedding's is not.
+        if fails_here and where == "backward":
             fail_in_backward(model)
-        return output
+        return result
 
-    monkeypatch.setattr(model, "forward", limited)
+    def in_the_last_block(_block, arguments):
+        nonlocal first_is_without_gradients
+        first_is_without_gradients |= model.training and not torch.is_grad_enabled()
+        again = first_is_without_gradients and torch.is_grad_enabled()
+        if where == "forward" and not again and fails(arguments[0]):
+            calls.append(len(arguments[0]))
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model, "loss_of", limited)
+    model.model.layers[-1].register_forward_pre_hook(in_the_last_block)
     return calls
 
 
 def fail_in_backward(model):
+    """In the first block, once: those behind it have their gradients."""
+    weight = model.model.layers[0].moe.router.weight
+
     def fail(_gradient):
-        handle.remove()
+        weight._backward_hooks.clear()
         raise torch.OutOfMemoryError("no room")
 
-    handle = model.model.embed_tokens.weight.register_hook(fail)
+    if not weight._backward_hooks:
+        weight.register_hook(fail)
 
 
 def losses_of(run):
@@ -655,15 +672,20 @@ def test_out_of_memory_is_training_with_smaller_micro_batches(tmp_path, text_fil
     options |= ROOMS[strategy]
     expected = finish(start(tmp_path / "small", text_file, micro_batch_size=2, **options))
     ready = start(tmp_path / "run", text_file, observer=told.append, **options)
-    # The second batch of the first step is the first that does not fit: gradients are there already.
-    calls = with_room_for(ready.trainer.model, monkeypatch, 3, where=where, after=1)
+    # The second batch of the first step is the first that does not fit: gradients are there already, except where all
+    # batches go forward first.
+    after = 0 if where == "forward" else 1
+    calls = with_room_for(ready.trainer.model, monkeypatch, 3, where=where, after=after)
     summary = finish(ready)
     assert [entry for entry in told if "micro_batch_size" in entry] == [
         {"micro_batch_size": 4},
         {"micro_batch_size": 2},
     ]
     assert told[0] == {"micro_batch_size": 4}
-    assert [rows for rows in calls if rows > 2] == [8, 8, 4], "what did not fit is not tried again"
+    fours = 4 if where == "backward" and strategy != "plain" else 1  # losses, before the first block's backward
+    assert [rows for rows in calls if rows > 2] == [8] * (1 + after) + [4] * fours, (
+        "what did not fit is not tried again"
+    )
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "small")
     assert metrics_without_times(tmp_path / "run") == metrics_without_times(tmp_path / "small")
     assert_same_state(summary.checkpoint, expected.checkpoint)
@@ -710,8 +732,9 @@ def test_it_may_run_out_in_a_step_that_would_update_in_backward(monkeypatch, opt
     assert session.micro_batches.rows == 2
 
 
-def test_where_weights_were_being_updated_nothing_is_tried_again(monkeypatch):
-    session = Session(rows=4, overrides={"mixer": "attention"}, **ROUNDED["updated in backward"])
+@pytest.mark.parametrize("options", [ROUNDED["updated in backward"], {**ALL_TOGETHER, "max_grad_norm": None}], ids=str)
+def test_where_weights_were_being_updated_nothing_is_tried_again(monkeypatch, options):
+    session = Session(rows=4, overrides={"mixer": "attention"}, **options)
     # Two passes of the first step; of the second step's two, the last one updates.
     with_room_for(session.model, monkeypatch, 2, where="backward", after=3)
     session.step()
@@ -721,18 +744,18 @@ def test_where_weights_were_being_updated_nothing_is_tried_again(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ROOMS)
 def test_one_row_that_does_not_fit_is_one_line(tmp_path, text_file, monkeypatch, capfd, strategy):
-    forward = ResNetBKForCausalLM.forward
+    loss_of = ResNetBKForCausalLM.loss_of
 
     def out_of_memory(model, *arguments, **options):
         if model.training:
             raise torch.OutOfMemoryError("no room")
-        return forward(model, *arguments, **options)
+        return loss_of(model, *arguments, **options)
 
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ROOMS[strategy].items()]
     words = ["train", "--preset", "tiny", "--tokenizer", "char", "--data", str(text_file), "--steps", "2"]
     words += ["--batch-size", "4", "--sequence-length", "16", "--num-threads", "1", "--device", "cpu", *flags]
     with monkeypatch.context() as patch:
-        patch.setattr(ResNetBKForCausalLM, "forward", out_of_memory)
+        patch.setattr(ResNetBKForCausalLM, "loss_of", out_of_memory)
         assert main([*words, "--out", str(tmp_path / "run")]) == 2
     captured = capfd.readouterr()
     *lines, last = captured.err.splitlines()

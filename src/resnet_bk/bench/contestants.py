@@ -14,8 +14,8 @@ from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.schema import SEED_MIXER, Contestant
 from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.micro_step import autocast
 from resnet_bk.training.optimizer import build_optimizer
-from resnet_bk.training.step import autocast
 
 OURS, BASELINE = "resnet-bk", "transformer"
 LABELS = {OURS: "ResNet-BK", BASELINE: "Transformer", SEED_MIXER: "Seed's mixer"}

@@ -94,7 +94,7 @@ def _resolvent_flops(config: ResNetBKConfig, batch_size: int, sequence_length: i
     widths = (config.key_size or 1, hidden // heads)
     return [
         _products("query, key and value projection", 2 * blocks * hidden * channels),
-        *_convolution(config, blocks * channels),
+        *_convolution(config, blocks * channels, again=config.key_size > 0),
         _products("potential projection", 2 * sites * hidden),
         ComponentFlops(component="chains", forward=chain[0] * sites, backward=chain[1] * sites),
         ComponentFlops(
@@ -106,10 +106,12 @@ def _resolvent_flops(config: ResNetBKConfig, batch_size: int, sequence_length: i
     ]
 
 
-def _convolution(config: ResNetBKConfig, channels_of_tokens: int) -> list[ComponentFlops]:
+def _convolution(config: ResNetBKConfig, channels_of_tokens: int, *, again: bool = False) -> list[ComponentFlops]:
+    """``again``: its output is not kept, and backward computes it once more."""
     if not config.conv_size:
         return []
-    return [_products("short convolution", 2 * config.conv_size * channels_of_tokens)]
+    forward = 2 * config.conv_size * channels_of_tokens
+    return [ComponentFlops(component="short convolution", forward=forward, backward=(3 if again else 2) * forward)]
 
 
 def attended_pairs(queries: int, keys: int, causal: bool) -> int:

@@ -52,6 +52,7 @@ def _capabilities() -> dict[str, Any]:
     from resnet_bk.ops.convolution import choose_convolution_backend
     from resnet_bk.ops.grouped import choose_moe_backend
     from resnet_bk.ops.loss import choose_loss_backend
+    from resnet_bk.ops.projections import choose_projections_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -61,6 +62,7 @@ def _capabilities() -> dict[str, Any]:
         "bk_tunnel": choose_backend(device),
         "bk_carry": choose_carry_backend(device),
         "convolution": choose_convolution_backend(device),
+        "projections": choose_projections_backend(device),
         "moe": choose_moe_backend(device, torch.bfloat16, 0, 0, 0),
         "loss": choose_loss_backend(device, torch.float32),
     }

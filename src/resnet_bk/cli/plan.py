@@ -35,6 +35,8 @@ class PlanCommand:
     """Sequences in a micro-batch."""
     sequence_length: int = 128
     """Tokens in a sequence."""
+    micro_batches: int = 1
+    """Micro-batches in a step: where a step goes block by block, their inputs wait on the host."""
     gpu_memory: str | None = None
     """What the GPU has, like 12GB or 11.9GiB."""
     host_memory: str | None = None
@@ -50,7 +52,9 @@ class PlanCommand:
         from resnet_bk.models import ResNetBKConfig
 
         budget = Budget.parse(self.gpu_memory, self.host_memory)
-        shape = TrainingShape(batch_size=self.batch_size, sequence_length=self.sequence_length)
+        shape = TrainingShape(
+            batch_size=self.batch_size, sequence_length=self.sequence_length, micro_batches=self.micro_batches
+        )
         try:
             config = ResNetBKConfig.from_preset(self.preset, **given(self.model))
         except ValueError as error:

@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_map
 
 from resnet_bk.frugal.host import host_empty
 
-LANDING_PLACES = 3  # gradients on their way at once: one that arrives, one that is added up, one to spare
+# Gradients on their way at once take at most as much memory as so many of the largest: one that arrives, one that is
+# added up, one to spare. Of smaller ones there are more, so that a block's whole crowd of them need not wait.
+LANDING_PLACES = 3
 DEPARTURES = 2  # weights on their way back at once: one that leaves while the next is rounded
 
 
@@ -89,9 +91,8 @@ class Courier:
         self._on_gpu = device.type == "cuda"
         self._down = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._up = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
-        self._landings = [_Landing() for _ in range(LANDING_PLACES)]
-        self._departures = [_Landing() for _ in range(DEPARTURES)]
-        self._turn = 0
+        self._landings = _Landings()
+        self._departures = [_Place() for _ in range(DEPARTURES)]
         self._last: Future[None] | None = None
 
     def do(self, work: Callable[[], None]) -> Future[None]:
@@ -106,10 +107,8 @@ class Courier:
 
     def bring(self, gradient: Tensor, then: Callable[[Tensor], object]) -> Future[None]:
         """Copies a gradient to the host and has the worker call ``then`` with it; its memory is free afterwards."""
-        landing = self._landings[self._turn % LANDING_PLACES]
-        self._turn += 1
-        landing.wait()
-        place = landing.place(gradient)
+        landing = self._landings.free_for(gradient)
+        place = landing.room_for(gradient)
         if self._down is None:
             place.copy_(gradient)
             arrived = None
@@ -141,7 +140,7 @@ class Courier:
         self._departures.reverse()
         departure.wait()
         # Rounded here: half the bytes on the way, and no room on the device for more than the weight itself.
-        place = departure.place(weight).copy_(source)
+        place = departure.room_for(weight).copy_(source)
         with torch.cuda.stream(self._up):
             if after is not None:
                 self._up.wait_event(after)
@@ -155,7 +154,33 @@ class Courier:
         return torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None
 
 
-class _Landing:
+class _Landings:
+    """Places for gradients that arrive."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []  # those that have waited longest first
+        self._largest = 0
+
+    def free_for(self, gradient: Tensor) -> "_Place":
+        """A place that is large enough; waits for one only where all that may be are in use."""
+        num_bytes = gradient.nbytes
+        self._largest = max(self._largest, num_bytes)
+        while True:
+            fitting = [place for place in self._places if place.is_free() and place.size >= num_bytes]
+            if fitting:
+                chosen = min(fitting, key=lambda place: place.size)
+                self._places.remove(chosen)
+                break
+            if sum(place.size for place in self._places) + num_bytes <= LANDING_PLACES * self._largest:
+                chosen = _Place()
+                break
+            # Too small, or in use: its memory is needed for this one.
+            self._places.pop(0).wait()
+        self._places.append(chosen)
+        return chosen
+
+
+class _Place:
     """A piece of host memory that grows to the largest tensor that has been there."""
 
     def __init__(self) -> None:
@@ -163,13 +188,22 @@ class _Landing:
         self.event: Any = None
         self._bytes: Tensor | None = None
 
-    def place(self, like: Tensor) -> Tensor:
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return 0 if self._bytes is None else self._bytes.numel()
+
+    def is_free(self) -> bool:
+        """Whether what was there is no longer needed."""
+        return self.future is None or self.future.done()
+
+    def room_for(self, like: Tensor) -> Tensor:
         """Room for a tensor of this shape and type."""
-        num_bytes = like.numel() * like.element_size()
-        if self._bytes is None or self._bytes.numel() < num_bytes:
+        if self.size < like.nbytes:
             self._bytes = None  # before the new one: never both
-            self._bytes = host_empty(num_bytes, dtype=torch.uint8)
-        return self._bytes[:num_bytes].view(like.dtype).view(like.shape)
+            self._bytes = host_empty(like.nbytes, dtype=torch.uint8)
+        assert self._bytes is not None
+        return self._bytes[: like.nbytes].view(like.dtype).view(like.shape)
 
     def wait(self) -> None:
         """Returns when what was there is no longer needed."""

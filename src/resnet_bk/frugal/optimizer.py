@@ -43,6 +43,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
     backward pass of a step updates each weight as soon as its gradient is there: faster, but nothing may then change
     gradients between backward and step, neither clipping nor a loss scale.
 
+    ``has_begun`` says whether that has updated any since it was entered last.
+
     Masters follow a weight that was changed in place from outside (``load_state_dict``, say), at the next step.
 
     Args:
@@ -76,7 +78,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._moments_dtype, self._seed = moments_dtype, seed
         self._courier = None if device is None else Courier(device)
         self._slots: dict[nn.Parameter, _Slot] = {}
-        self._in_backward = False
+        self._in_backward = self.has_begun = False
+        self._held: set[nn.Parameter] = set()
+        self._adds_up = False
         self._squares: list[float] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
         for turn, block in enumerate(blocks, start=1):
@@ -122,12 +126,30 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         ``step`` must follow; it does what is left.
         """
-        self._in_backward = True
+        self._in_backward, self.has_begun = True, False
         self._squares = []
         try:
             yield
         finally:
             self._in_backward = False
+
+    @contextmanager
+    def holding(self, parameters: Iterable[nn.Parameter], *, add_up: bool = True) -> Iterator[None]:
+        """Around several backward passes: the gradients of ``parameters`` stay on the device and leave it at the end.
+
+        They are summed there in float32, as they would be on the host, and cross once. Without ``add_up`` there is but
+        one pass, and what crosses is in the weights' type.
+        """
+        held = [parameter for parameter in parameters if parameter in self._slots]
+        self._held.update(held)
+        self._adds_up = add_up
+        try:
+            yield
+        finally:
+            self._held.difference_update(held)
+        for parameter in held:
+            if parameter.grad is not None:
+                self._taken(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -197,6 +219,20 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 self._slots[parameter].group = group  # torch has replaced them
                 self._slots[parameter].load(state_dict["state"].get(index, {}))
 
+    @torch.no_grad()
+    def _taken(self, parameter: nn.Parameter) -> None:
+        """After each pass that has made a gradient, or added to it."""
+        slot = self._slots[parameter]
+        if parameter in self._held:
+            if self._adds_up and parameter.grad is not None and host_gradient(parameter) is None:
+                parameter.grad = parameter.grad.float()
+        elif host_gradient(parameter) is None:
+            self._take(slot)
+        elif self._in_backward:
+            # Accumulated from earlier passes: this one was the last.
+            self._update(slot)
+            parameter.grad = None
+
     def _take(self, slot: "_Slot") -> None:
         """Sends a gradient that is on the device to the host; a ``HostGradient`` takes its place."""
         assert self._courier is not None and slot.parameter.grad is not None
@@ -222,6 +258,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _update(self, slot: "_Slot", gradient: Tensor | None = None) -> None:
         """Has the worker update a parameter: by ``gradient``, which is on the device, or by what is on the host."""
         assert self._courier is not None
+        self.has_begun |= self._in_backward
         slot.follow()
         squares = self._squares if self._in_backward else None
         work = partial(self._updated, slot, _settings(slot.group), self._courier.moment(), squares)
@@ -331,16 +368,8 @@ def like_dtensor(local: Tensor, like: DTensor) -> DTensor:
 
 def _take(reference: "weakref.ref[OffloadedAdamW]", parameter: nn.Parameter) -> None:
     optimizer = reference()
-    if optimizer is None:
-        return
-    slot = optimizer._slots[parameter]
-    with torch.no_grad():
-        if host_gradient(parameter) is None:
-            optimizer._take(slot)
-        elif optimizer._in_backward:
-            # Accumulated from earlier passes: this one was the last.
-            optimizer._update(slot)
-            parameter.grad = None
+    if optimizer is not None:
+        optimizer._taken(parameter)
 
 
 def _before_use(reference: "weakref.ref[OffloadedAdamW]", block: nn.Module, *_: Any) -> None:

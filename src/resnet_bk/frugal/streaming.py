@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_bk.frugal.host import ALIGNMENT, host_empty, is_host_memory
 
-# A slot's tenant is the backward pass that needs it, by the number of its graph task, or a forward pass.
-_FORWARD = -1
+# A slot's tenant is the backward pass that needs it, by the number of its graph task, or a forward pass, or whoever
+# holds its block.
+_FORWARD, _HOLDER = -1, -2
 
 _NOT_RECOMPUTED = (
     "backward needs weights of a streamed block that have left the device since its forward: checkpoint the blocks, "
@@ -108,6 +109,7 @@ class StreamedBlocks:
                 slot.memory.record_stream(self._copies)
         self._gradients = _HostGradients(device)
         self._backwards: set[int] = set()
+        self._held: int | None = None
         self._last_forward: int | None = None
         self._came_before: dict[int, int | None] = {}
         try:
@@ -130,6 +132,38 @@ class StreamedBlocks:
     def host_bytes(self) -> int:
         """Bytes of weights in host memory, with what aligns them."""
         return sum(home.nbytes for block in self._blocks for home, _ in block.homes)
+
+    @contextmanager
+    def holding(self, block: nn.Module, *, then: nn.Module | None = None) -> Iterator[None]:
+        """Has one block's weights stay on the device until the end, for any number of passes through this block alone.
+
+        Meanwhile it is an ordinary module there, also for backward; nothing has to be checkpointed. ``then`` is the one
+        to be held next, which is fetched ahead. Gradients stay on the device, where they add up, and go to host memory
+        at the end, to those that are there.
+
+        Raises:
+            RuntimeError: a pass is under way, or a block is held already.
+        """
+        numbers = {entry.module: number for number, entry in enumerate(self._blocks)}
+        self._end_failed_backwards()
+        if self._backwards or self._held is not None or any(slot.tenant is not None for slot in self._slots):
+            raise RuntimeError("a pass is under way, or a block is held; hold one block at a time, between passes")
+        index = numbers[block]
+        slot = self._move_in(index, _HOLDER, None if then is None or then is block else numbers[then])
+        for weight in self._blocks[index].weights:
+            self._gradients.put_aside(weight.parameter)
+        self._held = index
+        ended_well = False
+        try:
+            with _uncached_autocast():
+                yield
+            ended_well = True
+        finally:
+            self._held = None
+            for weight in self._blocks[index].weights:
+                self._gradients.take(weight.parameter)
+            self._unload(slot, checked=ended_well)
+            self._settle()
 
     def remove(self, device: torch.device) -> None:
         """Makes the blocks ordinary modules again, with parameters, gradients and buffers on ``device``.
@@ -155,6 +189,10 @@ class StreamedBlocks:
 
     def _run(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A block's forward with its weights on the device."""
+        if self._held is not None:
+            if self._held != index:
+                raise RuntimeError(f"block {self._held} is held, and block {index} was called; hold the one that runs")
+            return self._without_weights(forward(*args, **kwargs))
         task = torch._C._current_graph_task_id()
         recomputes = task != -1 and torch.is_grad_enabled()
         guard = _Guard(self, index)
@@ -187,11 +225,16 @@ class StreamedBlocks:
             if slot.holds == index and slot.tenant == tenant != _FORWARD:
                 block.use(self._slots.index(slot))
                 return slot
+        if torch.is_grad_enabled():
+            self._install_hooks(block)
+        return self._move_in(index, tenant, self._following(index, tenant))
+
+    def _move_in(self, index: int, tenant: int, following: int | None) -> "_Slot":
+        """The slot where the block's parameters are from now on; ``following`` is fetched into the other one."""
+        block = self._blocks[index]
         for slot in self._slots:
             self._unload(slot, checked=True)
         block.check_at_home()
-        if torch.is_grad_enabled():
-            self._install_hooks(block)
         slot = self._find(index, tenant) or self._fetch(index, self._other_slot(self._recent))
         for other in self._slots:
             # Fetched ahead, but another block came: by the time of its turn this may be out of date.
@@ -199,7 +242,6 @@ class StreamedBlocks:
         self._recent = slot
         slot.occupy(tenant)
         block.use(self._slots.index(slot))
-        following = self._following(index, tenant)
         if following is not None and len(self._slots) > 1 and self._find(following, tenant) is None:
             self._fetch(following, self._other_slot(slot)).is_ahead = True
         return slot
@@ -210,7 +252,7 @@ class StreamedBlocks:
         Backward also takes what the forward pass has left: these are the weights that it was computed with.
         """
         for slot in self._slots:
-            may_use = slot.is_ahead or tenant != _FORWARD
+            may_use = slot.is_ahead or tenant not in (_FORWARD, _HOLDER)
             if slot.holds == index and may_use and slot.versions == self._blocks[index].versions():
                 return slot
         return None
@@ -633,14 +675,14 @@ class _HostGradients:
 def _put_aside(owner: "weakref.ref[StreamedBlocks]", weight: "weakref.ref[_Weight]", _gradient: Tensor) -> None:
     streamed, streamed_weight = owner(), weight()
     task = torch._C._current_graph_task_id()
-    if streamed is not None and streamed_weight is not None and task != -1:
+    if streamed is not None and streamed_weight is not None and task != -1 and streamed._held is None:
         streamed._watch_backward(task)
         streamed._gradients.put_aside(streamed_weight.parameter)
 
 
 def _take_gradient(owner: "weakref.ref[StreamedBlocks]", parameter: nn.Parameter) -> None:
     streamed = owner()
-    if streamed is not None:
+    if streamed is not None and streamed._held is None:
         streamed._gradients.take(parameter)
 
 

@@ -30,10 +30,11 @@ class ShortConvolution(nn.Module):
         """y ``(B, N, C)`` and the window behind each row's last real token; real tokens come first."""
         documents_BN = None if starts_BN is None else starts_BN.cumsum(1)
         y_BNC = short_convolution(x_BNC, self.weight, window=window_BWC, documents=documents_BN)
-        return y_BNC, self._last(x_BNC.detach(), padding, window_BWC)
+        return y_BNC, self.window_behind(x_BNC, padding, window_BWC)
 
-    def _last(self, x_BNC: Tensor, padding: Padding | None, window_BWC: Tensor | None) -> Tensor:
-        before = self.size - 1
+    def window_behind(self, x_BNC: Tensor, padding: Padding | None, window_BWC: Tensor | None) -> Tensor:
+        """The window behind each row's last real token, for those who convolve in an operator of their own."""
+        x_BNC, before = x_BNC.detach(), self.size - 1
         if padding is None and x_BNC.shape[1] >= before:
             return x_BNC[:, x_BNC.shape[1] - before :].clone()  # a view would keep all tokens alive
         if window_BWC is None:

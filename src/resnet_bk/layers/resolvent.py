@@ -12,7 +12,8 @@ from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
-from resnet_bk.ops.rotation import rotate
+from resnet_bk.ops.gated_norm import gated_norm
+from resnet_bk.ops.projections import queries_keys_values
 
 Regime = Literal["tunnelling", "scattering"]
 StateKind = Literal["matrix", "vector"]
@@ -94,33 +95,44 @@ class ResolventMixer(nn.Module):
         if padding is not None:
             x_BND = padding.to_front(x_BND)
         after: MixerState = {}
-        qkv_BNC = self.qkv(x_BND)
-        if self.convolution is not None:
-            qkv_BNC, after["window"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("window"))
+        rounded_BND = _in_autocasts_type(x_BND)
+        q, k, v, window_BWC = self._queries_keys_values(self.qkv(rounded_BND), context, state.get("window"))
+        if window_BWC is not None:
+            after["window"] = window_BWC
         log_l_BNH, angle_BNH, after["chain"] = self._chains(x_BND, padding, starts_BN, state.get("chain"))
-        q, k, v = self._queries_keys_values(qkv_BNC, context)
         o_BNHV, after["carried"] = self._carry(q, k, v, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
-        gate_BND = F.silu(self.gate(x_BND))
-        # The weight in the tokens' type: torch has no fused kernel for two types, and sums in float32 in either.
-        normed_BNHV = F.rms_norm(o_BNHV, self.norm.normalized_shape, self.norm.weight.to(o_BNHV.dtype), self.norm.eps)
-        mixed_BND = normed_BNHV.flatten(-2).to(gate_BND.dtype) * gate_BND
+        assert self.norm.eps is not None
+        mixed_BND = gated_norm(o_BNHV, self.norm.weight, self.gate(rounded_BND), self.norm.eps)
         if padding is not None:
             mixed_BND = padding.restore(mixed_BND)
         return self.output(mixed_BND), after
 
-    def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
-        qkv_BNHC = torch.unflatten(F.silu(qkv_BNC), -1, (self.num_heads, -1))
-        size = self.key_size
-        if not size:
-            one_BNH1 = torch.ones_like(qkv_BNHC[..., :1])
-            return one_BNH1, one_BNH1, qkv_BNHC
-        q, k, v = torch.split(qkv_BNHC, [size, size, qkv_BNHC.shape[-1] - 2 * size], dim=-1)
+    def _queries_keys_values(
+        self, qkv_BNC: Tensor, context: SequenceContext, window_BWC: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q and k ``(B, N, H, K)``, v ``(B, N, H, V)``, and the convolution's window behind the last real token."""
+        padding, starts_BN, convolution = context.padding, context.front_starts_BN, self.convolution
+        if not self.key_size:
+            last_BWC = None
+            if convolution is not None:
+                qkv_BNC, last_BWC = convolution(qkv_BNC, padding, starts_BN, window_BWC)
+            v = torch.unflatten(F.silu(qkv_BNC), -1, (self.num_heads, -1))
+            one_BNH1 = torch.ones_like(v[..., :1])
+            return one_BNH1, one_BNH1, v, last_BWC
         # Unit length is rms_norm times K^(-1/2) each: 1 / K of the product, which is left to the skip's scale and norm.
-        q, k = F.rms_norm(q, (size,)), F.rms_norm(k, (size,))
-        if (rotary := context.front_rotary()) is not None:
-            cos_BN, sin_BN = rotary
-            q, k = (rotate(x, cos_BN.unsqueeze(2), sin_BN.unsqueeze(2)) for x in (q, k))
-        return q, k, v
+        rotary = context.front_rotary()
+        if convolution is None:
+            return *queries_keys_values(qkv_BNC, self.num_heads, self.key_size, rotary=rotary), None
+        q, k, v = queries_keys_values(
+            qkv_BNC,
+            self.num_heads,
+            self.key_size,
+            weight=convolution.weight,
+            window=window_BWC,
+            documents=None if starts_BN is None else starts_BN.cumsum(1),
+            rotary=rotary,
+        )
+        return q, k, v, convolution.window_behind(qkv_BNC, padding, window_BWC)
 
     def _carry(
         self,
@@ -146,11 +158,11 @@ class ResolventMixer(nn.Module):
             angle=angle_BNH,
             starts=starts_BN,
             initial_state=state_BHKV,
+            skip=max(1, self.key_size) * self.skip.to(log_l_BNH.dtype),
             output_final_state=True,
             form="recurrent" if v.shape[1] == 1 else "chunked",
         )
-        skip_H1 = (max(1, self.key_size) * self.skip).unsqueeze(-1)
-        return o_BNHV + skip_H1.to(v.dtype) * v, final_BHKV.detach()
+        return o_BNHV, final_BHKV.detach()
 
     def _chains(
         self, x_BND: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: Tensor | None
@@ -162,7 +174,7 @@ class ResolventMixer(nn.Module):
             if self.regime == "tunnelling":
                 w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
                 log_l_BNH = cast(Tensor, bk_tunnel(w_BNH, starts=starts_BN, initial_state=state))
-                return log_l_BNH, None, state_behind(-torch.expm1(log_l_BNH), padding, state, at_first=1.0)
+                return log_l_BNH, None, state_behind(-torch.expm1(log_l_BNH.detach()), padding, state, at_first=1.0)
             eta_H = F.softplus(self.raw_eta.to(dtype))
             l_BNH2 = bk_core_pairs(
                 potential_BNH * self.log_amplitude.to(dtype).exp(),
@@ -175,6 +187,12 @@ class ResolventMixer(nn.Module):
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
             return log_l_BNH, angle_BNH, state_behind(l_BNH2, padding, state, at_first=0.0)
+
+
+def _in_autocasts_type(x: Tensor) -> Tensor:
+    """Rounded once for all products that read it, where each would round it by itself."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:

@@ -20,13 +20,14 @@ from resnet_bk.ops.loss import bytes_per_logit, chunk_rows
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingShape:
-    """Sequences in a micro-batch and tokens in a sequence."""
+    """Sequences in a micro-batch, tokens in a sequence, and micro-batches in a step."""
 
     batch_size: int
     sequence_length: int
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length"):
+        for name in ("batch_size", "sequence_length", "micro_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1")
 
@@ -121,26 +122,28 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
     vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
     c, key_size = 2 if half else 4, config.key_size or 1
-    # fp32: what the gate's activation reads and makes; o, its quotient by its norm, that times the weight, and the
-    # gated product. Autocast keeps o and its quotient in float32 too, and two half copies of the projections' input.
-    per_hidden = 20 if half else 24
-    # Tunnelling: potential, softplus, log l, l, and 1 - l; the norm of o. Scattering: potential, l as a pair, its
-    # square, log l, |l|, two phases and their cosines and sines; the norm. Then the norms of q and k, or a vector's
-    # ones; and a half copy of |l|.
-    per_head = (52 if scattering else 24) + (0 if vector else 8) + (2 if half else 4 if vector else 0)
-    # q and k, which are new ones after their norms, and k l; q and k l turned by the chain's phases. Autocast has the
-    # norms read float32.
-    per_key = c if vector else (5 if scattering else 3) * c + (8 if half else 0)
+    # o, gate and their product, and under autocast a half copy of the projections' input.
+    per_hidden = 8 if half else 12
+    # q, k and v. What they are made from is the convolution's input, if there is one; a vector's silu reads what that
+    # has made.
+    per_channel = 2 * c if vector or not config.conv_size else c
+    # Tunnelling: potential, softplus and log l. Scattering: potential, l as a pair, |l|^2, log l, and two phases, their
+    # cosines and their sines. A vector's ones.
+    per_head = (44 if scattering else 12) + (c if vector else 0)
+    # q and k turned by the chain's phases; k l of a single token, which goes by the recurrence.
+    per_key = (2 * c if scattering else 0) + (4 if shape.sequence_length == 1 else 0)
     # The state before the first token; and, for a moment, the last one, where a
     # single token or a phase turns it.
     states = 2 if scattering or shape.sequence_length == 1 else 1
     state = states * 4 * shape.batch_size * key_size * hidden
     projections = 2 * hidden * (channels + 2 * hidden) if cast else 0
-    per_token = per_hidden * hidden + 2 * c * channels + per_head * heads + per_key * heads * key_size
+    per_token = per_hidden * hidden + per_channel * channels + per_head * heads + per_key * heads * key_size
     return ActivationPart(
         name="carry and projections",
         num_bytes=shape.tokens * per_token + state + projections,
-        formula=f"T ({per_hidden} D + {2 * c} W + {per_head} H + {per_key} H K) + {4 * states} B K D"
+        formula=f"T ({per_hidden} D + {per_channel} W + {per_head} H"
+        + (f" + {per_key} H K" if per_key else "")
+        + f") + {4 * states} B K D"
         + (" + 2 D (W + 2 D)" if cast else ""),
     )
 
@@ -157,8 +160,8 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
         heads, channels = config.num_resolvent_heads, _convolved_channels(config)
         state = 4 * shape.batch_size * (config.key_size or 1) * hidden
         chains = 12 if config.resolvent_regime == "scattering" else 8
-        mixer = tokens * (c * (channels + 2 * hidden) + 4 * hidden + chains * heads) + state
-        formula = f"T (c (W + 2 D) + 4 D + {chains} H) + 4 B K D"
+        mixer = tokens * (c * (channels + 3 * hidden) + chains * heads) + state
+        formula = f"T (c (W + 3 D) + {chains} H) + 4 B K D"
     return [
         ActivationPart(name="block inputs", num_bytes=4 * tokens * hidden, formula="4 T D"),
         ActivationPart(name="mixer's products", num_bytes=mixer, formula=formula),

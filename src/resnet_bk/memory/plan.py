@@ -5,6 +5,7 @@ from typing import Self
 
 from resnet_bk.frugal.activations import MIN_BYTES
 from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
+from resnet_bk.frugal.waiting import UNDER_WAY
 from resnet_bk.memory.activations import (
     ActivationPart,
     TrainingShape,
@@ -31,7 +32,8 @@ CUBLAS_BYTES = 2 * 32 * 2**20
 # State of torch's generator on a CPU, which a block that is computed again needs.
 GENERATOR_BYTES = 5056
 
-RECOMPUTED, ON_THEIR_WAY = "one block, computed again", "copies on their way"
+RECOMPUTED, ON_THEIR_WAY, BLOCK_INPUTS = "one block, computed again", "copies on their way", "block inputs"
+ALL_ALONG = "all micro-batches' ids and random states"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +143,24 @@ def _blocks(
             ),
             replace(again, num_bytes=max(0, whole - sum(part.num_bytes for part in selected[1:]))),
         ]
+    if strategy.goes_by_block:
+        # A block's input, its output and that one's gradient, before and after they are brought or sent away.
+        kept, formula = (9, "36 T D") if shape.micro_batches > 1 else (6, "24 T D")
+        states, others = (layers + 2) * shape.micro_batches, shape.micro_batches - 1
+        parts = [
+            ActivationPart(name=BLOCK_INPUTS, num_bytes=kept * inputs, formula=formula),
+            ActivationPart(
+                name=ALL_ALONG,
+                num_bytes=states * GENERATOR_BYTES + others * 16 * shape.tokens,
+                formula=f"{GENERATOR_BYTES} x {states} + 16 T x {others}",
+            ),
+        ]
+        return [*parts, again]
     # Of offloaded inputs the one that is used is here, and the next; those on their way are counted apart. Small ones
     # stay.
     kept, formula = (min(2, layers), "8 T D") if _moves_inputs(strategy, inputs) else (layers, "4 L T D")
     num_bytes = kept * inputs + layers * GENERATOR_BYTES
-    return [ActivationPart(name="block inputs", num_bytes=num_bytes, formula=f"{formula} + {GENERATOR_BYTES} L"), again]
+    return [ActivationPart(name=BLOCK_INPUTS, num_bytes=num_bytes, formula=f"{formula} + {GENERATOR_BYTES} L"), again]
 
 
 def _moves_inputs(strategy: Strategy, num_bytes: int) -> bool:
@@ -157,8 +172,7 @@ def plan_strategy(
 ) -> StrategyPlan:
     """What one strategy needs for micro-batches of ``shape``."""
     *kept, logits = activation_parts(config, shape, strategy)
-    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
-    gradients, passing = _gradients(strategy, config, counts)
+    gradients, passing = _gradients(strategy, config, counts, shape)
     inputs = 4 * shape.tokens * config.hidden_size
     on_their_way = _on_their_way(strategy, counts, inputs)
     optimizer = 0 if strategy.offload_optimizer else 8 * counts.total
@@ -173,17 +187,7 @@ def plan_strategy(
         **({"tied head, in passing": passing} if passing else {}),
     }
     host_parts = _host_parts(strategy, config, shape, counts)
-    again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
-    moments = [
-        # The forward pass has ended: no block is computed again yet. The normed output is there, in two types at times.
-        gpu_parts["activations"] + logits.num_bytes + ((3 * inputs) // 2 - again - working if again else 0),
-        # The last gradient: the rest of the activations is gone by then.
-        gradients + passing + again + working + (2 * inputs if again else 0),
-    ]
-    if strategy.checkpointing != "none":
-        # Backward has reached the last block.
-        new = 0 if strategy.offload_optimizer else min(gradients, max(_stored(counts.block, strategy), passing))
-        moments.append(gpu_parts["activations"] + new)
+    moments = (_moments_by_block if strategy.goes_by_block else _moments)(strategy, config, shape, counts, kept, logits)
     gpu_bytes = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"] + on_their_way + max(moments)
     host_bytes = sum(host_parts.values())
     return StrategyPlan(
@@ -197,6 +201,57 @@ def plan_strategy(
     )
 
 
+def _moments(
+    strategy: Strategy,
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    counts: ParameterCounts,
+    kept: list[ActivationPart],
+    logits: ActivationPart,
+) -> list[int]:
+    """What there is beside weights and optimizer: after forward, at the last gradient, where backward begins."""
+    gradients, passing = _gradients(strategy, config, counts, shape)
+    inputs, activations = 4 * shape.tokens * config.hidden_size, sum(part.num_bytes for part in kept)
+    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
+    again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
+    moments = [
+        # No block is computed again yet. The normed output is there, in two types at times.
+        activations + logits.num_bytes + ((3 * inputs) // 2 - again - working if again else 0),
+        # The rest of the activations is gone by then.
+        gradients + passing + again + working + (2 * inputs if again else 0),
+    ]
+    if strategy.checkpointing != "none":
+        new = 0 if strategy.offload_optimizer else min(gradients, max(_stored(counts.block, strategy), passing))
+        moments.append(activations + new)
+    return moments
+
+
+def _moments_by_block(
+    strategy: Strategy,
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    counts: ParameterCounts,
+    kept: list[ActivationPart],
+    logits: ActivationPart,
+) -> list[int]:
+    """What there is beside weights, where a step goes block by block: at the loss, in a block, at the embedding."""
+    inputs, table = 4 * shape.tokens * config.hidden_size, config.vocab_size * config.hidden_size
+    block = sum(part.num_bytes for part in kept if part.name in (RECOMPUTED, BLOCK_INPUTS))
+    all_along = sum(part.num_bytes for part in kept if part.name == ALL_ALONG)
+    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
+    outer = sum(part.num_bytes for part in kept) - block - working - all_along
+    block_gradients = 4 * counts.block.total if shape.micro_batches > 1 else _stored(counts.block, strategy)
+    head = 4 * table  # summed in float32, until the embedding has added its part
+    more = head if shape.micro_batches > 1 else 0  # that of the micro-batches before
+    waiting = (5 if shape.micro_batches > 1 else 3) * inputs + all_along  # here already, or here yet
+    return [
+        outer + logits.num_bytes + more + waiting,
+        head + block_gradients + block + working + all_along,
+        # A half table's gradient is summed in float32 and rounded, and then float32 again.
+        head + more + (6 if strategy.half_weights else 4) * table + waiting,
+    ]
+
+
 def _weights(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> int:
     """On the device: all weights, or two blocks and what is outside of blocks."""
     blocks = min(2, config.num_layers) if strategy.stream_weights else config.num_layers
@@ -207,8 +262,13 @@ def _stored(counts: PartCounts, strategy: Strategy) -> int:
     return strategy.weight_bytes * (counts.total - counts.float32) + 4 * counts.float32
 
 
-def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> tuple[int, int]:
+def _gradients(
+    strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts, shape: TrainingShape
+) -> tuple[int, int]:
     """Gradients that are there at once, and what a tied head adds for a moment."""
+    if strategy.goes_by_block:
+        block = 4 * counts.block.total if shape.micro_batches > 1 else _stored(counts.block, strategy)
+        return block + 4 * counts.outside.total, 0
     head = config.vocab_size * config.hidden_size * strategy.weight_bytes
     # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
     passing = 2 * head if config.tie_word_embeddings else 0
@@ -220,8 +280,9 @@ def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCoun
 
 def _on_their_way(strategy: Strategy, counts: ParameterCounts, inputs: int) -> int:
     """What copies to and from a GPU hold there while it goes on: two of the largest gradients, one block's input."""
-    gradients = 2 * strategy.weight_bytes * counts.largest if strategy.offload_optimizer else 0
-    return gradients + (inputs if _moves_inputs(strategy, inputs) else 0)
+    if strategy.goes_by_block:
+        return 2 * 4 * counts.largest + UNDER_WAY * inputs
+    return 2 * strategy.weight_bytes * counts.largest if strategy.offload_optimizer else 0
 
 
 def _host_parts(
@@ -229,7 +290,6 @@ def _host_parts(
 ) -> dict[str, int]:
     offloaded = strategy.offload_optimizer
     largest = max(counts.largest, config.vocab_size * config.hidden_size)
-    inputs = 4 * shape.tokens * config.hidden_size
     moments = 4 if strategy.half_moments else 8
     return {
         "process with CUDA": PROCESS_BYTES,
@@ -237,8 +297,18 @@ def _host_parts(
         "optimizer": moments * counts.total if offloaded else 0,
         "gradients": 4 * counts.total if offloaded else 0,
         "gradients and weights on their way": (
-            (LANDING_PLACES + DEPARTURES) * strategy.weight_bytes * largest if offloaded else 0
+            (LANDING_PLACES + DEPARTURES) * (4 if strategy.goes_by_block else strategy.weight_bytes) * largest
+            if offloaded
+            else 0
         ),
         "streamed weights": config.num_layers * _stored(counts.block, strategy) if strategy.stream_weights else 0,
-        "offloaded activations": config.num_layers * inputs if _moves_inputs(strategy, inputs) else 0,
+        "offloaded activations": _waiting(strategy, config, shape),
     }
+
+
+def _waiting(strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape) -> int:
+    """Inputs on the host: by block also the loss's, and a gradient, of every micro-batch."""
+    inputs = 4 * shape.tokens * config.hidden_size
+    if strategy.goes_by_block:
+        return (config.num_layers + 2) * shape.micro_batches * inputs
+    return config.num_layers * inputs if _moves_inputs(strategy, inputs) else 0

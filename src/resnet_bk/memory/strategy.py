@@ -21,6 +21,12 @@ class Strategy:
     half_moments: bool = False
 
     @property
+    def goes_by_block(self) -> bool:
+        """Whether all micro-batches of a step go through a block before the next one: inputs and gradients leave the
+        device anyway, and so do so once."""
+        return self.offload_optimizer and self.checkpointing == "offload"
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of a matrix's number on the device."""
         return 2 if self.half_weights else 4

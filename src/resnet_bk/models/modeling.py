@@ -169,12 +169,48 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         Raises:
             ValueError: the inputs do not fit the model; the message names the mend.
         """
+        cache = self._cache(past_key_values, use_cache)
+        x_BND, context = self.begin(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_length=0 if cache is None else cache.get_seq_length(),
+            inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
+            batch_rows=batch_rows,
+        )
+        all_hidden_states = [x_BND] if output_hidden_states else []
+        routings: list[Routing] = []
+        for index, block in enumerate(self.layers):
+            layer = None if cache is None else cache.layers[index]
+            x_BND, routing = run_block(block, x_BND, context, layer)
+            routings.append(routing)
+            if output_hidden_states:
+                all_hidden_states.append(x_BND)
+        return ResNetBKModelOutput(
+            last_hidden_state=self.norm(x_BND),
+            past_key_values=cache,
+            hidden_states=tuple(all_hidden_states) or None,
+            router_aux_loss=mean_balancing_loss([routing.balancing_loss for routing in routings]),
+            expert_load=torch.stack([routing.expert_load_E for routing in routings]),
+        )
+
+    def begin(
+        self,
+        input_ids: Tensor | None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_length: int = 0,
+        inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        batch_rows: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, SequenceContext]:
+        """What the first block takes, and what all blocks are told about the tokens; arguments as in ``forward``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         length = x_BND.shape[1]
-        cache = self._cache(past_key_values, use_cache)
-        past_length = 0 if cache is None else cache.get_seq_length()
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
         if document_ids is not None:
             document_ids = _numbered_documents(document_ids, x_BND, past_length)
@@ -184,29 +220,13 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             self._check_positions(past_length + length)
             x_BND = x_BND + self.embed_positions(position_ids)
         padding = _padding(key_mask_BK, length)
-        context = SequenceContext(
+        return x_BND, SequenceContext(
             rotary=self._rotary(position_ids, x_BND.dtype),
             padding=padding,
             key_mask_BK=key_mask_BK,
             document_ids_BN=document_ids,
             front_starts_BN=None if document_ids is None else _front_starts(document_ids, padding),
             batch_rows=batch_rows,
-        )
-
-        all_hidden_states = [x_BND] if output_hidden_states else []
-        routings: list[Routing] = []
-        for index, block in enumerate(self.layers):
-            layer = None if cache is None else cache.layers[index]
-            x_BND, routing = _run_block(block, x_BND, context, layer)
-            routings.append(routing)
-            if output_hidden_states:
-                all_hidden_states.append(x_BND)
-        return ResNetBKModelOutput(
-            last_hidden_state=self.norm(x_BND),
-            past_key_values=cache,
-            hidden_states=tuple(all_hidden_states) or None,
-            router_aux_loss=torch.stack([routing.balancing_loss for routing in routings]).mean(),
-            expert_load=torch.stack([routing.expert_load_E for routing in routings]),
         )
 
     def _cache(self, past_key_values: ResNetBKCache | None, use_cache: bool | None) -> ResNetBKCache | None:
@@ -328,16 +348,9 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         if return_logits is None:
             return_logits = targets_BN is None or not self.training
         logits_BNV = self.lm_head(hidden_BND) if return_logits or not _is_matrix(self.lm_head) else None
-        nats = None
+        nats = loss = None
         if targets_BN is not None:
-            nats = (
-                linear_cross_entropy(hidden_BND, self.lm_head.weight, targets_BN)
-                if logits_BNV is None
-                else cross_entropy(logits_BNV, targets_BN)
-            )
-        loss = nats
-        if nats is not None and self.training:
-            loss = nats + self.config.router_aux_loss_coef * output.router_aux_loss
+            nats, loss = self.loss_of(hidden_BND, targets_BN, output.router_aux_loss, logits_BNV=logits_BNV)
         return ResNetBKCausalLMOutput(
             loss=loss,
             logits=logits_BNV if return_logits else None,
@@ -347,6 +360,21 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             router_aux_loss=output.router_aux_loss,
             expert_load=output.expert_load,
         )
+
+    def loss_of(
+        self, hidden_BND: Tensor, targets_BN: Tensor, router_aux_loss: Tensor, *, logits_BNV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats a token and, in training mode, the loss: with the balancing loss's share.
+
+        ``hidden_BND`` is behind the final norm, and targets are shifted. Without ``logits_BNV`` the head must be a
+        matrix, and there are never all logits at once.
+        """
+        nats = (
+            linear_cross_entropy(hidden_BND, self.lm_head.weight, targets_BN)
+            if logits_BNV is None
+            else cross_entropy(logits_BNV, targets_BN)
+        )
+        return nats, nats + self.config.router_aux_loss_coef * router_aux_loss if self.training else nats
 
     def balance_experts(self, expert_load: Tensor) -> None:
         """Moves the experts' biases after an optimizer step by its ``expert_load`` (layers x experts).
@@ -431,8 +459,13 @@ def _is_matrix(head: Any) -> bool:
     )
 
 
-def _run_block(
-    block: nn.Module, x_BND: Tensor, context: SequenceContext, layer: RecurrentLayer | AttentionLayer | None
+def mean_balancing_loss(balancing_losses: list[Tensor]) -> Tensor:
+    """Of all layers, a scalar."""
+    return torch.stack(balancing_losses).mean()
+
+
+def run_block(
+    block: nn.Module, x_BND: Tensor, context: SequenceContext, layer: RecurrentLayer | AttentionLayer | None = None
 ) -> tuple[Tensor, Routing]:
     """One block, reading and replacing what its cache layer remembers."""
     x_BND, state, routing = block(x_BND, context, None if layer is None else layer.state)

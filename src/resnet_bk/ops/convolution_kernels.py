@@ -20,8 +20,9 @@ def forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """y_i = sum_s weight_s x_{i-s}, with the window before the first token, over tokens of one document."""
-    row = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tiles = tl.cdiv(length, TOKENS)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = (token < length) & (channel < channels)
     result = tl.zeros([TOKENS, CHANNELS], tl.float32)
@@ -62,13 +63,14 @@ def backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """x'_i = sum_s weight_s y'_{i+s}, and this tile's part of weight'_s = sum_i y'_i x_{i-s}."""
-    row = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tiles = tl.cdiv(length, TOKENS)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = (token < length) & (channel < channels)
     here = tl.load(grad + (row * length + token) * channels + channel, mask=there, other=0.0).to(tl.float32)
     result = tl.zeros([TOKENS, CHANNELS], tl.float32)
-    part = (row * tl.num_programs(0) + tl.program_id(0)) * SIZE
+    part = tl.program_id(0).to(tl.int64) * SIZE
     if HAS_DOCUMENTS:
         own = tl.load(document + row * length + token, mask=token < length, other=0)
     for s in tl.static_range(SIZE):

@@ -6,19 +6,20 @@ from dataclasses import replace
 import torch
 
 from resnet_bk.errors import UserError
-from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.memory.plan import Budget, StrategyPlan, plan_strategy
 from resnet_bk.memory.strategy import STRATEGIES, Strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.config import Precision, TrainingConfig
-from resnet_bk.training.strategy import training_fields
+from resnet_bk.training.strategy import training_fields, training_shape
 
 # What the allocator's segments hold beyond their tensors, as a share of these.
 FRAGMENTATION = 0.05
 # With fewer tokens at once a GPU waits for its next kernel.
 BUSY_TOKENS = 2048
+# What the driver loads kernels into while the first steps run; 71 MB on an H100 (benchmarks/frugal_gpu.py).
+KERNELS_BYTES = 100_000_000
 # Other programs on the same card are not our context.
 LARGEST_CONTEXT = 1_000_000_000
 
@@ -30,23 +31,24 @@ def choose_strategy(
     device: torch.device,
     *,
     fixed: Collection[str] = (),
+    kernels_loaded: bool = False,
 ) -> TrainingConfig:
     """The fastest strategy that fits the budget, with the largest micro-batches that do.
 
     Smaller micro-batches cost less time than the next strategy, until a GPU is no longer busy with one. ``fixed`` names
-    fields of ``training`` that stay as they are.
+    fields of ``training`` that stay as they are. ``kernels_loaded`` says that this process has trained before.
 
     Raises:
         UserError: nothing fits; the message says by how much.
     """
     counts, half_type = count_parameters(model), half_type_of(device)
-    usable = usable_budget(budget, device)
+    usable = usable_budget(budget, device, kernels_loaded=kernels_loaded)
     closest: tuple[int, StrategyPlan, int] | None = None
     for strategy, rows in _candidates(training, device, fixed):
         fields = training_fields(strategy, half_type)
         if any(name in fixed and fields[name] != getattr(training, name) for name in fields):
             continue
-        shape = TrainingShape(batch_size=rows, sequence_length=training.sequence_length)
+        shape = training_shape(training, rows)
         plan = plan_strategy(strategy, model, shape, counts, Budget())
         missing = _missing(plan, usable, device)
         if missing <= 0:
@@ -70,19 +72,26 @@ def _missing(plan: StrategyPlan, budget: Budget, device: torch.device) -> int:
     return max((need - room for need, room in needs if room is not None), default=0)
 
 
-def usable_budget(budget: Budget, device: torch.device) -> Budget:
+def usable_budget(budget: Budget, device: torch.device, *, kernels_loaded: bool = False) -> Budget:
     """What tensors may take: without what the driver takes for this process, and what segments waste."""
     if budget.gpu_bytes is None:
         return budget
-    return replace(budget, gpu_bytes=int((budget.gpu_bytes - context_bytes(device)) / (1 + FRAGMENTATION)))
+    for_tensors = budget.gpu_bytes - _drivers_bytes(device, kernels_loaded)
+    return replace(budget, gpu_bytes=int(for_tensors / (1 + FRAGMENTATION)))
 
 
-def hold_to_budget(gpu_bytes: int, device: torch.device) -> None:
+def hold_to_budget(gpu_bytes: int, device: torch.device, *, kernels_loaded: bool = False) -> None:
     """Has torch's allocator refuse what would exceed the budget; the refusal is an out-of-memory error."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (gpu_bytes - context_bytes(device)) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+        share = (gpu_bytes - _drivers_bytes(device, kernels_loaded)) / total
+        number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), number)
+
+
+def _drivers_bytes(device: torch.device, kernels_loaded: bool) -> int:
+    context = context_bytes(device)
+    return context if kernels_loaded or not context else context + KERNELS_BYTES
 
 
 def context_bytes(device: torch.device) -> int:
@@ -112,9 +121,17 @@ def _candidates(
     sizes = _micro_batches(training, fixed)
     busy = [rows for rows in sizes if rows * training.sequence_length >= BUSY_TOKENS] or sizes[:1]
     for rest in (busy, [rows for rows in sizes if rows not in busy]):
-        for strategy in strategies:
-            for rows in rest:
-                yield strategy, rows
+        pairs = [(strategy, rows) for strategy in strategies for rows in rest]
+        # Where every micro-batch's gradients cross to the host, the host adds them up for longer than a GPU computes.
+        crossing = [pair for pair in pairs if _crosses_often(*pair, training)]
+        yield from (pair for pair in pairs if pair not in crossing)
+        yield from crossing
+
+
+def _crosses_often(strategy: Strategy, rows: int, training: TrainingConfig) -> bool:
+    return (
+        strategy.offload_optimizer and not strategy.goes_by_block and training_shape(training, rows).micro_batches > 1
+    )
 
 
 def _strategies(device: torch.device, *, in_fp32: bool) -> Iterator[Strategy]:

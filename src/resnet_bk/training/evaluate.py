@@ -11,7 +11,7 @@ from resnet_bk.training.config import Precision
 from resnet_bk.training.data import evaluation_batches
 from resnet_bk.training.data.dataset import Tokens
 from resnet_bk.training.distributed import ALONE, World
-from resnet_bk.training.step import autocast
+from resnet_bk.training.micro_step import autocast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ class Trainer:
     ) -> None:
         self.run, self.device, self.dataset, self.observer = run, device, dataset, observer
         self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, prepared.scaler
+        self.by_block = prepared.by_block
         self.config: TrainingConfig = run.config.training
         self.world = world
         rows = self.config.batch_size // world.size
@@ -121,6 +122,7 @@ class Trainer:
             step,
             device=self.device,
             micro_batches=self.micro_batches,
+            by_block=self.by_block,
             world=self.world,
         )
 

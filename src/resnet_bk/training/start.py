@@ -7,7 +7,6 @@ import torch
 
 from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory
-from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.checkpoint import (
@@ -26,7 +25,7 @@ from resnet_bk.training.distributed import ALONE, World
 from resnet_bk.training.loop import Observer, Trainer
 from resnet_bk.training.run import Run, RunConfig, check_new_run, open_run, write_record
 from resnet_bk.training.step import choose_device
-from resnet_bk.training.strategy import prepare_training, strategy_of
+from resnet_bk.training.strategy import prepare_training, strategy_of, training_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +127,4 @@ def check_ranks(training: TrainingConfig, world: World) -> None:
 
 def check_memory(model: ResNetBKConfig, training: TrainingConfig, device: torch.device) -> None:
     """Raises a UserError if training the model so would need more host memory than there is."""
-    rows = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    shape = TrainingShape(batch_size=rows, sequence_length=training.sequence_length)
-    check_training_fits(model, shape, strategy_of(training), device=device)
+    check_training_fits(model, training_shape(training), strategy_of(training), device=device)

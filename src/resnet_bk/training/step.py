@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +13,11 @@ from resnet_bk.frugal.micro_batches import MicroBatches, split_rows
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
+from resnet_bk.training.by_block import ByBlock
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.distributed import ALONE, World, whole
+from resnet_bk.training.micro_step import autocast, moved, seed_micro_step
 from resnet_bk.training.optimizer import learning_rate, set_learning_rate
-
-AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +52,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Mixed precision: matrix products in the half type, weights and reductions in float32. Off for fp32.
-
-    Without autocast's cache: no weight is used twice, and what is in it lives as long as the forward pass.
-    """
-    enabled = precision != "fp32"
-    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES.get(precision), enabled=enabled, cache_enabled=False)
-
-
 def build_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:
     """Dynamic loss scaling, which fp16's small exponent needs; it does nothing otherwise."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def seed_micro_step(seed: int, step: int, micro_step: int) -> None:
-    """Makes routing noise a function of its place in training and not of history, so that resuming changes nothing."""
-    state = np.random.SeedSequence([seed, step, micro_step]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) >> 1)
 
 
 def train_step(
@@ -83,6 +67,7 @@ def train_step(
     *,
     device: torch.device | None = None,
     micro_batches: MicroBatches | None = None,
+    by_block: ByBlock | None = None,
     world: World = ALONE,
 ) -> StepResult:
     """Learns from ``gradient_accumulation_steps`` batches of (token ids, targets), each int64 ``(B, N)``.
@@ -92,12 +77,15 @@ def train_step(
     Each batch goes through the model in pieces of ``micro_batches.rows`` rows, which change nothing but rounding and
     the balancing loss (that of a piece is of its own tokens). A step that runs out of memory is tried again with
     smaller ones; so give the same ``micro_batches`` to every step, which also remember what has fitted. ``device`` is
-    where the model computes, if not where its weights are.
+    where the model computes, if not where its weights are. ``by_block`` is that of ``prepare_training``: with one, all
+    pieces go through a block before the next, and weights and gradients cross once a step.
 
     Under fp16 a step whose gradients overflow is skipped and the scale lowered, as torch's GradScaler does. An
     ``OffloadedAdamW`` updates during backward where nothing must be known of all gradients first, from the second step
     with the same ``micro_batches`` on.
     """
+    if (config.offload_optimizer and config.checkpointing == "offload") != (by_block is not None):
+        raise ValueError("by_block is not that of this configuration; give what prepare_training returned")
     batches, device = list(batches), device or model.device
     rate = learning_rate(config, step)
     set_learning_rate(optimizer, rate)
@@ -114,6 +102,9 @@ def train_step(
             for number, (input_ids, _) in enumerate(batches)
             for rows_of_piece in split_rows(len(input_ids), rows)
         ]
+        if by_block is not None:
+            with _updating(optimizer) if in_backward else nullcontext():
+                return by_block.gradients(model, scaler, batches, pieces, config, step, device)
         nats: list[Tensor] = []
         loads: list[Tensor] = []
         for number, (start, stop) in pieces:
@@ -156,7 +147,7 @@ def _updating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         with optimizer.updating_in_backward():
             yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and optimizer.has_begun:
             raise UserError(
                 "memory ran out while weights were being updated; go on from the last checkpoint with a smaller "
                 "--micro-batch-size"
@@ -175,15 +166,8 @@ def _forward(
 ) -> tuple[float, ResNetBKCausalLMOutput]:
     """These rows' share of the step, and the model's output for them."""
     rows = len(batch[0])
-    input_ids, targets = (_moved(tokens[start:stop], device) for tokens in batch)
+    input_ids, targets = (moved(tokens[start:stop], device) for tokens in batch)
     with autocast(device, config.precision):
         place = (world.rank * rows + start, world.size * rows)
         output = model(input_ids, shift_labels=targets, use_cache=False, batch_rows=place)
     return (stop - start) / (rows * config.gradient_accumulation_steps), output
-
-
-def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """Tokens on the device. To a GPU they go from pinned memory, so that nobody waits for those before them."""
-    if device.type == "cuda" and tokens.device.type == "cpu":
-        return tokens.pin_memory().to(device, non_blocking=True)
-    return tokens.to(device)

@@ -8,13 +8,16 @@ import torch
 from resnet_bk.frugal.checkpointing import checkpoint_blocks
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.precision import half_weights
-from resnet_bk.frugal.streaming import stream_blocks
+from resnet_bk.frugal.streaming import StreamedBlocks, stream_blocks
+from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.parameters import stays_float32
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.models import ResNetBKForCausalLM
+from resnet_bk.training.by_block import ByBlock
 from resnet_bk.training.config import Precision, TrainingConfig
+from resnet_bk.training.micro_step import AUTOCAST_DTYPES
 from resnet_bk.training.optimizer import build_offloaded_optimizer, build_optimizer
-from resnet_bk.training.step import AUTOCAST_DTYPES, build_scaler
+from resnet_bk.training.step import build_scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +27,29 @@ class PreparedTraining:
     model: ResNetBKForCausalLM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    by_block: ByBlock | None = None
 
 
 def prepare_training(model: ResNetBKForCausalLM, config: TrainingConfig, device: torch.device) -> PreparedTraining:
     """Puts ``model``, in float32 on the CPU, where the configuration's strategy wants it, and builds its optimizer."""
     blocks = list(model.model.layers)
     optimizer: torch.optim.Optimizer
+    by_block = None
     if config.offload_optimizer:
         # First, while the weights are float32: they become the masters.
         optimizer = build_offloaded_optimizer(model, config, device, blocks=blocks)
         if config.half_weights:
             half_weights(model, AUTOCAST_DTYPES[config.precision], keep=stays_float32)
-        _place(model, optimizer, config, device)
+        streamed = _place(model, optimizer, config, device)
+        if strategy_of(config).goes_by_block:
+            by_block = ByBlock(optimizer, streamed, device)
     else:
         model.to(device)
         optimizer = build_optimizer(model, config)
-    if config.checkpointing != "none":
+    if config.checkpointing != "none" and by_block is None:
         checkpoint_blocks(blocks, config.checkpointing)
-    return PreparedTraining(model=model, optimizer=optimizer, scaler=build_scaler(device, config.precision))
+    scaler = build_scaler(device, config.precision)
+    return PreparedTraining(model=model, optimizer=optimizer, scaler=scaler, by_block=by_block)
 
 
 def describe_strategy(config: TrainingConfig) -> str:
@@ -58,16 +66,19 @@ def describe_strategy(config: TrainingConfig) -> str:
     return ", ".join(words)
 
 
-def _place(model: ResNetBKForCausalLM, optimizer: OffloadedAdamW, config: TrainingConfig, device: torch.device) -> None:
+def _place(
+    model: ResNetBKForCausalLM, optimizer: OffloadedAdamW, config: TrainingConfig, device: torch.device
+) -> StreamedBlocks | None:
     if not config.stream_weights:
         model.to(device)
-        return
+        return None
     streamed = stream_blocks(list(model.model.layers), device)
     streamed.before_load.append(optimizer.synchronize)
     for name, module in model.model.named_children():
         if name != "layers":
             module.to(device)
     model.lm_head.to(device)
+    return streamed
 
 
 def strategy_of(config: TrainingConfig) -> Strategy:
@@ -80,6 +91,16 @@ def strategy_of(config: TrainingConfig) -> Strategy:
         half_weights=config.half_weights,
         stream_weights=config.stream_weights,
         half_moments=config.moments == "bf16",
+    )
+
+
+def training_shape(training: TrainingConfig, rows: int | None = None) -> TrainingShape:
+    """What the planner is to plan for, with micro-batches of ``rows`` instead of the configuration's."""
+    rows = min(rows or training.micro_batch_size or training.batch_size, training.batch_size)
+    return TrainingShape(
+        batch_size=rows,
+        sequence_length=training.sequence_length,
+        micro_batches=training.gradient_accumulation_steps * -(-training.batch_size // rows),
     )
 
 

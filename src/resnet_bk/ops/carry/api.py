@@ -1,4 +1,4 @@
-"""The public carry: it checks its arguments, folds the resolvent into keys and queries, and calls one operator."""
+"""The public carry: it checks its arguments, turns keys and queries by the phases of l, and calls one operator."""
 
 from typing import Literal, get_args
 
@@ -38,18 +38,19 @@ def bk_carry(
     angle: Tensor | None = None,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
+    skip: Tensor | None = None,
     output_final_state: bool = False,
     form: CarryForm = "chunked",
     backend: CarryBackend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Content carried by the causal resolvent: linear attention whose decays are ratios l of determinants.
 
-        S_i = l_i (S_{i-1} + k_i v_i^T),   o_i = q_i S_i
+        S_i = l_i (S_{i-1} + k_i v_i^T),   o_i = q_i S_i + skip v_i
 
-    so that o_i = sum_{j <= i} (q_i . k_j) [(H_{<=i} - z)^-1]_ij v_j for the chain cut at i with off-diagonals -1. In
-    the tunnelling regime ``log_l`` is that of ``bk_tunnel``. In the scattering regime l is complex, ``log_l`` is log|l|
-    and ``angle`` is arg l: coordinates (i, i + K/2) of keys, queries and states are then real and imaginary part of
-    one number, and o_i = Re(conj(q_i) S_i).
+    so that q_i S_i = sum_{j <= i} (q_i . k_j) [(H_{<=i} - z)^-1]_ij v_j for the chain cut at i with off-diagonals -1.
+    In the tunnelling regime ``log_l`` is that of ``bk_tunnel``. In the scattering regime l is complex, ``log_l`` is
+    log|l| and ``angle`` is arg l: coordinates (i, i + K/2) of keys, queries and states are then real and imaginary part
+    of one number, and Re(conj(q_i) S_i) is read.
 
     Args:
         q, k: queries and keys, ``(B, N, H, K)``.
@@ -59,6 +60,7 @@ def bk_carry(
         starts: bool ``(B, N)``, where documents begin: nothing is carried across. ``log_l`` must come from chains that
             are cut there too.
         initial_state: S behind the preceding token, real ``(B, H, K, V)``.
+        skip: ``(H,)``, real: each head's share of a token's own v in its output; None for none.
         output_final_state: also return S behind the last token.
         form: ``"chunked"`` (matrix products, O(N)), ``"recurrent"`` (token by token, for decoding) or ``"quadratic"``
             (every pair, in double precision: the reference).
@@ -71,7 +73,7 @@ def bk_carry(
     Raises:
         ValueError: a shape, dtype or value does not fit; the message names the mend.
     """
-    _check(q, k, v, log_l, angle, starts, initial_state)
+    _check(q, k, v, log_l, angle, starts, initial_state, skip)
     for name, value, choices in (("form", form, CarryForm), ("backend", backend, CarryBackend)):
         if value not in get_args(choices):
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
@@ -82,20 +84,20 @@ def bk_carry(
     else:
         state = initial_state.to(dtype)
     log_l = log_l.to(dtype)
-    k = k * log_l.exp().unsqueeze(-1).to(k.dtype)
+    skip = None if skip is None else skip.to(dtype)
     last = None
     if angle is not None and length:
         q, k, last = _turned(q, k, angle)
     if length == 0:
         o, final = v, state
     elif form == "quadratic":
-        o, final = reference.carry_quadratic(q, k, v, log_l, starts, state)
+        o, final = reference.carry_quadratic(q, k, v, log_l, starts, state, skip)
     elif form == "recurrent":
-        o, final = reference.carry_recurrent(q, k, v, log_l, starts, state)
+        o, final = reference.carry_recurrent(q, k, v, log_l, starts, state, skip)
     else:
         chosen = choose_carry_backend(v.device, dtype, max(key_size, v.shape[-1]))
         name = chosen.name if backend == "auto" else backend
-        o, final = operators.carry(q, k, v, log_l, starts, state, name)
+        o, final = operators.carry(q, k, v, log_l, starts, state, skip, name)
     o = o.to(v.dtype)
     if not output_final_state:
         return o
@@ -131,6 +133,7 @@ def _check(
     angle: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
+    skip: Tensor | None,
 ) -> None:
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; give both (batch, tokens, heads, K)")
@@ -140,6 +143,7 @@ def _check(
         ("log_l", log_l, tuple(q.shape[:3])),
         ("angle", angle, tuple(q.shape[:3])),
         ("initial_state", initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3])),
+        ("skip", skip, (q.shape[2],)),
     ]
     for name, x, shape in wanted:
         if x is not None and (tuple(x.shape) != shape or not x.is_floating_point()):

@@ -22,7 +22,13 @@ SCAN_BLOCK = 256
 
 
 def carry(
-    q_BNHK: Tensor, k_BNHK: Tensor, v_BNHV: Tensor, log_l_BNH: Tensor, starts_BN: Tensor | None, state_BHKV: Tensor
+    q_BNHK: Tensor,
+    k_BNHK: Tensor,
+    v_BNHV: Tensor,
+    log_l_BNH: Tensor,
+    starts_BN: Tensor | None,
+    state_BHKV: Tensor,
+    skip_H: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """o ``(B, N, H, V)`` in v's type and the last state ``(B, H, K, V)`` in float32."""
     q, k, v = _same_type(q_BNHK, k_BNHK, v_BNHV)
@@ -30,7 +36,16 @@ def carry(
     entry, final_BHKV, _ = shape.entry_states(k, v, state_BHKV)
     o_BNHV = v.new_empty(v.shape)
     output_kernel[shape.chunks](
-        *_strided(q), *_strided(k), *_strided(v), *shape.decays, entry, o_BNHV, *shape.counts, **shape.constants(4)
+        *_strided(q),
+        *_strided(k),
+        *_strided(v),
+        *shape.decays,
+        entry,
+        shape.decays[0] if skip_H is None else skip_H.contiguous(),
+        o_BNHV,
+        *shape.counts,
+        HAS_SKIP=skip_H is not None,
+        **shape.constants(4),
     )
     return o_BNHV, final_BHKV
 
@@ -44,14 +59,16 @@ def carry_adjoint(
     log_l_BNH: Tensor,
     starts_BN: Tensor | None,
     state_BHKV: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log l and the initial state."""
+    skip_H: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, log l, the initial state and skip."""
     q, k, v, grad = _same_type(q_BNHK, k_BNHK, v_BNHV, grad_o_BNHV)
     shape = _Shape(q, v, log_l_BNH, starts_BN)
     entry, _, through = shape.entry_states(k, v, state_BHKV)
     leaving, grad_state_BHKV, _ = shape.entry_states(q, grad, grad_final_BHKV, backward=True)
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_log_BNH = torch.empty_like(shape.decays[0])
+    skip_parts = grad_log_BNH if skip_H is None else grad_log_BNH.new_empty(shape.chains, shape.num_chunks)
     adjoint_kernel[shape.chunks](
         *_strided(grad),
         *_strided(q),
@@ -61,14 +78,20 @@ def carry_adjoint(
         entry,
         leaving,
         through,
+        shape.decays[0] if skip_H is None else skip_H.contiguous(),
         grad_q,
         grad_k,
         grad_v,
         grad_log_BNH,
+        skip_parts,
         *shape.counts,
+        HAS_SKIP=skip_H is not None,
         **shape.constants(4),
     )
-    return grad_q, grad_k, grad_v, grad_log_BNH, grad_state_BHKV
+    grad_skip_H = None
+    if skip_H is not None:
+        grad_skip_H = skip_parts.view(shape.batch_size, shape.heads, shape.num_chunks).sum((0, 2))
+    return grad_q, grad_k, grad_v, grad_log_BNH, grad_state_BHKV, grad_skip_H
 
 
 class _Shape:

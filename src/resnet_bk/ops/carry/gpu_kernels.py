@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _decays(log_l, starts, row, head, first, length, heads: tl.constexpr, HAS_STARTS: tl.constexpr, C: tl.constexpr):
-    """L as a float32 and what that leaves out, and the starts up to each token; no decay behind the last token."""
+    """log l, L as a float32 and what that leaves out, and the starts up to each token; behind the last, no decay."""
     token = first + tl.arange(0, C)
     there = token < length
     log = tl.load(log_l + (row * length + token) * heads + head, mask=there, other=0.0)
@@ -21,7 +21,7 @@ def _decays(log_l, starts, row, head, first, length, heads: tl.constexpr, HAS_ST
         cuts = tl.cumsum(tl.load(starts + row * length + token, mask=there, other=0).to(tl.int32), 0)
     else:
         cuts = tl.zeros([C], tl.int32)
-    return high, low, cuts
+    return log, high, low, cuts
 
 
 @triton.jit
@@ -30,9 +30,9 @@ def _last(x, C: tl.constexpr):
 
 
 @triton.jit
-def _to_exit(high, low, cuts, C: tl.constexpr):
-    """exp(L_C - L_j), 0 across a start."""
-    decay = tl.exp((_last(high, C) - high) + (_last(low, C) - low))
+def _to_exit(log, high, low, cuts, C: tl.constexpr):
+    """exp(L_C - L_j + log l_j), 0 across a start."""
+    decay = tl.exp((_last(high, C) - high) + ((_last(low, C) - low) + log))
     return tl.where(cuts == _last(cuts, C), decay, 0.0)
 
 
@@ -43,11 +43,11 @@ def _from_entry(high, low, cuts):
 
 
 @triton.jit
-def _between(high, low, cuts, C: tl.constexpr):
-    """exp(L_i - L_j) for j <= i, 0 across a start."""
+def _between(log, high, low, cuts, C: tl.constexpr):
+    """exp(L_i - L_j + log l_j) for j <= i, 0 across a start."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     related = (j <= i) & (cuts[:, None] == cuts[None, :])
-    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    difference = (high[:, None] - high[None, :]) + ((low[:, None] - low[None, :]) + log[None, :])
     return tl.where(related, tl.exp(tl.where(related, difference, 0.0)), 0.0)
 
 
@@ -109,8 +109,8 @@ def written_kernel(
     program = tl.program_id(0)
     chain, chunk = program // num_chunks, program % num_chunks
     row, head = (chain // heads).to(tl.int64), chain % heads
-    high, low, cuts = _decays(log_l, starts, row, head, chunk * C, length, heads, HAS_STARTS, C)
-    weight = _from_entry(high, low, cuts) if ENTRY else _to_exit(high, low, cuts, C)
+    log, high, low, cuts = _decays(log_l, starts, row, head, chunk * C, length, heads, HAS_STARTS, C)
+    weight = _from_entry(high, low, cuts) if ENTRY else _to_exit(log, high, low, cuts, C)
     left = _load(x, xb, xn, xh, row, head, chunk * C, length, x_size, C, X)
     right = _load(y, yb, yn, yh, row, head, chunk * C, length, y_size, C, Y)
     weighted = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
@@ -183,31 +183,35 @@ def output_kernel(
     log_l,
     starts,
     entry,
+    skip,
     o,
     length,
     num_chunks,
     heads: tl.constexpr,
     key_size: tl.constexpr,
     value_size: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
 ):
-    """o of a chunk: pairs inside it, and what the state that enters it gives."""
+    """o of a chunk: pairs inside it, what the state that enters it gives, and each token's own v."""
     program = tl.program_id(0)
     chain, chunk = program // num_chunks, program % num_chunks
     row, head = (chain // heads).to(tl.int64), chain % heads
     first = chunk * C
-    high, low, cuts = _decays(log_l, starts, row, head, first, length, heads, HAS_STARTS, C)
+    log, high, low, cuts = _decays(log_l, starts, row, head, first, length, heads, HAS_STARTS, C)
     q_ = _load(q, qb, qn, qh, row, head, first, length, key_size, C, K)
     k_ = _load(k, kb, kn, kh, row, head, first, length, key_size, C, K)
     v_ = _load(v, vb, vn, vh, row, head, first, length, value_size, C, V)
     state = _load_state(entry, program, key_size, value_size, K, V)
-    pairs = _dot(q_, tl.trans(k_), PRECISION) * _between(high, low, cuts, C)
+    pairs = _dot(q_, tl.trans(k_), PRECISION) * _between(log, high, low, cuts, C)
     result = _dot(q_, state.to(q_.dtype), PRECISION) * _from_entry(high, low, cuts)[:, None]
     result += _dot(pairs.to(v_.dtype), v_, PRECISION)
+    if HAS_SKIP:
+        result += tl.load(skip + head) * v_.to(tl.float32)
     _store(o, result, row, head, first, length, heads, value_size, C, V)
 
 
@@ -234,15 +238,18 @@ def adjoint_kernel(
     entry,
     leaving,
     through,
+    skip,
     grad_q,
     grad_k,
     grad_v,
     grad_log,
+    grad_skip,
     length,
     num_chunks,
     heads: tl.constexpr,
     key_size: tl.constexpr,
     value_size: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
@@ -254,8 +261,8 @@ def adjoint_kernel(
     chain, chunk = program // num_chunks, program % num_chunks
     row, head = (chain // heads).to(tl.int64), chain % heads
     first = chunk * C
-    high, low, cuts = _decays(log_l, starts, row, head, first, length, heads, HAS_STARTS, C)
-    between, to_exit = _between(high, low, cuts, C), _to_exit(high, low, cuts, C)[:, None]
+    log, high, low, cuts = _decays(log_l, starts, row, head, first, length, heads, HAS_STARTS, C)
+    between, to_exit = _between(log, high, low, cuts, C), _to_exit(log, high, low, cuts, C)[:, None]
     q_ = _load(q, qb, qn, qh, row, head, first, length, key_size, C, K)
     k_ = _load(k, kb, kn, kh, row, head, first, length, key_size, C, K)
     v_ = _load(v, vb, vn, vh, row, head, first, length, value_size, C, V)
@@ -266,6 +273,8 @@ def adjoint_kernel(
     pairs = _dot(q_, tl.trans(k_), PRECISION) * between
     products = _dot(grad_, tl.trans(v_), PRECISION)
     bar_v = _dot(k_, leaving_, PRECISION) * to_exit + _dot(tl.trans(pairs.to(v_.dtype)), grad_, PRECISION)
+    if HAS_SKIP:
+        bar_v += tl.load(skip + head) * grad_.to(tl.float32)
     _store(grad_v, bar_v, row, head, first, length, heads, value_size, C, V)
 
     grad_pairs = (products * between).to(q_.dtype)
@@ -277,9 +286,12 @@ def adjoint_kernel(
     _store(grad_k, bar_k, row, head, first, length, heads, key_size, C, K)
 
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if HAS_SKIP:
+        tl.store(grad_skip + program, tl.sum(tl.sum(tl.where(i == j, products, 0.0), 1), 0))
     crossing = tl.where(i == j, 0.0, products * pairs)
     read = tl.sum(from_state * q_.to(tl.float32), 1)
     kept = tl.sum(to_state * k_.to(tl.float32), 1)
+    there = tl.sum(bar_k * k_.to(tl.float32), 1)  # l_t of what is written at t
     # Pairs j < t <= i: all that are read at or after t, less those that were also written there.
     later = tl.sum(crossing, 1) + read
     at_or_after = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
@@ -289,6 +301,6 @@ def adjoint_kernel(
     token = first + tl.arange(0, C)
     tl.store(
         grad_log + (row * length + token) * heads + head,
-        at_or_after - written_there + before + whole,
+        at_or_after - written_there + before + there + whole,
         mask=token < length,
     )

@@ -1,7 +1,8 @@
 """The carry as torch operators: visible to autograd, fake tensors, torch.compile and FlopCounterMode.
 
-Shapes: ``q_BNHK``, ``k_BNHK``, ``v_BNHV`` of any floating type, ``log_l_BNH`` and ``state_BHKV`` in the type of the
-arithmetic, float32 or float64. Nothing but the arguments is kept for backward: the states are computed again.
+Shapes: ``q_BNHK``, ``k_BNHK``, ``v_BNHV`` of any floating type, ``log_l_BNH``, ``state_BHKV`` and ``skip_H`` in the
+type of the arithmetic, float32 or float64. Nothing but the arguments is kept for backward: the states are computed
+again.
 
 ``backend`` names the module that does it: ``torch`` (chunked) or ``triton``.
 """
@@ -24,7 +25,7 @@ class Forms(Protocol):
     """What a backend's module offers; ``chunked`` has the formulas."""
 
     carry: Callable[..., tuple[Tensor, Tensor]]
-    carry_adjoint: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    carry_adjoint: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]]
 
 
 def forms(backend: str) -> Forms:
@@ -40,11 +41,12 @@ def carry(
     log_l_BNH: Tensor,
     starts_BN: Tensor | None,
     state_BHKV: Tensor,
+    skip_H: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """o ``(B, N, H, V)`` in v's type and the state behind the last token, ``(B, H, K, V)``."""
     with torch.autocast(v_BNHV.device.type, enabled=False):  # sums are in the state's type
-        o_BNHV, final_BHKV = forms(backend).carry(q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV)
+        o_BNHV, final_BHKV = forms(backend).carry(q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV, skip_H)
     return o_BNHV.to(v_BNHV.dtype), final_BHKV
 
 
@@ -58,19 +60,29 @@ def carry_backward(
     log_l_BNH: Tensor,
     starts_BN: Tensor | None,
     state_BHKV: Tensor,
+    skip_H: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (in their types), log l and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (in their types), log l, the initial state and skip (nothing in it without one)."""
     with torch.autocast(v_BNHV.device.type, enabled=False):
-        q_bar, k_bar, v_bar, log_bar, state_bar = forms(backend).carry_adjoint(
-            grad_o_BNHV, grad_final_BHKV, q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV
+        q_bar, k_bar, v_bar, log_bar, state_bar, skip_bar = forms(backend).carry_adjoint(
+            grad_o_BNHV, grad_final_BHKV, q_BNHK, k_BNHK, v_BNHV, log_l_BNH, starts_BN, state_BHKV, skip_H
         )
-    return q_bar.to(q_BNHK.dtype), k_bar.to(k_BNHK.dtype), v_bar.to(v_BNHV.dtype), log_bar, state_bar
+    if skip_bar is None:
+        skip_bar = log_bar.new_empty(0)
+    return q_bar.to(q_BNHK.dtype), k_bar.to(k_BNHK.dtype), v_bar.to(v_BNHV.dtype), log_bar, state_bar, skip_bar
 
 
 @carry.register_fake
 def _(
-    q_BNHK: Tensor, k_BNHK: Tensor, v_BNHV: Tensor, log_l_BNH: Tensor, starts_BN: Any, state_BHKV: Tensor, backend: str
+    q_BNHK: Tensor,
+    k_BNHK: Tensor,
+    v_BNHV: Tensor,
+    log_l_BNH: Tensor,
+    starts_BN: Any,
+    state_BHKV: Tensor,
+    skip_H: Any,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return v_BNHV.new_empty(v_BNHV.shape), state_BHKV.new_empty(state_BHKV.shape)
 
@@ -85,11 +97,12 @@ def _(
     log_l_BNH: Tensor,
     starts_BN: Any,
     state_BHKV: Tensor,
+    skip_H: Any,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = (q_BNHK, k_BNHK, v_BNHV, log_l_BNH, state_BHKV)
     q_bar, k_bar, v_bar, log_bar, state_bar = (x.new_empty(x.shape) for x in like)
-    return q_bar, k_bar, v_bar, log_bar, state_bar
+    return q_bar, k_bar, v_bar, log_bar, state_bar, log_l_BNH.new_empty(0 if skip_H is None else skip_H.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -98,10 +111,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, grad_o_BNHV: Tensor, grad_final_BHKV: Tensor) -> tuple[Tensor | None, ...]:
-    q_bar, k_bar, v_bar, log_bar, state_bar = carry_backward(
-        grad_o_BNHV, grad_final_BHKV, *ctx.saved_tensors, ctx.backend
+    *tensors, skip_H = ctx.saved_tensors
+    q_bar, k_bar, v_bar, log_bar, state_bar, skip_bar = carry_backward(
+        grad_o_BNHV, grad_final_BHKV, *tensors, skip_H, ctx.backend
     )
-    return q_bar, k_bar, v_bar, log_bar, None, state_bar, None
+    return q_bar, k_bar, v_bar, log_bar, None, state_bar, None if skip_H is None else skip_bar, None
 
 
 carry.register_autograd(_gradients, setup_context=_save)
