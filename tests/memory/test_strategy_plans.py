@@ -102,7 +102,7 @@ def test_moved_inputs_are_on_the_host_instead(mixer):
     before, after = (measured(mixer, case, name) for name in ("offloaded optimizer", "offloaded activations"))
     inputs = 4 * 8 * 512 * 64
     # Each block's, the loss's and a gradient.
-    assert after[1] - before[1] == (12 + 2) * inputs
+    assert (12 + 2) * inputs <= after[1] - before[1] <= 1.01 * (12 + 2) * inputs
     # Of twelve inputs six are on the device at once, or what goes with them.
     assert 5 * inputs <= before[0] - after[0] <= 8 * inputs
 

@@ -81,8 +81,12 @@ def usable_budget(budget: Budget, device: torch.device, *, kernels_loaded: bool 
 
 
 def hold_to_budget(gpu_bytes: int, device: torch.device, *, kernels_loaded: bool = False) -> None:
-    """Has torch's allocator refuse what would exceed the budget; the refusal is an out-of-memory error."""
+    """Has torch's allocator refuse what would exceed the budget; the refusal is an out-of-memory error.
+
+    Its segments are such that grow from here on: those of fixed sizes waste more.
+    """
     if device.type == "cuda":
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         total = torch.cuda.get_device_properties(device).total_memory
         share = (gpu_bytes - _drivers_bytes(device, kernels_loaded)) / total
         number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
@@ -147,7 +151,11 @@ def _strategies(device: torch.device, *, in_fp32: bool) -> Iterator[Strategy]:
 def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int]:
     if "micro_batch_size" in fixed and training.micro_batch_size is not None:
         return [min(training.micro_batch_size, training.batch_size)]
-    sizes = [training.batch_size]
+    sizes, pieces = [training.batch_size], 2
     while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
+        for number in (pieces, pieces * 3 // 2):  # 2, 3, 4, 6, 8, 12, ...
+            rows = -(-training.batch_size // number)
+            if rows < sizes[-1]:
+                sizes.append(rows)
+        pieces *= 2
     return sizes
