@@ -4,8 +4,8 @@
     python benchmarks/frugal_gpu.py --out /tmp/frugal.json --device cpu --preset tiny    # the same code, without caps
 
 Each cell is a process of its own, so that one that dies is a result. It has the strategy that `choose_strategy` chooses
-for its cap, and torch's allocator refuses it more than that, less what the driver has given to the process besides
-tensors. That is measured when the kernels of a small step have been loaded: they count, too. The judge is the driver:
+for its cap, as `resnet-bk train --gpu-memory` does, and torch's allocator refuses it more than that, less what the
+driver has given to the process besides tensors and will give it for kernels. The judge is the driver:
 nvidia-smi's figure for the process where it shows processes, else the card's less what was used before the cell began.
 Cells that train inside the GPU do so in the micro-batches that their counterpart under the cap ended with.
 
@@ -343,11 +343,7 @@ def train(cell: Cell, device: torch.device, row: dict[str, Any], *, until: float
     config = model_config(cell)
     row["context"] = {"bare": context_bytes(device)}
     if cell.cap_bytes is not None:
-        # Held already: what kernels are loaded with is not to be what the driver counts as the most.
         hold_to_budget(cell.cap_bytes, device)
-        load_kernels(cell, device)
-        row["context"]["with_kernels"] = context_bytes(device)
-        hold_to_budget(cell.cap_bytes, device, kernels_loaded=True)
     training = chosen_training(cell, config, device)
     row |= describe_choice(config, training)
     yield
@@ -384,21 +380,6 @@ def model_config(cell: Cell, **overrides: Any) -> ResNetBKConfig:
     return ResNetBKConfig.from_preset(cell.preset, vocab_size=VOCABULARY, **overrides)
 
 
-def load_kernels(cell: Cell, device: torch.device) -> None:
-    """Small steps of the model with one block, so that the driver's share holds what the kernels take."""
-    training = TrainingConfig(
-        batch_size=1, sequence_length=cell.length // 4, **training_fields(STRATEGIES[-1], half_type_of(device))
-    )
-    model = build_model(model_config(cell, num_layers=1), seed=0).train()
-    prepared = prepare_training(model, training, device)
-    for step in range(2):
-        timed_step(prepared, training, step, device, MicroBatches(1))
-    del model, prepared
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def chosen_training(cell: Cell, config: ResNetBKConfig, device: torch.device) -> TrainingConfig:
     """The fastest strategy under the cap, or what the cell says. Inside the GPU that is mixed precision."""
     fixed = dict(cell.fixed)
@@ -415,8 +396,7 @@ def chosen_training(cell: Cell, config: ResNetBKConfig, device: torch.device) ->
         max_grad_norm=1.0 if cell.clips else None,
         **fixed,
     )
-    loaded = cell.cap_bytes is not None  # what is chosen for the whole card has room for kernels
-    return choose_strategy(config, training, budget_of(cell, device), device, fixed=fixed, kernels_loaded=loaded)
+    return choose_strategy(config, training, budget_of(cell, device), device, fixed=fixed)
 
 
 def budget_of(cell: Cell, device: torch.device) -> Budget:

@@ -165,19 +165,27 @@ class _Landings:
         """A place that is large enough; waits for one only where all that may be are in use."""
         num_bytes = gradient.nbytes
         self._largest = max(self._largest, num_bytes)
-        while True:
-            fitting = [place for place in self._places if place.is_free() and place.size >= num_bytes]
-            if fitting:
-                chosen = min(fitting, key=lambda place: place.size)
-                self._places.remove(chosen)
-                break
-            if sum(place.size for place in self._places) + num_bytes <= LANDING_PLACES * self._largest:
-                chosen = _Place()
-                break
-            # Too small, or in use: its memory is needed for this one.
-            self._places.pop(0).wait()
+        chosen = self._chosen(num_bytes)
+        if chosen in self._places:
+            self._places.remove(chosen)
         self._places.append(chosen)
         return chosen
+
+    def _chosen(self, num_bytes: int) -> "_Place":
+        fitting = [place for place in self._places if place.size >= num_bytes]
+        free = [place for place in fitting if place.is_free()]
+        if free:
+            return min(free, key=lambda place: place.size)
+        most = LANDING_PLACES * self._largest
+        if sum(place.size for place in self._places) + num_bytes <= most:
+            return _Place()
+        if fitting:
+            # Waiting is quicker than pinning other memory.
+            fitting[0].wait()
+            return fitting[0]
+        while sum(place.size for place in self._places) + num_bytes > most:
+            self._places.pop(0).wait()
+        return _Place()
 
 
 class _Place:

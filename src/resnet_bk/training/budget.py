@@ -18,8 +18,8 @@ from resnet_bk.training.strategy import training_fields, training_shape
 FRAGMENTATION = 0.05
 # With fewer tokens at once a GPU waits for its next kernel.
 BUSY_TOKENS = 2048
-# What the driver loads kernels into while the first steps run; 71 MB on an H100 (benchmarks/frugal_gpu.py).
-KERNELS_BYTES = 100_000_000
+# What the driver loads kernels into while the first steps run: 176 MB on an H100 (benchmarks/frugal_gpu.py).
+KERNELS_BYTES = 200_000_000
 # Other programs on the same card are not our context.
 LARGEST_CONTEXT = 1_000_000_000
 
@@ -31,18 +31,17 @@ def choose_strategy(
     device: torch.device,
     *,
     fixed: Collection[str] = (),
-    kernels_loaded: bool = False,
 ) -> TrainingConfig:
     """The fastest strategy that fits the budget, with the largest micro-batches that do.
 
     Smaller micro-batches cost less time than the next strategy, until a GPU is no longer busy with one. ``fixed`` names
-    fields of ``training`` that stay as they are. ``kernels_loaded`` says that this process has trained before.
+    fields of ``training`` that stay as they are.
 
     Raises:
         UserError: nothing fits; the message says by how much.
     """
     counts, half_type = count_parameters(model), half_type_of(device)
-    usable = usable_budget(budget, device, kernels_loaded=kernels_loaded)
+    usable = usable_budget(budget, device)
     closest: tuple[int, StrategyPlan, int] | None = None
     for strategy, rows in _candidates(training, device, fixed):
         fields = training_fields(strategy, half_type)
@@ -72,15 +71,15 @@ def _missing(plan: StrategyPlan, budget: Budget, device: torch.device) -> int:
     return max((need - room for need, room in needs if room is not None), default=0)
 
 
-def usable_budget(budget: Budget, device: torch.device, *, kernels_loaded: bool = False) -> Budget:
+def usable_budget(budget: Budget, device: torch.device) -> Budget:
     """What tensors may take: without what the driver takes for this process, and what segments waste."""
     if budget.gpu_bytes is None:
         return budget
-    for_tensors = budget.gpu_bytes - _drivers_bytes(device, kernels_loaded)
+    for_tensors = budget.gpu_bytes - _drivers_bytes(device)
     return replace(budget, gpu_bytes=int(for_tensors / (1 + FRAGMENTATION)))
 
 
-def hold_to_budget(gpu_bytes: int, device: torch.device, *, kernels_loaded: bool = False) -> None:
+def hold_to_budget(gpu_bytes: int, device: torch.device) -> None:
     """Has torch's allocator refuse what would exceed the budget; the refusal is an out-of-memory error.
 
     Its segments are such that grow from here on: those of fixed sizes waste more.
@@ -88,14 +87,14 @@ def hold_to_budget(gpu_bytes: int, device: torch.device, *, kernels_loaded: bool
     if device.type == "cuda":
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (gpu_bytes - _drivers_bytes(device, kernels_loaded)) / total
+        share = (gpu_bytes - _drivers_bytes(device)) / total
         number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), number)
 
 
-def _drivers_bytes(device: torch.device, kernels_loaded: bool) -> int:
+def _drivers_bytes(device: torch.device) -> int:
     context = context_bytes(device)
-    return context if kernels_loaded or not context else context + KERNELS_BYTES
+    return context + KERNELS_BYTES if context else 0
 
 
 def context_bytes(device: torch.device) -> int:
