@@ -1,16 +1,24 @@
-"""AdamW's update of one tensor in host memory, by torch's fused kernel, in place."""
+"""AdamW's update of one tensor in host memory, in place: by torch's fused kernel, or with moments in bfloat16."""
 
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Elements that are float32 for a moment, where gradients or moments are of another type: few enough for a cache, enough
-# to give sixteen threads as many as torch wants each to have, and a multiple of every vector's length, so that the
-# kernel treats each element as it would in one piece.
+# Elements whose gradient is float32 for a moment, where it is of another type: few enough for a cache, enough to give
+# sixteen threads as many as torch wants each to have, and a multiple of every vector's length, so that the kernel treats
+# each element as it would in one piece.
 PIECE = 2**19
+# To hand work to a thread takes as long as this many elements.
+ELEMENTS_WORTH_A_THREAD = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,53 +42,74 @@ def update(
     *,
     seed: tuple[int, ...] = (0,),
 ) -> None:
-    """One step. Float32 ``weights`` and ``step`` (a scalar, counted up); gradient and moments of any floating type.
+    """One step. Float32 ``weights`` and ``step`` (a scalar, counted up); gradient of any floating type.
 
-    Moments that are not float32 are rounded up or down at random, in proportion to what is cut off, so that small
-    changes are kept on average: to nearest, a second moment would stop falling. ``seed`` decides.
+    Moments are float32 or bfloat16. The latter are rounded up or down at random, in proportion to what is cut off, so
+    that small changes are kept on average: to nearest, a second moment would stop falling. ``seed`` decides.
     """
-    if gradient.dtype == exp_avg.dtype == torch.float32:
+    if exp_avg.dtype != torch.float32:
+        _with_half_moments(weights, gradient, exp_avg, exp_avg_sq, step, settings, seed)
+        return
+    if gradient.dtype == torch.float32:
         _fused(weights, gradient, exp_avg, exp_avg_sq, step, settings)
         return
-    noise = Noise(weights.numel(), seed) if exp_avg.dtype != torch.float32 else None
     before = step.clone()
     for start in range(0, weights.numel(), PIECE):
-        piece = slice(start, start + PIECE)
-        first, second = exp_avg.view(-1)[piece], exp_avg_sq.view(-1)[piece]
-        wide_first, wide_second = first.float(), second.float()
-        wide_gradient = gradient.view(-1)[piece].float()
-        _fused(weights.view(-1)[piece], wide_gradient, wide_first, wide_second, step.copy_(before), settings)
-        if noise is not None:
-            round_stochastically(wide_first, first, noise)
-            round_stochastically(wide_second, second, noise)
+        first, second, slopes, piece = (
+            x.view(-1)[start : start + PIECE] for x in (exp_avg, exp_avg_sq, gradient, weights)
+        )
+        _fused(piece, slopes.float(), first, second, step.copy_(before), settings)
 
 
-class Noise:
-    """Sixteen random bits for each element, as many as are asked for.
+def _with_half_moments(
+    weights: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    settings: AdamWSettings,
+    seed: tuple[int, ...],
+) -> None:
+    from resnet_bk.frugal import adamw_kernels as kernels  # a compiler: slow to load
 
-    Drawing is done by one thread, and rounding by all. So no more is drawn than two pieces need, and each takes its
-    bits from another place there: for every element they are uniform, which is all that rounding asks for.
-    """
+    count = float(step.add_(1))
+    numbers = [
+        1 - settings.lr * settings.weight_decay,
+        1 - settings.beta1,
+        settings.beta2,
+        1 - settings.beta2,
+        settings.lr / (1 - settings.beta1**count),
+        math.sqrt(1 - settings.beta2**count),
+        settings.eps,
+    ]
+    slopes = gradient if gradient.dtype in (torch.float32, torch.bfloat16) else gradient.float()
+    kernel = kernels.half_gradient_kernel if slopes.dtype == torch.bfloat16 else kernels.single_gradient_kernel
+    arrays = [_array(x) for x in (slopes, weights, exp_avg, exp_avg_sq)]
+    constants = tuple(np.float32(number) for number in numbers)
+    number, numel, threads = np.uint32(_number(seed) & 0xFFFFFFFF), weights.numel(), torch.get_num_threads()
+    share = max(ELEMENTS_WORTH_A_THREAD, -(-numel // threads))
+    ranges = [(begin, min(begin + share, numel)) for begin in range(0, numel, share)]
 
-    def __init__(self, numel: int, seed: tuple[int, ...]) -> None:
-        """For a tensor of ``numel`` elements."""
-        self._length = min(numel, PIECE)
-        self._generator = torch.Generator().manual_seed(_number(seed))
-        four_each = torch.empty(-(-2 * self._length // 4), dtype=torch.int64)
-        four_each.random_(-(2**63), None, generator=self._generator)
-        self._bits = four_each.view(torch.int16)
+    def work(piece: tuple[int, int]) -> None:
+        kernel(*piece, *arrays, constants, number)
 
-    def take(self, numel: int) -> Tensor:
-        """int32 from 0 to 2^16 - 1."""
-        start = int(torch.randint(0, self._length + 1, (), generator=self._generator))
-        return self._bits[start : start + numel].to(torch.int32).bitwise_and_(2**16 - 1)
+    if len(ranges) == 1:
+        work(ranges[0])
+    elif ranges:
+        list(_pool(os.getpid(), threads).map(work, ranges))
 
 
-def round_stochastically(x: Tensor, out: Tensor, noise: Noise) -> None:
-    """Writes float32 ``x`` into bfloat16 ``out``: one of the two neighbours, the nearer one more often."""
-    # The sixteen bits that bfloat16 lacks, plus as many random ones, carry into those it has.
-    carried = noise.take(x.numel()).view(x.shape).add_(x.view(torch.int32))
-    out.copy_(carried.bitwise_and_(-(2**16)).view(torch.float32))
+@lru_cache(maxsize=4)
+def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked child has none of its parent's, so it asks with another number."""
+    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="half-moments")
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """The tensor's memory, flat; of bfloat16 numbers, which numpy has not, their bits."""
+    flat = x.view(-1)
+    array: NDArray[Any] = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    return array
 
 
 def _fused(
