@@ -180,6 +180,7 @@ def measure(cells: list[Cell], device: str, out: Path, budget: float, cell_secon
         row = measure_cell(like_others, device, min(left, cell_seconds), min(left, PATIENCE * cell_seconds))
         environment = row.pop("environment", None)
         document["environment"] = document["environment"] or environment
+        row["commit"] = (environment or {}).get("commit")
         document["cells"][cell.name] = row
         write_json(out, document)
         print(f"{cell.name}: {in_words(row)}", flush=True)
@@ -491,25 +492,23 @@ def in_words(row: dict[str, Any]) -> str:
 def table(document: dict[str, Any]) -> str:
     """The cells, as Markdown."""
     lines = [
-        "| model, tokens a step | cap | by the driver | tensors | planned | on the host | strategy | tokens/s | inside "
-        "the GPU | there, recomputing | loss |",
-        "| --- " * 11 + "|",
+        "| model, tokens a step | cap | by the driver | tensors, planned | on the host | at once | tokens/s "
+        "| inside the GPU | there, recomputing | loss |",
+        "| --- " * 10 + "|",
     ]
     cells = document["cells"]
     for name, row in cells.items():
-        if row["cell"]["like"]:
-            continue
         cell = row["cell"]
-        after = "updated after backward" if cell["clips"] else "updated during backward"
+        if cell["like"]:
+            continue
         figures = [
-            f"{cell['preset']}, {cell['tokens']:,}, {after}",
+            f"`{cell['preset']}`, {cell['tokens']:,}" + (", clipped" if cell["clips"] else ""),
             f"{cell['cap_bytes'] / GB:g} GB",
             gigabytes(row.get("judged_bytes")),
-            gigabytes(row.get("allocated_bytes")),
-            gigabytes(row.get("planned", {}).get("gpu_bytes")),
+            f"{gigabytes(row.get('allocated_bytes'))}, {gigabytes(row.get('planned', {}).get('gpu_bytes'))}",
             gigabytes(row.get("host", {}).get("peak_resident_bytes")),
-            row["died"].replace("|", "/") if "died" in row else row["strategy"],
-            speed(row),
+            f"{row.get('micro_batch_rows', '')} x {cell['length']:,}",
+            row["died"].replace("|", "/") if "died" in row else speed(row),
             ratio(row, cells.get(name + INSIDE)),
             ratio(row, cells.get(name + INSIDE + RECOMPUTING)),
             losses(row, cells.get(name + INSIDE)),
@@ -530,7 +529,7 @@ def speed(row: dict[str, Any]) -> str:
 
 
 def ratio(row: dict[str, Any], inside: dict[str, Any] | None) -> str:
-    """Training inside the GPU in the same micro-batches, and the share of its speed that is kept under the cap."""
+    """Training inside the GPU in the same micro-batches, what it needs, and the share of its speed that is kept."""
     if inside is None or "tokens_per_second" not in inside or "tokens_per_second" not in row:
         return inside["died"] if inside is not None and "died" in inside else ""
     kept = row["tokens_per_second"] / inside["tokens_per_second"]
@@ -539,12 +538,13 @@ def ratio(row: dict[str, Any], inside: dict[str, Any] | None) -> str:
 
 
 def losses(row: dict[str, Any], inside: dict[str, Any] | None) -> str:
-    """The loss of the last step that both have done, and that of training inside the GPU beside it."""
+    """Of the first step and the last; and of the last that training inside the GPU has done too."""
     ours, theirs = row.get("losses") or [], (inside or {}).get("losses") or []
-    if not ours or not theirs:
-        return f"{ours[-1]:.3f}" if ours else ""
-    last = min(len(ours), len(theirs)) - 1
-    return f"{ours[last]:.3f} against {theirs[last]:.3f}"
+    if not ours:
+        return ""
+    last = min(len(ours), len(theirs))
+    beside = f"; at step {last} {ours[last - 1]:.3f}, inside {theirs[last - 1]:.3f}" if last else ""
+    return f"{ours[0]:.2f} to {ours[-1]:.2f} in {len(ours)} steps{beside}"
 
 
 def source(document: dict[str, Any]) -> str:
@@ -554,7 +554,8 @@ def source(document: dict[str, Any]) -> str:
         return "nothing ran"
     hardware = environment["hardware"]
     name = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['threads']} threads"
-    return f"{name}, commit {environment['commit']}, torch {environment['packages']['torch']}"
+    commits = dict.fromkeys(row["commit"] for row in document["cells"].values() if row.get("commit"))
+    return f"{name}, commit {', '.join(commits)}, torch {environment['packages']['torch']}"
 
 
 if __name__ == "__main__":

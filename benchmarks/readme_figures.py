@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import frugal_gpu
+
 from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence
@@ -25,7 +27,7 @@ SHAKESPEARE = ROOT / "benchmarks" / "results" / "gpu" / "shakespeare.json"
 STEPS = ROOT / "benchmarks" / "results" / "gpu" / "step.json"
 THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
 DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
-FRUGAL = ROOT / "benchmarks" / "results" / "cpu" / "frugal.json"
+FRUGAL, FRUGAL_GPU = (ROOT / "benchmarks" / "results" / kind / "frugal.json" for kind in ("cpu", "gpu"))
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
 PHASES = {
     "forward": "forward time",
@@ -48,6 +50,7 @@ def main() -> int:
         "cpu": cpu_table(),
         "steps": steps_table(),
         "speeds": speeds_table(),
+        "frugal-gpu": frugal_gpu.table(read_json(FRUGAL_GPU)),
         "frugal": frugal_table(),
     }
     for name, content in contents.items():

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 # Elements whose gradient is float32 for a moment, where it is of another type: few enough for a cache, enough to give
-# sixteen threads as many as torch wants each to have, and a multiple of every vector's length, so that the kernel treats
-# each element as it would in one piece.
+# sixteen threads as many as torch wants each to have, and a multiple of every vector's length, so that the kernel
+# treats each element as it would in one piece.
 PIECE = 2**19
 # To hand work to a thread takes as long as this many elements.
 ELEMENTS_WORTH_A_THREAD = 2**16
@@ -83,7 +83,7 @@ def _with_half_moments(
         settings.eps,
     ]
     slopes = gradient if gradient.dtype in (torch.float32, torch.bfloat16) else gradient.float()
-    kernel = kernels.half_gradient_kernel if slopes.dtype == torch.bfloat16 else kernels.single_gradient_kernel
+    kernel: Any = kernels.half_gradient_kernel if slopes.dtype == torch.bfloat16 else kernels.single_gradient_kernel
     arrays = [_array(x) for x in (slopes, weights, exp_avg, exp_avg_sq)]
     constants = tuple(np.float32(number) for number in numbers)
     number, numel, threads = np.uint32(_number(seed) & 0xFFFFFFFF), weights.numel(), torch.get_num_threads()

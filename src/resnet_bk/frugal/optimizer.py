@@ -80,7 +80,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._slots: dict[nn.Parameter, _Slot] = {}
         self._in_backward = self.has_begun = False
         self._held: set[nn.Parameter] = set()
-        self._adds_up = False
         self._squares: list[float] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
         for turn, block in enumerate(blocks, start=1):
@@ -134,15 +133,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._in_backward = False
 
     @contextmanager
-    def holding(self, parameters: Iterable[nn.Parameter], *, add_up: bool = True) -> Iterator[None]:
+    def holding(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """Around several backward passes: the gradients of ``parameters`` stay on the device and leave it at the end.
 
-        They are summed there in float32, as they would be on the host, and cross once. Without ``add_up`` there is but
-        one pass, and what crosses is in the weights' type.
+        They are summed there in float32, as they would be on the host, and cross once.
         """
         held = [parameter for parameter in parameters if parameter in self._slots]
         self._held.update(held)
-        self._adds_up = add_up
         try:
             yield
         finally:
@@ -224,7 +221,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """After each pass that has made a gradient, or added to it."""
         slot = self._slots[parameter]
         if parameter in self._held:
-            if self._adds_up and parameter.grad is not None and host_gradient(parameter) is None:
+            if parameter.grad is not None and host_gradient(parameter) is None:
                 parameter.grad = parameter.grad.float()
         elif host_gradient(parameter) is None:
             self._take(slot)

@@ -172,7 +172,7 @@ def plan_strategy(
 ) -> StrategyPlan:
     """What one strategy needs for micro-batches of ``shape``."""
     *kept, logits = activation_parts(config, shape, strategy)
-    gradients, passing = _gradients(strategy, config, counts, shape)
+    gradients, passing = _gradients(strategy, config, counts)
     inputs = 4 * shape.tokens * config.hidden_size
     on_their_way = _on_their_way(strategy, counts, inputs)
     optimizer = 0 if strategy.offload_optimizer else 8 * counts.total
@@ -210,7 +210,7 @@ def _moments(
     logits: ActivationPart,
 ) -> list[int]:
     """What there is beside weights and optimizer: after forward, at the last gradient, where backward begins."""
-    gradients, passing = _gradients(strategy, config, counts, shape)
+    gradients, passing = _gradients(strategy, config, counts)
     inputs, activations = 4 * shape.tokens * config.hidden_size, sum(part.num_bytes for part in kept)
     working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
     again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
@@ -240,7 +240,7 @@ def _moments_by_block(
     all_along = sum(part.num_bytes for part in kept if part.name == ALL_ALONG)
     working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
     outer = sum(part.num_bytes for part in kept) - block - working - all_along
-    block_gradients = 4 * counts.block.total if shape.micro_batches > 1 else _stored(counts.block, strategy)
+    block_gradients = 4 * counts.block.total
     head = 4 * table  # summed in float32, until the embedding has added its part
     more = head if shape.micro_batches > 1 else 0  # that of the micro-batches before
     waiting = (5 if shape.micro_batches > 1 else 3) * inputs + all_along  # here already, or here yet
@@ -262,13 +262,10 @@ def _stored(counts: PartCounts, strategy: Strategy) -> int:
     return strategy.weight_bytes * (counts.total - counts.float32) + 4 * counts.float32
 
 
-def _gradients(
-    strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts, shape: TrainingShape
-) -> tuple[int, int]:
+def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> tuple[int, int]:
     """Gradients that are there at once, and what a tied head adds for a moment."""
     if strategy.goes_by_block:
-        block = 4 * counts.block.total if shape.micro_batches > 1 else _stored(counts.block, strategy)
-        return block + 4 * counts.outside.total, 0
+        return 4 * (counts.block.total + counts.outside.total), 0
     head = config.vocab_size * config.hidden_size * strategy.weight_bytes
     # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
     passing = 2 * head if config.tie_word_embeddings else 0

@@ -1,7 +1,7 @@
 """A step's gradients block after block: what ``frugal.by_block`` needs to know of a language model and its batches."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,31 +40,25 @@ class ByBlock:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and expert load of the step, whose gradients are computed."""
         parts = _LanguageModel(model, scaler, batches, pieces, config, step, device)
-        several = len(pieces) > 1
-
-        def holding(block: nn.Module, then: nn.Module | None) -> AbstractContextManager[None]:
-            return self._holding(block, then, add_up=several)
-
         inside = {id(parameter) for block in parts.blocks for parameter in block.parameters()}
         ends = [parameter for parameter in model.parameters() if id(parameter) not in inside]
         backward_by_block(
             parts,
             len(pieces),
             self.waiting,
-            holding=holding,
-            # Head and embedding both add to a tied matrix, also where there is one piece.
+            holding=self._holding,
             holding_ends=self.optimizer.holding(ends),
         )
         return torch.stack(parts.nats).sum(0), torch.stack(parts.loads()).sum(0)
 
     @contextmanager
-    def _holding(self, block: nn.Module, then: nn.Module | None, *, add_up: bool) -> Iterator[None]:
+    def _holding(self, block: nn.Module, then: nn.Module | None) -> Iterator[None]:
         with ExitStack() as stack:
             if self.streamed is not None:
                 stack.enter_context(self.streamed.holding(block, then=then))
             else:
                 self.optimizer.synchronize(block)
-            stack.enter_context(self.optimizer.holding(block.parameters(), add_up=add_up))
+            stack.enter_context(self.optimizer.holding(block.parameters()))
             yield
 
 
