@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import JustifyMethod
+from rich.markup import escape
 from rich.table import Table
 
 from resnet_bk.cli.console import print_json, result_console
@@ -146,7 +147,8 @@ def _activation_table(plan: "Plan") -> Table:
     columns = ("part", "fp32", "fp16 or bf16", "formula in fp32")
     table = _table("Kept for backward, logits and loss included", *columns, last="left")
     for part, half in zip(plan.activations, plan.half_activations, strict=True):
-        table.add_row(part.name, format_bytes(part.num_bytes), format_bytes(half.num_bytes), part.formula)
+        # Brackets are rich's markup.
+        table.add_row(part.name, format_bytes(part.num_bytes), format_bytes(half.num_bytes), escape(part.formula))
     return table
 
 
@@ -155,8 +157,8 @@ def _strategy_table(plan: "Plan") -> Table:
 
     rows = plan.strategies
     table = _table("A training step with AdamW", "", *(row.strategy.name for row in rows))
-    for part in rows[0].gpu_parts:
-        table.add_row(f"GPU: {part}", *(format_bytes(row.gpu_parts[part]) for row in rows))
+    for part in dict.fromkeys(part for row in rows for part in row.gpu_parts):
+        table.add_row(f"GPU: {part}", *(format_bytes(row.gpu_parts.get(part, 0)) for row in rows))
     table.add_row("GPU needs", *(format_bytes(row.gpu_bytes) for row in rows), style="bold", end_section=True)
     for part in rows[0].host_parts:
         table.add_row(f"host: {part}", *(format_bytes(row.host_parts[part]) for row in rows))
