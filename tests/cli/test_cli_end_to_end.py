@@ -167,7 +167,7 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
     ("words", "said"),
     [
         (["--preset", "seed"], ["4,112,776 parameters", "4,112,512", "Give --gpu-memory"]),
-        (["--preset", "tiny", "--gpu-memory", "1GB"], ["Take: fp32", "GPU fits with"]),
+        (["--preset", "tiny", "--gpu-memory", "1GB"], ["Take: fp32", "GPU fits with", "L x [c W T]"]),
         (["--preset", "70b", "--gpu-memory", "12GB", "--host-memory", "15GB"], ["Nothing here fits", "GPU misses by"]),
         (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "query, key and value projections"]),
     ],
