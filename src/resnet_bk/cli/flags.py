@@ -181,7 +181,8 @@ class TrainingFlags:
     """What backward computes again instead of keeping it: nothing, what is cheap, whole blocks, or whole blocks whose
     inputs wait on the host."""
     offload_optimizer: Annotated[bool | None, shown(TrainingConfig.offload_optimizer, "True|False")] = None
-    """AdamW's master weights, moments and update on the host."""
+    """AdamW's master weights, moments and update on the host. With --checkpointing offload a step goes block by block:
+    however many micro-batches it has, weights and gradients cross once."""
     moments: Annotated[MomentsType | None, shown(TrainingConfig.moments, "fp32|bf16")] = None
     """Type of the offloaded moments; bf16 rounds at random, right on average."""
     half_weights: Annotated[bool | None, shown(TrainingConfig.half_weights, "True|False")] = None

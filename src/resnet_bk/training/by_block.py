@@ -1,7 +1,7 @@
 """A step's gradients block after block: what ``frugal.by_block`` needs to know of a language model and its batches."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,8 @@ class ByBlock:
 
     @contextmanager
     def _holding(self, block: nn.Module, then: nn.Module | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.streamed is not None:
-                stack.enter_context(self.streamed.holding(block, then=then))
-            else:
-                self.optimizer.synchronize(block)
-            stack.enter_context(self.optimizer.holding(block.parameters()))
+        streamed = nullcontext() if self.streamed is None else self.streamed.holding(block, then=then)
+        with streamed, self.optimizer.holding(block.parameters()):
             yield
 
 

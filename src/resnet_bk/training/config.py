@@ -130,6 +130,12 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number up to {LARGEST_RATE:g}")
 
     @property
+    def goes_by_block(self) -> bool:
+        """Whether all micro-batches go through a block before the next one: where gradients and blocks' inputs leave
+        the device anyway."""
+        return self.offload_optimizer and self.checkpointing == "offload"
+
+    @property
     def tokens_per_step(self) -> int:
         """Targets that one optimizer step learns from."""
         return self.batch_size * self.gradient_accumulation_steps * self.sequence_length

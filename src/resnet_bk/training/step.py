@@ -84,7 +84,7 @@ def train_step(
     ``OffloadedAdamW`` updates during backward where nothing must be known of all gradients first, from the second step
     with the same ``micro_batches`` on.
     """
-    if (config.offload_optimizer and config.checkpointing == "offload") != (by_block is not None):
+    if config.goes_by_block != (by_block is not None):
         raise ValueError("by_block is not that of this configuration; give what prepare_training returned")
     batches, device = list(batches), device or model.device
     rate = learning_rate(config, step)

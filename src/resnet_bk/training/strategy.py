@@ -41,7 +41,7 @@ def prepare_training(model: ResNetBKForCausalLM, config: TrainingConfig, device:
         if config.half_weights:
             half_weights(model, AUTOCAST_DTYPES[config.precision], keep=stays_float32)
         streamed = _place(model, optimizer, config, device)
-        if strategy_of(config).goes_by_block:
+        if config.goes_by_block:
             by_block = ByBlock(optimizer, streamed, device)
     else:
         model.to(device)
@@ -63,6 +63,8 @@ def describe_strategy(config: TrainingConfig) -> str:
         words.append(f"{config.precision} weights")
     if config.stream_weights:
         words.append("blocks streamed from the host")
+    if config.goes_by_block:
+        words.append("a step block by block")
     return ", ".join(words)
 
 
