@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "resnet_bk"
 LAYERS = [
-    ["errors", "files", "environment", "schema"],
+    ["errors", "files", "environment", "schema", "threads"],
     ["frugal"],
     ["ops"],
     ["layers"],

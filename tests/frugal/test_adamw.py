@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from resnet_bk.frugal import adamw
-from resnet_bk.frugal.adamw import ELEMENTS_WORTH_A_THREAD, AdamWSettings, update
+from resnet_bk.frugal.adamw import AdamWSettings, update
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD
 
 SETTINGS = AdamWSettings(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 

@@ -1,10 +1,7 @@
 """AdamW's update of one tensor in host memory, in place: by torch's fused kernel, or with moments in bfloat16."""
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
+
 # Elements whose gradient is float32 for a moment, where it is of another type: few enough for a cache, enough to give
 # sixteen threads as many as torch wants each to have, and a multiple of every vector's length, so that the kernel
 # treats each element as it would in one piece.
 PIECE = 2**19
-# To hand work to a thread takes as long as this many elements.
-ELEMENTS_WORTH_A_THREAD = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +83,14 @@ def _with_half_moments(
     kernel: Any = kernels.half_gradient_kernel if slopes.dtype == torch.bfloat16 else kernels.single_gradient_kernel
     arrays = [_array(x) for x in (slopes, weights, exp_avg, exp_avg_sq)]
     constants = tuple(np.float32(number) for number in numbers)
-    number, numel, threads = np.uint32(_number(seed) & 0xFFFFFFFF), weights.numel(), torch.get_num_threads()
-    share = max(ELEMENTS_WORTH_A_THREAD, -(-numel // threads))
+    number, numel = np.uint32(_number(seed) & 0xFFFFFFFF), weights.numel()
+    share = max(ELEMENTS_WORTH_A_THREAD, -(-numel // torch.get_num_threads()))
     ranges = [(begin, min(begin + share, numel)) for begin in range(0, numel, share)]
 
-    def work(piece: tuple[int, int]) -> None:
-        kernel(*piece, *arrays, constants, number)
+    def work(begin: int, end: int) -> None:
+        kernel(begin, end, *arrays, constants, number)
 
-    if len(ranges) == 1:
-        work(ranges[0])
-    elif ranges:
-        list(_pool(os.getpid(), threads).map(work, ranges))
-
-
-@lru_cache(maxsize=4)
-def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's, so it asks with another number."""
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="half-moments")
+    in_threads(work, ranges)
 
 
 def _array(x: Tensor) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from resnet_bk.layers import SequenceContext
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.models.modeling import mean_balancing_loss, run_block
 from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.micro_step import autocast, moved, seed_micro_step
+from resnet_bk.training.micro_step import autocast, moved, seed_micro_step, share_of_step
 
 # Of a batch's number, its first row and the row behind its last.
 Piece = tuple[int, tuple[int, int]]
@@ -111,4 +111,4 @@ class _LanguageModel:
 
     def _share(self, piece: int) -> float:
         number, (start, stop) = self.pieces[piece]
-        return (stop - start) / (len(self.batches[number][0]) * self.config.gradient_accumulation_steps)
+        return share_of_step(start, stop, len(self.batches[number][0]), self.config.gradient_accumulation_steps)

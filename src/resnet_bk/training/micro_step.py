@@ -24,6 +24,11 @@ def seed_micro_step(seed: int, step: int, micro_step: int) -> None:
     torch.manual_seed(int(state[0]) >> 1)
 
 
+def share_of_step(start: int, stop: int, batch_rows: int, gradient_accumulation_steps: int) -> float:
+    """What rows of a batch count in the loss of a step."""
+    return (stop - start) / (batch_rows * gradient_accumulation_steps)
+
+
 def moved(tokens: Tensor, device: torch.device) -> Tensor:
     """Tokens on the device. To a GPU they go from pinned memory, so that nobody waits for those before them."""
     if device.type == "cuda" and tokens.device.type == "cpu":

@@ -16,7 +16,7 @@ from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
 from resnet_bk.training.by_block import ByBlock
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.distributed import ALONE, World, whole
-from resnet_bk.training.micro_step import autocast, moved, seed_micro_step
+from resnet_bk.training.micro_step import autocast, moved, seed_micro_step, share_of_step
 from resnet_bk.training.optimizer import learning_rate, set_learning_rate
 
 
@@ -170,4 +170,4 @@ def _forward(
     with autocast(device, config.precision):
         place = (world.rank * rows + start, world.size * rows)
         output = model(input_ids, shift_labels=targets, use_cache=False, batch_rows=place)
-    return (stop - start) / (rows * config.gradient_accumulation_steps), output
+    return share_of_step(start, stop, rows, config.gradient_accumulation_steps), output

@@ -13,11 +13,9 @@ Kernels are compiled at their first call and kept in numba's cache beside this f
 
 import ctypes
 import mmap
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -34,12 +32,11 @@ from resnet_bk.ops.bk.cpu_kernels import (
     tunnel_adjoint_kernel,
     tunnel_kernel,
 )
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
 
 Array = NDArray[np.floating[Any]]
 
 LANES_WORTH_A_VECTOR = 16
-# To hand work to a thread takes as long as this many sites and heads.
-ELEMENTS_WORTH_A_THREAD = 1 << 16
 # Rows are cut until there are this many lanes (heads of chunks), or chunks would be shorter than this.
 WANTED_LANES, SHORTEST_CHUNK = 1024, 256
 # Composing maps costs as much as sweeping does: what fills a register in double precision stays whole.
@@ -326,8 +323,7 @@ def _run(
     rows, length, lanes = shape[:3]
     pieces = min(torch.get_num_threads(), max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD))
     ranges = _shares(rows, lanes, min(pieces, rows) if whole_rows else pieces)
-    tasks = [_pool(os.getpid(), len(ranges) - 1).submit(kernel, *arguments, *piece) for piece in ranges[1:]]
-    return [kernel(*arguments, *ranges[0]), *(task.result() for task in tasks)]
+    return in_threads(partial(kernel, *arguments), ranges)
 
 
 def _shares(rows: int, lanes: int, pieces: int) -> list[tuple[int, int, int, int]]:
@@ -339,9 +335,3 @@ def _shares(rows: int, lanes: int, pieces: int) -> list[tuple[int, int, int, int
     pieces = min(pieces, vectors)
     cuts = [vectors * piece // pieces * LANES_WORTH_A_VECTOR for piece in range(pieces)] + [lanes]
     return [(0, rows, begin, end) for begin, end in pairwise(cuts)]
-
-
-@lru_cache(maxsize=4)
-def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's, so it asks with another number."""
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="resnet-bk")
