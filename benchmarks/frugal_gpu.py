@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import psutil
 import torch
 
 from resnet_bk.bench.contestants import build_model, synchronizer
-from resnet_bk.environment import describe_environment
+from resnet_bk.environment import describe_environment, peak_resident_bytes
 from resnet_bk.files import read_json, write_json
 from resnet_bk.frugal import host
 from resnet_bk.frugal.micro_batches import MicroBatches
@@ -463,7 +462,7 @@ def memory_figures(device: torch.device) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "host": {
             "resident_bytes": psutil.Process().memory_info().rss,
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_resident_bytes": peak_resident_bytes(),
             **host_tensors(),
         }
     }

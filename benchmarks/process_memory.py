@@ -6,14 +6,13 @@ Trains preset tiny for three steps on the CPU and takes the live tensors off wha
 """
 
 import argparse
-import resource
 from pathlib import Path
 
 import torch
 
 from resnet_bk.bench.contestants import Subject, random_batch
 from resnet_bk.bench.memory import peak_bytes
-from resnet_bk.environment import describe_environment
+from resnet_bk.environment import describe_environment, peak_resident_bytes
 from resnet_bk.files import write_json
 from resnet_bk.memory.plan import PROCESS_BYTES
 from resnet_bk.models import ResNetBKConfig
@@ -31,7 +30,7 @@ def main() -> None:
     subject = Subject.build(config, training, random_batch(config, 2, 64, torch.device("cpu")))
     subject.step()
     tensors = peak_bytes(subject)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = peak_resident_bytes()
     document = {
         "what": "resident set of a training process at its peak, less the tensors of its step; bytes",
         "resident_bytes": resident,

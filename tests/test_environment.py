@@ -6,13 +6,14 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from resnet_bk import environment
-from resnet_bk.environment import describe_environment, summary_line
+from resnet_bk.environment import describe_environment, peak_resident_bytes, summary_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,3 +111,13 @@ def test_the_summary_is_one_line(description):
     gpu = {"name": "Some GPU", "memory_bytes": 1, "count": 1, "compute_capability": "9.0", "cuda": "13.0"}
     with_gpu = {**description, "hardware": {**description["hardware"], "gpu": gpu}}
     assert summary_line(with_gpu).startswith("Some GPU")
+
+
+def test_the_most_memory_that_a_process_had_is_its_own():
+    held = bytearray(b"1") * 2_000_000_000
+    assert peak_resident_bytes() > 2_000_000_000
+    program = "from resnet_bk.environment import peak_resident_bytes; print(peak_resident_bytes())"
+    child = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(child.stdout) < 1_000_000_000
+    del held
+    assert peak_resident_bytes() > 2_000_000_000

@@ -28,6 +28,22 @@ def summary_line(environment: dict[str, Any]) -> str:
     return f"{machine}; Python {environment['python']}, torch {packages.get('torch', 'not installed')}"
 
 
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had in RAM at once.
+
+    On Linux it is the address space's own mark: what getrusage calls the most resident begins, in a new process, with
+    what the parent had that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        import resource
+
+        # macOS counts bytes, other systems kB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def _hardware() -> dict[str, Any]:
     import psutil
     import torch

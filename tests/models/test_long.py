@@ -11,8 +11,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LENGTH = 2**20
 # A fresh process, whose peak is the prompt's alone. The float64 model reads other pieces, after the peak is taken.
 PROGRAM = """
-import json, resource, sys
+import json, sys
 import torch
+from resnet_bk.environment import peak_resident_bytes
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
 length, regime, memory = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -36,7 +37,7 @@ def last_logits(piece_size):
 
 
 logits, cache_bytes = last_logits(16_384)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_resident_bytes()
 model.double()
 exact, _ = last_logits(20_000)
 error = ((logits - exact).norm() / exact.norm()).item()
