@@ -1,4 +1,4 @@
-"""Resident set of a training process without its tensors, on a CPU: a part of the planner's PROCESS_BYTES.
+"""Resident set of a training process without its tensors, on a CPU: what the planner says it is.
 
 Trains preset tiny for three steps on the CPU and takes the live tensors off what the process holds at its peak.
 
@@ -14,8 +14,8 @@ from resnet_bk.bench.contestants import Subject, random_batch
 from resnet_bk.bench.memory import peak_bytes
 from resnet_bk.environment import describe_environment, peak_resident_bytes
 from resnet_bk.files import write_json
-from resnet_bk.memory.plan import PROCESS_BYTES
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.planner.devices import CPU_PROCESS_BYTES
 from resnet_bk.training import data, loop  # what `resnet-bk train` imports
 from resnet_bk.training.config import TrainingConfig
 
@@ -36,12 +36,12 @@ def main() -> None:
         "resident_bytes": resident,
         "tensor_bytes": tensors,
         "process_bytes": resident - tensors,
-        "planner_says": PROCESS_BYTES,
+        "planner_says": CPU_PROCESS_BYTES,
         "environment": describe_environment(),
     }
     write_json(out, document)
-    print(f"{resident - tensors:,} bytes; the planner says {PROCESS_BYTES:,}")
-    if resident - tensors > PROCESS_BYTES:
+    print(f"{resident - tensors:,} bytes; the planner says {CPU_PROCESS_BYTES:,}")
+    if resident - tensors > CPU_PROCESS_BYTES:
         raise SystemExit("the planner's figure is too small: raise it")
 
 

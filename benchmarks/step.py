@@ -28,11 +28,11 @@ from resnet_bk.bench.contestants import (
     synchronizer,
     without_position_table,
 )
-from resnet_bk.bench.flops import formula_flops
 from resnet_bk.bench.memory import peak_bytes
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.models.flops import formula_flops
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.micro_step import AUTOCAST_DTYPES
 

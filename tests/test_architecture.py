@@ -7,13 +7,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "resnet_bk"
 LAYERS = [
-    ["errors", "files", "environment", "schema", "threads"],
+    ["errors", "files", "environment", "schema", "threads", "imagined"],
     ["frugal"],
     ["ops"],
     ["layers"],
     ["models"],
     ["memory"],
     ["training"],
+    ["planner"],
     ["bench"],
     ["report"],
     ["cli"],

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from resnet_bk.bench.contestants import Subject, contestant_configs, random_batch
-from resnet_bk.bench.flops import _counter, attended_pairs, formula_flops, measure_flops
+from resnet_bk.bench.flops import _counter, measure_flops
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.models.flops import attended_pairs, formula_flops
 from resnet_bk.training.config import TrainingConfig
 
 CPU = torch.device("cpu")

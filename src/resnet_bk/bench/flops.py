@@ -15,10 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from resnet_bk.bench.contestants import BASELINE, OURS, Subject
-from resnet_bk.models import ResNetBKConfig
-from resnet_bk.ops.bk import operators
-from resnet_bk.ops.carry import operators as carry_operators
-from resnet_bk.schema import ComponentFlops, FlopsResult, ModelFlops
+from resnet_bk.models.flops import attended_pairs, formula_flops
+from resnet_bk.schema import FlopsResult, ModelFlops
 
 # Of AdamW per parameter: decay 1, first moment 3, second moment 4, its root, scaling and epsilon 3, update 2; clipping
 # squares, adds and multiplies.
@@ -44,89 +42,6 @@ def measure_flops(subjects: Mapping[str, Subject]) -> FlopsResult:
     models = [_model_flops(key, subject) for key, subject in subjects.items()]
     steps = {model.contestant: model.step for model in models}
     return FlopsResult(models=models, ratio=steps[BASELINE] / steps[OURS])
-
-
-def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    """The same by formula, by component, of one batch. Matrix products cost twice their forward in backward."""
-    tokens, layers, hidden = batch_size * sequence_length, config.num_layers, config.hidden_size
-    parts = [
-        _products("router", 2 * tokens * hidden * config.num_experts * layers),
-        _products("experts", 4 * tokens * hidden * config.intermediate_size * layers),
-    ]
-    of_mixer = {"bk": _bk_flops, "attention": _attention_flops, "resolvent": _resolvent_flops}[config.mixer]
-    parts += of_mixer(config, batch_size, sequence_length)
-    # Its gradients are computed with the loss, so that no logits have to be kept for backward: all of it is forward.
-    return [*parts, ComponentFlops(component="head", forward=6 * tokens * hidden * config.vocab_size, backward=0)]
-
-
-def _bk_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    blocks = batch_size * sequence_length * config.num_layers
-    sites = blocks * config.num_bk_heads
-    forward, backward = _core_flops(config)
-    return [
-        *_convolution(config, blocks * config.hidden_size),
-        _products("potential and output projection", 6 * sites * config.hidden_size),
-        ComponentFlops(component="BK-Core", forward=forward * sites, backward=backward * sites),
-    ]
-
-
-def _attention_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    hidden, blocks = config.hidden_size, batch_size * sequence_length * config.num_layers
-    pairs = attended_pairs(sequence_length, sequence_length, config.causal) * batch_size * config.num_layers
-    return [
-        _products("query, key, value and output projection", 8 * blocks * hidden * hidden),
-        *_convolution(config, blocks * 3 * hidden),
-        ComponentFlops(component="attention", forward=4 * pairs * hidden, backward=10 * pairs * hidden),
-    ]
-
-
-def _resolvent_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    hidden, heads, blocks = (
-        config.hidden_size,
-        config.num_resolvent_heads,
-        batch_size * sequence_length * config.num_layers,
-    )
-    channels, sites = 2 * heads * config.key_size + hidden, blocks * heads
-    chain = (operators.TUNNEL_FORWARD_FLOPS, operators.TUNNEL_BACKWARD_FLOPS)
-    if config.resolvent_regime == "scattering":
-        chain = (operators.CAUSAL_FORWARD_FLOPS, operators.CAUSAL_BACKWARD_FLOPS)
-    # A vector as state is a key of one number.
-    widths = (config.key_size or 1, hidden // heads)
-    return [
-        _products("query, key and value projection", 2 * blocks * hidden * channels),
-        *_convolution(config, blocks * channels, again=config.key_size > 0),
-        _products("potential projection", 2 * sites * hidden),
-        ComponentFlops(component="chains", forward=chain[0] * sites, backward=chain[1] * sites),
-        ComponentFlops(
-            component="carry",
-            forward=carry_operators.forward_flops(*widths) * sites,
-            backward=carry_operators.backward_flops(*widths) * sites,
-        ),
-        _products("gate and output projection", 4 * blocks * hidden * hidden),
-    ]
-
-
-def _convolution(config: ResNetBKConfig, channels_of_tokens: int, *, again: bool = False) -> list[ComponentFlops]:
-    """``again``: its output is not kept, and backward computes it once more."""
-    if not config.conv_size:
-        return []
-    forward = 2 * config.conv_size * channels_of_tokens
-    return [ComponentFlops(component="short convolution", forward=forward, backward=(3 if again else 2) * forward)]
-
-
-def attended_pairs(queries: int, keys: int, causal: bool) -> int:
-    """Query-key pairs of one row and head."""
-    return queries * (queries + 1) // 2 if causal and queries == keys else queries * keys
-
-
-def _products(component: str, forward: int) -> ComponentFlops:
-    return ComponentFlops(component=component, forward=forward, backward=2 * forward)
-
-
-def _core_flops(config: ResNetBKConfig) -> tuple[int, int]:
-    if config.causal:
-        return operators.CAUSAL_FORWARD_FLOPS, operators.CAUSAL_BACKWARD_FLOPS
-    return operators.BIDIRECTIONAL_FORWARD_FLOPS, operators.BIDIRECTIONAL_BACKWARD_FLOPS
 
 
 def _model_flops(key: str, subject: Subject) -> ModelFlops:

@@ -5,6 +5,7 @@ every tensor is watched, so that the figures are the tensors' own and not the pr
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import psutil
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from resnet_bk.bench.contestants import BASELINE, OURS, Subject
-from resnet_bk.memory.activations import TrainingShape
-from resnet_bk.memory.plan import Budget, make_plan
 from resnet_bk.memory.tracking import TensorTracker, training_tensors
+from resnet_bk.planner.devices import device_for
+from resnet_bk.planner.predict import predict
 from resnet_bk.schema import MemoryResult, ModelMemory
 
 
@@ -65,11 +66,12 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
             figures = _phases(subject, tracker)
     batch_size, sequence_length = subject.input_ids.shape
     on_gpu = subject.model.device.type == "cuda"
-    plan = make_plan(
-        subject.model.config, TrainingShape(batch_size=batch_size, sequence_length=sequence_length), Budget()
-    )
-    strategy = plan.strategies[0 if subject.training.precision == "fp32" else 1]
-    parts = {name: size for name, size in strategy.gpu_parts.items() if on_gpu or name != "cuBLAS"}
+    training = replace(subject.training, batch_size=batch_size, sequence_length=sequence_length, micro_batch_size=None)
+    prediction = predict(subject.model.config, training, device_for(subject.model.device))
+    found = prediction.footprint
+    parts: dict[str, int] = {}
+    for part in prediction.parts:
+        parts[part.kind] = parts.get(part.kind, 0) + part.num_bytes
     largest = max(parts, key=lambda name: parts[name])
     state = [value for entry in subject.optimizer.state.values() for value in entry.values()]
     return ModelMemory(
@@ -77,7 +79,7 @@ def measure_model_memory(key: str, subject: Subject) -> ModelMemory:
         parameters=_bytes(subject.model.parameters()),
         optimizer=_bytes(value for value in state if isinstance(value, Tensor)),
         **figures,
-        predicted_peak=strategy.gpu_bytes if on_gpu else strategy.tensor_bytes,
+        predicted_peak=found.allocated_bytes if on_gpu else found.tensor_bytes,
         largest_part=largest,
         largest_part_bytes=parts[largest],
     )

@@ -1,6 +1,6 @@
 """``resnet-bk env``."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from resnet_bk.cli.console import print_json, result_console
@@ -13,8 +13,11 @@ class EnvCommand:
     Examples:
       resnet-bk env
       resnet-bk env --json
+      resnet-bk env --calibrate
     """
 
+    calibrate: bool = False
+    """Measure this machine's rates and the driver's context for the planner, which uses them from then on."""
     json: bool = False
     """Print it as one JSON document on standard output."""
 
@@ -23,6 +26,8 @@ class EnvCommand:
         from resnet_bk.environment import describe_environment
 
         document = {**describe_environment(), **_capabilities()}
+        if self.calibrate:
+            document["calibration"] = _calibrated()
         if self.json:
             print_json(document)
             return
@@ -40,8 +45,26 @@ class EnvCommand:
             f"device      {document['device']}: precisions {', '.join(document['precisions'])}",
             *(f"{name:11s} {choice['backend']}: {choice['reason']}" for name, choice in document["operators"].items()),
         ]
+        if self.calibrate:
+            lines += [f"{name:15s} {value:,.0f}" for name, value in document["calibration"].items()]
         for line in lines:
             result_console.print(line, markup=False, soft_wrap=True)
+
+
+def _calibrated() -> dict[str, Any]:
+    """What was measured just now, and kept."""
+    import torch
+
+    from resnet_bk.cli.console import remark
+    from resnet_bk.planner.calibration import calibrate, save_calibration
+    from resnet_bk.planner.devices import device_named
+    from resnet_bk.training.budget import half_type_of
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.bfloat16 if half_type_of(device) == "bf16" else torch.float16
+    calibration = calibrate(device, half)
+    remark(f"kept in {save_calibration(device_named('auto').name, calibration)}")
+    return asdict(calibration)
 
 
 def _capabilities() -> dict[str, Any]:

@@ -1,61 +1,152 @@
 """``resnet-bk plan``."""
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+import shlex
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import JustifyMethod
-from rich.markup import escape
-from rich.table import Table
+import tyro
 
-from resnet_bk.cli.console import print_json, result_console
+from resnet_bk.cli.console import print_json, remark, result_console
 from resnet_bk.cli.flags import ModelFlags, given
 from resnet_bk.errors import UserError
 
 if TYPE_CHECKING:
-    from resnet_bk.memory.activations import TrainingShape
-    from resnet_bk.memory.plan import Budget, Plan, StrategyPlan
+    from resnet_bk.memory.plan import Budget, Plan
     from resnet_bk.models import ResNetBKConfig
+    from resnet_bk.planner.devices import Device
+    from resnet_bk.planner.predict import Prediction
+    from resnet_bk.training.config import Precision, TrainingConfig
+
+
+ASSUMED = "h100"  # where there is no GPU and none was named
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
     """Say what training will need, on the GPU and in host memory, before anything runs.
 
-    Nothing is allocated. GB is 10^9 bytes, GiB 2^30. On a machine without a GPU, what is listed under GPU is host
-    memory too.
+    Nothing is allocated, and no GPU is needed. With a budget, or a device, the fastest way to train that fits is
+    searched, traced tensor by tensor, and printed as the `train` command that does it. GB is 10^9 bytes, GiB 2^30.
 
     Examples:
       resnet-bk plan --preset seed
-      resnet-bk plan --preset 1b --batch-size 8 --sequence-length 1024 --gpu-memory 12GB --host-memory 15GB
-      resnet-bk plan --preset 100m --mixer attention --json
+      resnet-bk plan --preset 1b --batch-size 128 --sequence-length 1024 --gpu-memory 12GB --host-memory 40GB
+      resnet-bk plan --preset 100m --device colab-t4 --batch-size 32 --sequence-length 1024 --explain
+      resnet-bk plan --model hf:gpt2 --batch-size 8 --sequence-length 1024 --device rtx-3060
+      resnet-bk plan --preset tiny --verify
+      resnet-bk plan --ladder --figure ladder.svg
     """
 
     preset: str = "seed"
     """Named size: seed, tiny, 100m, 1b, 7b or 70b."""
+    foreign: Annotated[str | None, tyro.conf.arg(name="model", metavar="hf:NAME_OR_PATH")] = None
+    """Instead of a preset: any causal language model of transformers, from its configuration alone."""
     batch_size: int = 20
-    """Sequences in a micro-batch."""
+    """Sequences of a step."""
     sequence_length: int = 128
     """Tokens in a sequence."""
-    micro_batches: int = 1
-    """Micro-batches in a step: where a step goes block by block, their inputs wait on the host."""
+    micro_batch_size: int | None = None
+    """Sequences that go through the model at once. With a budget it is chosen, if left out."""
+    max_grad_norm: float = 1.0
+    """Norm to clip to; 0 for no clipping, which lets an offloaded optimizer update during backward."""
+    device: str | None = None
+    """The machine to plan for: auto (this one), cpu, or a card such as colab-t4, rtx-3060, a100-40gb, h100. Its memory
+    is the budget, if none is given."""
     gpu_memory: str | None = None
-    """What the GPU has, like 12GB or 11.9GiB."""
+    """What the GPU may hold, like 12GB or 11.9GiB; auto for all that the card at hand has."""
     host_memory: str | None = None
     """What the host has, like 15GB."""
+    explain: bool = False
+    """Show where every megabyte goes: the formulas' parts beside the traced ones."""
+    verify: bool = False
+    """Run a real training step here and show what was predicted beside what was measured."""
+    ladder: bool = False
+    """Show all presets from 4M to 70B, each strategy's need, and how many GPUs it takes where one does not do."""
+    figure: Path | None = None
+    """With --ladder: write a picture of it, stacked by part, as SVG."""
     model: ModelFlags = field(default_factory=ModelFlags)
     json: bool = False
     """Print the plan as one JSON document on standard output."""
 
     def run(self) -> None:
         """Plans and prints."""
-        from resnet_bk.memory.activations import TrainingShape
-        from resnet_bk.memory.plan import Budget, make_plan
+        if self.foreign is not None:
+            from resnet_bk.cli.plan_foreign import plan_foreign
+
+            plan_foreign(self)
+        elif self.ladder:
+            from resnet_bk.cli.plan_ladder import plan_ladder
+
+            plan_ladder(self)
+        else:
+            self._plan()
+
+    def budget(self) -> "Budget":
+        """What was said of memory; of a device that was named, all it has."""
+        from resnet_bk.memory.plan import Budget
+
+        device = self.planned_device()
+        if self.gpu_memory == "auto" and device.machine.kind != "cuda":
+            raise UserError(
+                "--gpu-memory auto asks for a GPU and there is none here; give an amount, like 12GB, or --device with "
+                "the name of a card"
+            )
+        amounts = Budget.parse(None if self.gpu_memory == "auto" else self.gpu_memory, self.host_memory)
+        gpu_bytes, host_bytes = amounts.gpu_bytes, amounts.host_bytes
+        if self.device is not None or self.gpu_memory == "auto":
+            if gpu_bytes is None and device.machine.kind == "cuda":
+                gpu_bytes = device.memory_bytes
+            if host_bytes is None:
+                host_bytes = device.host_bytes
+        return Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+
+    def planned_device(self) -> "Device":
+        """The device that was named; else the card at hand, or an H100 where there is none."""
+        import torch
+
+        from resnet_bk.planner.devices import DEVICES, device_named
+
+        if self.device is not None:
+            return device_named(self.device)
+        if torch.cuda.is_available() or self.gpu_memory == "auto":
+            return device_named("auto")
+        return DEVICES[ASSUMED]
+
+    def _plan(self) -> None:
+        from resnet_bk.memory.plan import make_plan
+        from resnet_bk.training.strategy import training_shape
+
+        config, training, budget = self._config(), self._training(), self.budget()
+        plan = make_plan(config, training_shape(training), budget)
+        predictions, refusal = self._searched(config, training, budget)
+        if self.json:
+            print_json(self._document(config, training, budget, plan, predictions) | refusal)
+            return
+        from resnet_bk.cli import plan_tables as tables
+
+        self._introduce(config, training, plan)
+        if predictions:
+            tables.print_choice(predictions[0], budget, self._command(predictions[0].training, budget))
+        result_console.print(tables.parameter_table(plan))
+        if self.preset == "seed" and not given(self.model):
+            result_console.print(tables.seed_table(plan))
+        tables.print_weights(plan)
+        result_console.print(tables.activation_table(plan))
+        result_console.print(tables.strategy_table(plan, self.planned_device(), budget))
+        for prediction in predictions:
+            if self.explain:
+                tables.print_explanation(config, prediction)
+        if self.verify:
+            tables.print_verification(*self._verified(config, training))
+        if refusal:
+            tables.print_refusal(**refusal)
+        elif not predictions:
+            result_console.print("Give --gpu-memory, --host-memory or --device to have the fastest way that fits.")
+
+    def _config(self) -> "ResNetBKConfig":
         from resnet_bk.models import ResNetBKConfig
 
-        budget = Budget.parse(self.gpu_memory, self.host_memory)
-        shape = TrainingShape(
-            batch_size=self.batch_size, sequence_length=self.sequence_length, micro_batches=self.micro_batches
-        )
         try:
             config = ResNetBKConfig.from_preset(self.preset, **given(self.model))
         except ValueError as error:
@@ -66,122 +157,110 @@ class PlanCommand:
                 f"sequence_length {self.sequence_length} is more than preset {self.preset}'s position table of "
                 f"{limit}; shorten it, or choose a preset without a table"
             )
-        plan = make_plan(config, shape, budget)
-        if self.json:
-            print_json(self._document(config, shape, budget, plan))
-        else:
-            self._print(config, shape, plan)
+        return config
+
+    def _training(self) -> "TrainingConfig":
+        from resnet_bk.training.config import TrainingConfig
+
+        return TrainingConfig(
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            max_grad_norm=self.max_grad_norm or None,
+        )
+
+    def _searched(
+        self, config: "ResNetBKConfig", training: "TrainingConfig", budget: "Budget"
+    ) -> "tuple[list[Prediction], dict[str, Any]]":
+        """The fastest way that fits the budget; without a budget, if asked to explain, mixed precision. Where nothing
+        fits, why, and what would."""
+        from resnet_bk.planner.predict import predict
+        from resnet_bk.planner.search import NothingFitsError, choose_training, what_would_fit
+
+        device = self.planned_device()
+        if budget.gpu_bytes is not None or budget.host_bytes is not None:
+            fixed = {"micro_batch_size"} if self.micro_batch_size is not None else set()
+            try:
+                return [choose_training(config, training, budget, device, fixed=fixed)], {}
+            except NothingFitsError as error:
+                would_fit = what_would_fit(config, training, budget, device)
+                return [], {"refusal": str(error), "would_fit": would_fit}
+        if not self.explain:
+            return [], {}
+        half: Precision = "fp32" if device.machine.kind == "cpu" else "bf16" if device.has_bf16 else "fp16"
+        return [predict(config, replace(training, precision=half), device)], {}
+
+    def _verified(self, config: "ResNetBKConfig", training: "TrainingConfig") -> Any:
+        """A prediction for the present device, and a real step there."""
+        from resnet_bk.memory.limits import check_training_fits
+        from resnet_bk.planner.devices import device_named
+        from resnet_bk.planner.predict import predict
+        from resnet_bk.planner.verify import verify_training
+        from resnet_bk.training.step import choose_device
+        from resnet_bk.training.strategy import strategy_of, training_shape
+
+        device = choose_device("auto")
+        check_training_fits(config, training_shape(training), strategy_of(training), device=device)
+        remark(f"running two steps on {device.type} ...")
+        return predict(config, training, device_named("auto")), verify_training(config, training, device)
+
+    def _introduce(self, config: "ResNetBKConfig", training: "TrainingConfig", plan: "Plan") -> None:
+        result_console.print(
+            f"preset {self.preset}, mixer {config.mixer}: {plan.counts.total:,} parameters, "
+            f"{plan.counts.active:,} active per token; "
+            f"a step of {training.batch_size} x {training.sequence_length} = {training.tokens_per_step:,} tokens"
+        )
+        if self.device is None and self.planned_device().name == ASSUMED:
+            result_console.print(f"GPU figures are for an {ASSUMED}; --device plans for another", style="dim")
+        if not config.causal:
+            result_console.print("causal=False: tokens read the future; a loss of this model is a leak, not skill")
+
+    def _command(self, chosen: "TrainingConfig", budget: "Budget") -> str:
+        """What to type to train so; flags that are defaults are left out."""
+        from resnet_bk.training.config import TrainingConfig
+
+        words = ["resnet-bk", "train", "--preset", self.preset]
+        for name, value in given(self.model).items():
+            words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
+        default = asdict(TrainingConfig())
+        for name, value in asdict(chosen).items():
+            if value != default[name]:
+                words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
+        if self.gpu_memory is not None and budget.gpu_bytes is not None:
+            words += ["--gpu-memory", str(budget.gpu_bytes) if self.gpu_memory == "auto" else self.gpu_memory]
+        return shlex.join([*words, "--out", f"runs/{self.preset}"])
 
     def _document(
-        self, config: "ResNetBKConfig", shape: "TrainingShape", budget: "Budget", plan: "Plan"
+        self,
+        config: "ResNetBKConfig",
+        training: "TrainingConfig",
+        budget: "Budget",
+        plan: "Plan",
+        predictions: "list[Prediction]",
     ) -> dict[str, Any]:
+        from resnet_bk.cli.plan_tables import explanation_document, prediction_document, verification_document
+        from resnet_bk.training.strategy import training_shape
+
+        chosen = predictions[0] if predictions else None
         best = plan.fastest_that_fits
-        return {
+        document: dict[str, Any] = {
             "preset": self.preset,
             "model": config.own_fields(),
-            "shape": asdict(shape),
+            "shape": asdict(training_shape(training)),
             "budget": asdict(budget),
+            "device": self.planned_device().name,
             "parameters": asdict(plan.counts),
             "weight_bytes": plan.weight_bytes,
             "activations": [asdict(part) for part in plan.activations],
             "half_activations": [asdict(part) for part in plan.half_activations],
             "strategies": [{**asdict(strategy), "fits": strategy.fits} for strategy in plan.strategies],
             "fastest_that_fits": best.strategy.name if best else None,
+            "chosen": None
+            if chosen is None
+            else {**prediction_document(chosen), "command": self._command(chosen.training, budget)},
         }
-
-    def _print(self, config: "ResNetBKConfig", shape: "TrainingShape", plan: "Plan") -> None:
-        from resnet_bk.memory.units import format_bytes
-
-        result_console.print(
-            f"preset {self.preset}, mixer {config.mixer}: {plan.counts.total:,} parameters, "
-            f"{plan.counts.active:,} active per token; "
-            f"micro-batch {shape.batch_size} x {shape.sequence_length} = {shape.tokens:,} tokens"
-        )
-        if not config.causal:
-            result_console.print("causal=False: tokens read the future; a loss of this model is a leak, not skill")
-        result_console.print(_parameter_table(plan))
-        if self.preset == "seed" and not given(self.model):
-            result_console.print(_seed_table(plan))
-        weights = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.weight_bytes.items())
-        result_console.print(f"Weights alone: {weights} (GB is 10^9 bytes)\n")
-        result_console.print(_activation_table(plan))
-        result_console.print(_strategy_table(plan))
-        for strategy in plan.strategies:
-            if strategy.fits is not None:
-                result_console.print(f"{strategy.strategy.name}: {_verdict(strategy)}")
-        result_console.print(_advice(plan), soft_wrap=True)
-
-
-def _table(title: str, *columns: str, last: JustifyMethod = "right") -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        justify: JustifyMethod = "left" if index == 0 else last if index == len(columns) - 1 else "right"
-        table.add_column(column, justify=justify)
-    return table
-
-
-def _parameter_table(plan: "Plan") -> Table:
-    table = _table("Parameters", "component", "number", "share")
-    for component, number in plan.counts.by_component.items():
-        table.add_row(component, f"{number:,}", f"{number / plan.counts.total:.1%}")
-    table.add_row("total", f"{plan.counts.total:,}", "100%", style="bold")
-    return table
-
-
-def _seed_table(plan: "Plan") -> Table:
-    from resnet_bk.memory.parameters import compare_with_seed
-
-    rows = compare_with_seed(plan.counts)
-    table = _table(
-        "Against the seed's table, its arithmetic put right", "component", "seed", "here", "why", last="left"
-    )
-    for row in rows:
-        table.add_row(row.component, f"{row.seed:,}", f"{row.ours:,}", row.reason)
-    table.add_row("total", f"{sum(row.seed for row in rows):,}", f"{sum(row.ours for row in rows):,}", "", style="bold")
-    return table
-
-
-def _activation_table(plan: "Plan") -> Table:
-    from resnet_bk.memory.units import format_bytes
-
-    columns = ("part", "fp32", "fp16 or bf16", "formula in fp32")
-    table = _table("Kept for backward, logits and loss included", *columns, last="left")
-    for part, half in zip(plan.activations, plan.half_activations, strict=True):
-        # Brackets are rich's markup.
-        table.add_row(part.name, format_bytes(part.num_bytes), format_bytes(half.num_bytes), escape(part.formula))
-    return table
-
-
-def _strategy_table(plan: "Plan") -> Table:
-    from resnet_bk.memory.units import format_bytes
-
-    rows = plan.strategies
-    table = _table("A training step with AdamW", "", *(row.strategy.name for row in rows))
-    for part in dict.fromkeys(part for row in rows for part in row.gpu_parts):
-        table.add_row(f"GPU: {part}", *(format_bytes(row.gpu_parts.get(part, 0)) for row in rows))
-    table.add_row("GPU needs", *(format_bytes(row.gpu_bytes) for row in rows), style="bold", end_section=True)
-    for part in rows[0].host_parts:
-        table.add_row(f"host: {part}", *(format_bytes(row.host_parts[part]) for row in rows))
-    table.add_row("host needs", *(format_bytes(row.host_bytes) for row in rows), style="bold", end_section=True)
-    table.caption = "Less than the sum of its parts: activations are gone when the last gradient arrives."
-    return table
-
-
-def _verdict(row: "StrategyPlan") -> str:
-    from resnet_bk.memory.units import format_bytes
-
-    sentences = []
-    for where, room in (("GPU", row.gpu_headroom), ("host", row.host_headroom)):
-        if room is not None:
-            outcome = "fits with" if room >= 0 else "misses by"
-            sentences.append(f"{where} {outcome} {format_bytes(abs(room))}{' to spare' if room >= 0 else ''}")
-    return ", ".join(sentences)
-
-
-def _advice(plan: "Plan") -> str:
-    if plan.strategies[0].fits is None:
-        return "Give --gpu-memory and --host-memory to see what fits."
-    best = plan.fastest_that_fits
-    if best is None:
-        return "Nothing here fits: take a smaller batch, sequence, vocabulary or model."
-    return f"Take: {best.strategy.name}. Leave a margin for the CUDA context and fragmentation."
+        if self.explain and chosen is not None:
+            document["explanation"] = explanation_document(config, chosen)
+        if self.verify:
+            document["verified"] = verification_document(*self._verified(config, training))
+        return document

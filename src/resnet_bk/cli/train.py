@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from resnet_bk.cli.console import print_json, remark
 from resnet_bk.cli.flags import DataFlags, ModelFlags, TrainingFlags, given
@@ -57,6 +57,9 @@ class TrainCommand:
     besides it stay as they are."""
     host_memory: str | None = None
     """The same for the host, like 15GB."""
+    strategy: Literal["auto", "given"] | None = None
+    """auto: the fastest way to train that fits the budget, or this machine if there is none; given: as the flags say.
+    auto is the default when a budget is given."""
     model: ModelFlags = field(default_factory=ModelFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
     text: DataFlags = field(default_factory=DataFlags)
@@ -85,6 +88,8 @@ class TrainCommand:
     def _start(self, progress: TrainingProgress, world: "World") -> "ReadyRun":
         if self.out is None:
             raise UserError("say where the run goes: --out runs/NAME (or --resume a run folder)")
+        from resnet_bk.planner.devices import device_for
+        from resnet_bk.planner.predict import check_traced
         from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.data.tokenizer import check_tokenizer
         from resnet_bk.training.run import check_new_run
@@ -99,7 +104,9 @@ class TrainCommand:
         check_tokenizer(config.data.tokenizer)
         with world.one_here_first():
             dataset = prepare_dataset(config.data, on_progress=_remarks(world))
-        config = self._within_budget(self._with_vocabulary(config, dataset, world))
+        config = self._within_budget(self._with_vocabulary(config, dataset, world), world)
+        if world.is_main and world.size == 1:
+            check_traced(config.model, config.training, device_for(choose_device(config.training.device)))
         ready = start_run(self.out, config, dataset, command=sys.argv[1:], observer=progress.observe, world=world)
         if world.is_main:
             self._describe(ready)
@@ -168,21 +175,30 @@ class TrainCommand:
             model = ResNetBKConfig.from_preset(self.preset or DEFAULT_PRESET, **flags)
         return replace(config, model=model)
 
-    def _within_budget(self, config: "RunConfig") -> "RunConfig":
-        """The strategy that a budget asks for; without one, the configuration's own."""
-        if self.gpu_memory is None and self.host_memory is None:
+    def _within_budget(self, config: "RunConfig", world: "World") -> "RunConfig":
+        """The strategy that a budget asks for, or --strategy auto; without either, the configuration's own."""
+        has_budget = self.gpu_memory is not None or self.host_memory is not None
+        if not (has_budget if self.strategy is None else self.strategy == "auto"):
+            if has_budget:
+                self._held_budget(config.training)
             return config
-        from resnet_bk.training.budget import choose_strategy
+        from resnet_bk.memory.units import format_bytes
+        from resnet_bk.planner.devices import device_for
+        from resnet_bk.planner.search import choose_training, whole_machine
         from resnet_bk.training.step import choose_device
 
-        training = choose_strategy(
-            config.model,
-            config.training,
-            self._held_budget(config.training),
-            choose_device(config.training.device),
-            fixed=set(given(self.training)),
+        device = device_for(choose_device(config.training.device))
+        budget = self._held_budget(config.training) if has_budget else whole_machine(device)
+        fixed = set(given(self.training))
+        if world.size > 1:
+            fixed.add("offload_optimizer")  # of one process
+        chosen = choose_training(config.model, config.training, budget, device, fixed=fixed)
+        on_gpu = f"GPU {format_bytes(chosen.gpu_bytes)}, " if chosen.gpu_bytes else ""
+        _remarks(world)(
+            f"planned: {on_gpu}host {format_bytes(chosen.host_bytes)}, tensors "
+            f"{format_bytes(chosen.footprint.tensor_bytes)} on the device"
         )
-        return replace(config, training=training)
+        return replace(config, training=chosen.training)
 
     def _held_budget(self, training: TrainingConfig) -> "Budget":
         """The budget that was given, to which the allocator is held from here on."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from resnet_bk.imagined import is_imagined
 from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
 
 # Elements whose gradient is float32 for a moment, where it is of another type: few enough for a cache, enough to give
@@ -67,6 +68,8 @@ def _with_half_moments(
     settings: AdamWSettings,
     seed: tuple[int, ...],
 ) -> None:
+    if is_imagined():
+        return
     from resnet_bk.frugal import adamw_kernels as kernels  # a compiler: slow to load
 
     count = float(step.add_(1))

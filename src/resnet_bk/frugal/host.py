@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_bk.imagined import is_imagined
+
 ALIGNMENT = 64  # bytes: a cache line, and more than any vector instruction asks for
 
 # Storages that were made here, by address of the C++ object. On a machine without a GPU they are what would not be on
 # one: a tracker of device memory leaves them out.
 _made_here: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+# While it is so, a tensor that appears is one of these, before it can be entered there.
+_being_made: list[bool] = []
 
 
 def host_empty(*size: int, dtype: torch.dtype, pinned: bool | None = None) -> Tensor:
@@ -29,6 +33,8 @@ def host_empty(*size: int, dtype: torch.dtype, pinned: bool | None = None) -> Te
     Raises:
         RuntimeError: the driver refused to register it (a limit on locked memory, say).
     """
+    if is_imagined():
+        return _imagined_empty(size, dtype)
     num_bytes = dtype.itemsize * torch.Size(size).numel()
     pin = num_bytes > 0 and (torch.cuda.is_available() if pinned is None else pinned)
     if pin:
@@ -37,9 +43,8 @@ def host_empty(*size: int, dtype: torch.dtype, pinned: bool | None = None) -> Te
         _register(storage)
     else:
         storage = torch.UntypedStorage(num_bytes)  # type: ignore[no-untyped-call]
-    key = storage._cdata
     # Marked before there is a tensor: whoever watches tensors must know at once.
-    _made_here[key] = weakref.ref(storage, partial(_forget, key))
+    _mark(storage)
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(size)
 
 
@@ -54,7 +59,22 @@ def host_arena(shapes: Sequence[Sequence[int]], dtype: torch.dtype, *, pinned: b
 
 def is_host_memory(tensor: Tensor) -> bool:
     """Whether the tensor's memory was made here, which says that it would not be on the device."""
-    return tensor.untyped_storage()._cdata in _made_here
+    return bool(_being_made) or tensor.untyped_storage()._cdata in _made_here
+
+
+def _imagined_empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    _being_made.append(True)
+    try:
+        tensor = torch.empty(*size, dtype=dtype)
+    finally:
+        _being_made.pop()
+    _mark(tensor.untyped_storage())
+    return tensor
+
+
+def _mark(storage: torch.UntypedStorage) -> None:
+    key = storage._cdata
+    _made_here[key] = weakref.ref(storage, partial(_forget, key))
 
 
 def _forget(key: int, _reference: object) -> None:

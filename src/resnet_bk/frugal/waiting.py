@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.frugal.host import host_empty
+from resnet_bk.imagined import kind_of
 
 # Copies to the host that may be under way at once. What they read stays on the device until they have ended.
 UNDER_WAY = 2
@@ -49,10 +50,11 @@ class WaitingTensors:
             with torch.cuda.stream(self._down):
                 there.copy_(tensor, non_blocking=True)
                 ended = self._down.record_event()
+        if kind_of(self.device) == "cuda":
             self._leaving.append((ended, tensor))
             # Whoever asks for work faster than it is done would fill the device with what is yet to leave.
             while len(self._leaving) > UNDER_WAY:
-                self._leaving.popleft()[0].synchronize()
+                self._first_has_left()
         self._names[name] = key, ended
         self._latest = name, tensor
 
@@ -74,9 +76,14 @@ class WaitingTensors:
     def end(self) -> None:
         """Forgets what waits, once no copy is under way. Memory on the host is kept."""
         while self._leaving:
-            self._leaving.popleft()[0].synchronize()
+            self._first_has_left()
         self._names.clear()
         self._latest = None
+
+    def _first_has_left(self) -> None:
+        ended, _ = self._leaving.popleft()
+        if ended is not None:
+            ended.synchronize()
 
     def _place(self, key: Hashable, tensor: Tensor) -> Tensor:
         there = self._places.get(key)

@@ -1,21 +1,29 @@
-"""What a training step keeps between forward and backward, by part, as formulas in the shapes.
+"""What a training step has on a GPU beside weights, by part, as formulas in the shapes.
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
-    K key width, R of it turn with the position, W channels of a mixer's convolution, V vocabulary,
-    L layers, C tokens of a chunk of the loss; c = 4 bytes in fp32, 2 in the half types of autocast.
+    K key width, R of it turn with the position, W channels of a mixer's convolution, S tokens that it sees,
+    V vocabulary, L layers, M micro-batches, C tokens of a chunk of the loss, G chunks of the carry in all rows;
+    P parameters, P_b of one block, P_o outside of blocks; c = 4 bytes in fp32, 2 in the half types of autocast.
 
-They list the tensors that autograd saves in this implementation, one by one. Against tensors tracked on a CPU the
-predicted peak of a step is between 0 and 15% above the measured one over the grid of
-tests/memory/test_activations.py. What kernels use inside themselves is not in it.
+What is kept between forward and backward are the tensors that autograd saves in this implementation, one by one. What
+a moment needs besides are those that come and go in it. It is all for a GPU of compute capability 9: on a CPU kernels
+keep and take other tensors. tests/memory/test_strategy_plans.py holds the sums against steps traced tensor by tensor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
+from typing import Literal
 
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig
-from resnet_bk.ops.loss import bytes_per_logit, chunk_rows
+from resnet_bk.ops.carry.chunked import CHUNK
+from resnet_bk.ops.loss import chunk_rows
+
+MIXTURE, GRADIENTS_AND_RESULTS = "mixture of experts", "gradients and results"
+COMPUTED_AGAIN = "a block computed again"
+# The kernel that sums experts' gradients in pieces has at most so many numbers in them, and so many rows in each.
+MOST_NUMBERS_OF_PIECES = 2**21
+ROWS_OF_PIECE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class TrainingShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationPart:
+class Part:
     """One part's bytes and the formula they come from."""
 
     name: str
@@ -48,41 +56,41 @@ class ActivationPart:
 
 def block_activations(
     config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
-) -> list[ActivationPart]:
+) -> list[Part]:
     """What one block saves; ``half`` is autocast, and ``half_weights`` need no half copies for it."""
     tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
     experts, c = config.num_experts, 2 if half else 4
     # Half-precision products read half copies of the matrices, which autograd keeps too.
     cast = half and not half_weights
     copies = 2 * experts * hidden * width * 2 if cast else 0
-    moe = ActivationPart(
-        name="mixture of experts",
+    moe = Part(
+        name=MIXTURE,
         num_bytes=tokens * (2 * c * width + 2 * c * hidden + 8 * experts + 28 + c) + copies,
         formula="T (2 c I + 2 c D + 8 E + 28 + c)" + (" + 4 E D I" if cast else ""),
     )
     norm_input = 8 * hidden + 8
     if config.mixer == "bk":
         return [
-            ActivationPart(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
+            Part(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
             moe,
             *_convolution(config, shape, c),
             _bk_core(config, shape, half=half, cast=cast),
         ]
     mixer = _attention if config.mixer == "attention" else _resolvent
     return [
-        ActivationPart(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
+        Part(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
         moe,
         *_convolution(config, shape, c),
         mixer(config, shape, half=half, cast=cast),
     ]
 
 
-def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[ActivationPart]:
+def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
     """Its input."""
     if not config.conv_size:
         return []
     num_bytes = c * _convolved_channels(config) * shape.tokens
-    return [ActivationPart(name="short convolution", num_bytes=num_bytes, formula="c W T")]
+    return [Part(name="short convolution", num_bytes=num_bytes, formula="c W T")]
 
 
 def _convolved_channels(config: ResNetBKConfig) -> int:
@@ -94,31 +102,40 @@ def _convolved_channels(config: ResNetBKConfig) -> int:
     return 2 * config.num_resolvent_heads * config.key_size + config.hidden_size
 
 
-def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
+def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
     hidden, heads = config.hidden_size, config.num_bk_heads
     # Re G and Im G, which the operator and the output projection both read; a half copy; v if the sweeps go twice.
     per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
-    return ActivationPart(
+    return Part(
         name="BK-Core and projections",
-        num_bytes=shape.tokens * (4 * hidden + per_head * heads) + (4 * hidden * heads if cast else 0),
-        formula=f"T (4 D + {per_head} H)" + (" + 4 D H" if cast else ""),
+        num_bytes=shape.tokens * (4 * hidden + per_head * heads)
+        + 8 * shape.batch_size * heads
+        + (4 * hidden * heads if cast else 0),
+        formula=f"T (4 D + {per_head} H) + 8 B H" + (" + 4 D H" if cast else ""),
     )
 
 
-def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
+def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
     hidden, heads = config.hidden_size, config.num_attention_heads
     projections = 8 * hidden * hidden if cast else 0
-    # fp32: input of qkv, qkv, the turned q and k, the mixed values in two layouts, 4 D each but qkv's 12 D. Autocast
-    # keeps qkv, q, k and the mixed values as halves.
-    per_hidden = 12 if half else 28
-    return ActivationPart(
+    # fp32: qkv, the turned q and k, and the mixed values, 4 D each but qkv's 12 D. Halves: qkv, q, k and the mixed
+    # values, which their kernel leaves in another layout than the projection reads; its input is counted as the norm's.
+    per_hidden = 12 if half else 24
+    # And a number for each query and head; fp32's kernel makes rows of 32 of them.
+    queries = shape.batch_size * _multiple(shape.sequence_length, 1 if half else 32)
+    return Part(
         name="attention and projections",
-        num_bytes=shape.tokens * (per_hidden * hidden + 4 * heads) + projections,
+        num_bytes=shape.tokens * per_hidden * hidden + 4 * heads * queries + projections,
         formula=f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if cast else ""),
     )
 
 
-def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> ActivationPart:
+def _multiple(number: int, of: int) -> int:
+    """The next multiple."""
+    return -(-number // of) * of
+
+
+def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
     hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
     vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
     c, key_size = 2 if half else 4, config.key_size or 1
@@ -135,10 +152,10 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     # The state before the first token; and, for a moment, the last one, where a
     # single token or a phase turns it.
     states = 2 if scattering or shape.sequence_length == 1 else 1
-    state = states * 4 * shape.batch_size * key_size * hidden
+    state = states * 4 * shape.batch_size * key_size * hidden + (8 * shape.batch_size * heads if scattering else 0)
     projections = 2 * hidden * (channels + 2 * hidden) if cast else 0
     per_token = per_hidden * hidden + per_channel * channels + per_head * heads + per_key * heads * key_size
-    return ActivationPart(
+    return Part(
         name="carry and projections",
         num_bytes=shape.tokens * per_token + state + projections,
         formula=f"T ({per_hidden} D + {per_channel} W + {per_head} H"
@@ -148,7 +165,7 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     )
 
 
-def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
+def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[Part]:
     """What a block keeps under selective checkpointing: its input, and the results of products and of operators."""
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
     mixture = tokens * (c * (config.intermediate_size + hidden) + 4 * config.num_experts)
@@ -163,21 +180,21 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
         mixer = tokens * (c * (channels + 3 * hidden) + chains * heads) + state
         formula = f"T (c (W + 3 D) + {chains} H) + 4 B K D"
     return [
-        ActivationPart(name="block inputs", num_bytes=4 * tokens * hidden, formula="4 T D"),
-        ActivationPart(name="mixer's products", num_bytes=mixer, formula=formula),
-        ActivationPart(name="experts' products", num_bytes=mixture, formula="T (c (I + D) + 4 E)"),
+        Part(name="block inputs", num_bytes=4 * tokens * hidden, formula="4 T D"),
+        Part(name="mixer's products", num_bytes=mixer, formula=formula),
+        Part(name="experts' products", num_bytes=mixture, formula="T (c (I + D) + 4 E)"),
     ]
 
 
-def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[ActivationPart]:
+def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[Part]:
     """What embedding, final norm and loss save. The loss keeps no logits but the gradients that it has computed."""
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
     rotary = 4 * shape.sequence_length * config.rotary_size
     return [
-        *([ActivationPart(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
-        ActivationPart(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
-        ActivationPart(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
-        ActivationPart(
+        *([Part(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
+        Part(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
+        Part(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
+        Part(
             name="gradients of the head",
             num_bytes=4 * config.vocab_size * hidden + tokens * c * hidden,
             formula="4 V D + c T D",
@@ -185,40 +202,188 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     ]
 
 
-def logits_and_loss(
-    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False
-) -> ActivationPart:
-    """What a chunk of the loss needs for a moment, beside what it keeps.
+def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False) -> Part:
+    """What a chunk of the loss needs for a moment, beside what it keeps: logits, and its tokens twice.
 
-    fp32: logits and log-probabilities, 4 C V each. Autocast: logits in both types and log-probabilities, 10 C V; a half
-    copy of the head; and a product that is yet to be added to the head's gradient. (The kernel on a GPU works in the
-    logits' place; its chunks are larger, and take as much.) With but one chunk, the head's gradient is not there yet
-    when the log-probabilities are.
+    Autocast besides: a half copy of the head, unless it is one, and from the second chunk on a product that is yet to
+    be added to the head's gradient.
     """
-    head = config.vocab_size * config.hidden_size
-    size = bytes_per_logit("torch", torch.bfloat16 if half else torch.float32)
-    rows = chunk_rows(shape.tokens, config.vocab_size, config.hidden_size, bytes_per_logit=size)
-    chunk = min(rows, shape.tokens)
-    logits = chunk * config.vocab_size
-    if rows < shape.tokens:
-        worst = size * logits + (4 * head if half else 0)
-    else:
-        worst = max(size * logits - 4 * head, 2 * logits + 2 * head if half else 4 * logits)
-    return ActivationPart(
+    tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
+    rows = chunk_rows(tokens, config.vocab_size, hidden, bytes_per_logit=c)
+    chunk, head = min(rows, tokens), config.vocab_size * hidden
+    of_head = (2 if half and not half_weights else 0) + (4 if half and rows < tokens else 0)
+    copies = 4  # in fp32 one of its tokens without those that count for nothing, in halves one before that
+    return Part(
         name="logits and loss",
-        num_bytes=worst + (2 * head if half and not half_weights else 0),
-        formula=f"at most {size} C V"
-        + ((" + 4 V D" if half_weights else " + 6 V D") if half else "")
-        + f", C = {chunk:,}",
+        num_bytes=chunk * (c * config.vocab_size + copies * hidden + 8) + 9 * tokens + of_head * head,
+        formula=f"C ({c} V + {copies} D + 8) + 9 T" + (f" + {of_head} V D" if of_head else "") + f", C = {chunk:,}",
     )
 
 
-def working_set(config: ResNetBKConfig, shape: TrainingShape, *, half_weights: bool = False) -> ActivationPart:
-    """What one block's backward needs for a moment: gradients of its tokens, and of its experts piece by piece."""
-    tokens, hidden, width = shape.tokens, config.hidden_size, config.intermediate_size
-    expert_size = 2 if half_weights else 4
-    return ActivationPart(
-        name="working set of a block's backward",
-        num_bytes=tokens * 8 * hidden + expert_size * config.num_experts * hidden * width,
-        formula=f"8 T D + {expert_size} E D I",
+def loss_backward(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False) -> Part:
+    """What the loss's backward pass needs for a moment: the tokens' gradient in float32, scaled, and a half head's."""
+    tokens, hidden = shape.tokens * config.hidden_size, config.vocab_size * config.hidden_size
+    if half_weights:
+        return Part(
+            name="gradients of the loss",
+            num_bytes=4 * tokens + max(4 * tokens, 2 * hidden),
+            formula="4 T D + max(4 T D, 2 V D)",
+        )
+    times = 8 if half else 4
+    return Part(name="gradients of the loss", num_bytes=times * tokens, formula=f"{times} T D")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMoment:
+    """A moment of a block's backward pass: what is there of the block and of its tokens' gradients.
+
+    Its parameters' gradients are not among the parts: how many bytes they have, and whether they stay, is the
+    strategy's. ``experts`` says which of its experts' are there: the second one just made of two, the last one just
+    rounded up to float32, or all long since.
+    """
+
+    name: str
+    parts: list[Part]
+    experts: Literal["none", "second", "last", "all"] = "none"
+
+
+def block_moments(
+    config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False, by_block: bool = False
+) -> list[BlockMoment]:
+    """When a block's backward pass may need most, in no order but that its forward pass, done again, is first.
+
+    ``by_block`` is for blocks that are graphs of their own.
+    """
+    block = block_activations(config, shape, half=half, half_weights=half_weights)
+    c = 2 if half else 4
+    at_mixer = _at_chains if config.mixer == "bk" else _at_mixer
+    return [
+        _computed_again(config, shape, block, c, by_block=by_block),
+        *_at_experts(config, shape, block, c),
+        *at_mixer(config, shape, block, c),
+    ]
+
+
+def _working(
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    per_hidden: int,
+    *,
+    per_token: int = 0,
+    more: int = 0,
+    formula: str = "",
+) -> Part:
+    num_bytes = (per_hidden * config.hidden_size + per_token) * shape.tokens + more
+    return Part(name=GRADIENTS_AND_RESULTS, num_bytes=num_bytes, formula=f"{per_hidden} T D{formula}")
+
+
+def _computed_again(
+    config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int, *, by_block: bool
+) -> BlockMoment:
+    """The block's results and its output's gradient, and what the mixer hands on to the next call.
+
+    A block that is a graph of its own has its output too, and no half copies yet of that one's gradient.
+    """
+    h, hidden, experts = 4 - c, config.hidden_size, config.num_experts
+    if config.mixer == "bk":
+        convolved = c if config.conv_size else 0
+        per_hidden, before = (8 + c + (0 if convolved else h), 4) if by_block else (4 + 2 * h + convolved, 4)
+    else:
+        per_hidden, before = (4 + 2 * c, 4) if by_block else (4 + 2 * c + 2 * h, h)
+    # With many experts there is more while they are chosen, although so many bytes a token are yet to come.
+    routing = max(0 if by_block else 4, 12 * experts + 8 - before * hidden)
+    state, formula = 0, f" + {routing} T" if routing else ""
+    if config.mixer == "resolvent":
+        state = 4 * (config.key_size or 1) * hidden + 16 * config.num_resolvent_heads
+        formula += " + 4 B K D + 16 B H"
+    elif config.mixer == "bk":
+        state, formula = 16 * config.num_bk_heads, formula + " + 16 B H"
+    if config.conv_size:
+        state += c * (config.conv_size - 1) * _convolved_channels(config)
+        formula += f" + {c} (S - 1) B W"
+    more = state * shape.batch_size
+    results = _working(config, shape, per_hidden, per_token=routing, more=more, formula=formula)
+    return BlockMoment(name=COMPUTED_AGAIN, parts=[*block, results])
+
+
+def _at_experts(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int) -> Iterator[BlockMoment]:
+    """The mixture's own backward pass; bk's mixer, which comes behind it, is done by then."""
+    norms, moe, *mixer = block
+    rest = [norms] if config.mixer == "bk" else [norms, *mixer]
+    inner, routing = c * config.intermediate_size, 8 * config.num_experts + 28
+    sums, formula = _sums_of_experts(config, shape, c)
+    first = _working(config, shape, 4, per_token=inner, more=sums, formula=f" + {c} T I + {formula}")
+    yield BlockMoment(name="the experts' first gradient", parts=[*rest, moe, first])
+    formula = f" + T ({c} I + 8 E + 28)"
+    second = _working(config, shape, 4 + 2 * c, per_token=inner + routing, formula=formula)
+    yield BlockMoment(name="the experts' second gradient", parts=[*rest, second], experts="second")
+    last = _working(config, shape, 4 + c, per_token=routing, formula=" + T (8 E + 28)")
+    yield BlockMoment(name="the experts' last gradient", parts=[*rest, last], experts="last")
+
+
+def _at_mixer(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int) -> Iterator[BlockMoment]:
+    """Before the mixture's own backward pass, and in that of the mixer before it."""
+    norms, _, *mixer = block
+    yield BlockMoment(name="the router's gradient", parts=[*block, _working(config, shape, 4 + (4 - c) + 2 * c)])
+    norm = Part(name=norms.name, num_bytes=norms.num_bytes // 2, formula="T (8 D + 8)")
+    backward = _attention_backward if config.mixer == "attention" else _resolvent_backward
+    yield BlockMoment(name="the mixer's gradients", parts=[norm, *mixer, backward(config, shape, c)], experts="all")
+
+
+def _at_chains(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int) -> Iterator[BlockMoment]:
+    """bk's mixer, with all of the block there yet."""
+    h, hidden, heads = 4 - c, config.hidden_size, config.num_bk_heads
+    per_token, formula = 4 * heads + 2, " + T (4 H + 2) + 12 D H"
+    if not h:
+        per_token, formula = per_token + config.conv_size * hidden // 16, f"{formula} + T S D / 16"
+    more = 12 * hidden * heads
+    working = _working(config, shape, 8 + h, per_token=per_token, more=more, formula=formula)
+    yield BlockMoment(name="the mixer's gradients", parts=[*block, working])
+    # These are computed by torch, pass by pass, with so many bytes of complex numbers for each head.
+    if not config.causal:
+        yield BlockMoment(
+            name="the chains' gradients",
+            parts=[*block, _working(config, shape, 4 + h, per_token=64 * heads, formula=" + 64 T H")],
+        )
+    elif config.bk_grad == "blend":
+        yield BlockMoment(
+            name="the chains' gradients",
+            parts=[*block, _working(config, shape, 4 + 2 * h, per_token=44 * heads, formula=" + 44 T H")],
+        )
+
+
+def _sums_of_experts(config: ResNetBKConfig, shape: TrainingShape, c: int) -> tuple[int, str]:
+    """A gradient of all experts' matrices; the kernel sums that of few and small ones in pieces, in float32."""
+    tokens, per_expert = shape.tokens, config.hidden_size * config.intermediate_size
+    numbers = config.num_experts * per_expert
+    if numbers <= MOST_NUMBERS_OF_PIECES // 2 and tokens >= 2 * ROWS_OF_PIECE * config.num_experts:
+        pieces = min(MOST_NUMBERS_OF_PIECES, tokens * per_expert // ROWS_OF_PIECE)
+        return 4 * (pieces + numbers), f"4 min(2^21, T D I / {ROWS_OF_PIECE}) + 4 E D I"
+    return c * numbers, f"{c} E D I"
+
+
+def _resolvent_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) -> Part:
+    """At the carry, which has each chunk's state three times over, or at what is behind it."""
+    tokens, hidden, heads, key_size = shape.tokens, config.hidden_size, config.num_resolvent_heads, config.key_size or 1
+    channels, state = _convolved_channels(config), shape.batch_size * key_size * hidden
+    states = _multiple(shape.sequence_length, CHUNK) // CHUNK * state
+    summing = (2 * c + 4) * states - c * tokens * hidden + 8 * state
+    carried = 2 * c * states + c * tokens * (channels - hidden) + 8 * state
+    projected = tokens * (2 * c * (channels - hidden) + config.conv_size * channels // 16) - 4 * state
+    return Part(
+        name=GRADIENTS_AND_RESULTS,
+        num_bytes=tokens * (4 * hidden + 8 * heads) + max(summing, carried, projected),
+        formula=f"T (4 D + 8 H + {c} (W - D)) + max({2 * c} G K D + 8 B K D, T ({c} (W - D) + S W / 16) - 4 B K D)",
     )
+
+
+def _attention_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) -> Part:
+    """At the kernel. That for halves sums the queries' gradient in float32, 128 queries and 32 numbers at a time."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    per_hidden, formula = (10, "T 10 D + 4 A B N' (D' + 1)") if c == 2 else (20, "T (20 D + 4 A)")
+    sums = 4 * heads * shape.tokens
+    if c == 2:
+        width = _multiple(hidden // heads, 32) + 1
+        sums = 4 * heads * shape.batch_size * _multiple(shape.sequence_length, 128) * width
+    num_bytes = per_hidden * hidden * shape.tokens + sums
+    return Part(name=GRADIENTS_AND_RESULTS, num_bytes=num_bytes, formula=formula)

@@ -33,7 +33,8 @@ def check_training_fits(
     """Raises a UserError if training would need more host memory than there is.
 
     For a GPU, whose allocator answers in words, that is what the strategy keeps on the host, and the weights, which are
-    made there.
+    made there. On a CPU it is the least that a step takes, by formulas that are a GPU's; what it takes to the byte, a
+    trace says (``planner.predict.check_traced``).
     """
     available = available_bytes()
     # Weights, gradients and two moments of 4 bytes; checked first, because planning walks through the layers.

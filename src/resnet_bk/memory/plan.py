@@ -1,39 +1,44 @@
-"""What training would need on the GPU and in host memory, by part and strategy, before anything runs."""
+"""What training would need on a GPU and in host memory, by part and strategy, before anything runs.
 
+A step has a few moments at which it may need most; the plan of a strategy is the largest of them. All of it is for a
+GPU. What a step needs on a CPU is found by tracing it (``planner.trace``), as is what only a trace knows of a GPU.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-from resnet_bk.frugal.activations import MIN_BYTES
+from resnet_bk.frugal.activations import IN_FLIGHT, MIN_BYTES
 from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
 from resnet_bk.frugal.waiting import UNDER_WAY
 from resnet_bk.memory.activations import (
-    ActivationPart,
+    COMPUTED_AGAIN,
+    BlockMoment,
+    Part,
     TrainingShape,
     block_activations,
+    block_moments,
     logits_and_loss,
+    loss_backward,
     outer_activations,
     selected_activations,
-    working_set,
 )
 from resnet_bk.memory.parameters import BYTES_PER_PARAMETER, ParameterCounts, PartCounts, count_parameters
 from resnet_bk.memory.strategy import STRATEGIES, Strategy
 from resnet_bk.memory.units import parse_bytes
 from resnet_bk.models import ResNetBKConfig
 
-# Host memory of a training process without its tensors: Python, torch, transformers and CUDA's libraries. The resident
-# set was 2.80 GB on an H200 (benchmarks/results/gpu/report.json, results.memory.process). Without CUDA it is 0.38 GB
-# (benchmarks/process_memory.py).
-PROCESS_BYTES = 3_000_000_000
+# Host memory of a training process without its tensors: Python, torch, transformers and CUDA's libraries. At the end of
+# training on an H100 the resident set was 1.9 GB (benchmarks/results/gpu/frugal.json, the cells inside the GPU).
+PROCESS_BYTES = 2_000_000_000
 
 # cuBLAS takes 32 MiB for each thread that multiplies matrices, forward and backward, on a GPU of compute capability 9
 # (H100, H200), and 8 MiB on older ones; the allocator counts it (benchmarks/gpu.py measures its sum with the rest).
 CUBLAS_BYTES = 2 * 32 * 2**20
 
-# State of torch's generator on a CPU, which a block that is computed again needs.
-GENERATOR_BYTES = 5056
-
-RECOMPUTED, ON_THEIR_WAY, BLOCK_INPUTS = "one block, computed again", "copies on their way", "block inputs"
-ALL_ALONG = "all micro-batches' ids and random states"
+CUBLAS, ON_THEIR_WAY = "cuBLAS", "copies on their way"
+BLOCK_INPUTS, GRADIENTS = "block inputs", "gradients"
+AT_THE_EMBEDDING = "at the embedding's gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,12 @@ class Budget:
 class StrategyPlan:
     """What a strategy needs, by part, in bytes.
 
-    The GPU's parts are not there all at once: activations and logits are gone when the last gradient arrives.
-    ``gpu_bytes`` is the larger of the two moments.
+    ``gpu_parts`` are those of the moment at which the GPU has most, which ``moment`` names; ``gpu_bytes`` is their sum.
     """
 
     strategy: Strategy
-    gpu_parts: dict[str, int]
+    moment: str
+    gpu_parts: list[Part]
     host_parts: dict[str, int]
     gpu_bytes: int
     host_bytes: int
@@ -73,8 +78,8 @@ class StrategyPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """What tensors need, on any device: all but the workspaces of CUDA's libraries, and what copies hold there."""
-        return self.gpu_bytes - self.gpu_parts["cuBLAS"] - self.gpu_parts.get(ON_THEIR_WAY, 0)
+        """What tensors need: all but the workspaces of CUDA's libraries, and what copies hold."""
+        return sum(part.num_bytes for part in self.gpu_parts if part.name not in (CUBLAS, ON_THEIR_WAY))
 
     @property
     def fits(self) -> bool | None:
@@ -89,8 +94,8 @@ class Plan:
 
     counts: ParameterCounts
     weight_bytes: dict[str, int]
-    activations: list[ActivationPart]
-    half_activations: list[ActivationPart]
+    activations: list[Part]
+    half_activations: list[Part]
     strategies: list[StrategyPlan]
 
     @property
@@ -111,87 +116,30 @@ def make_plan(config: ResNetBKConfig, shape: TrainingShape, budget: Budget) -> P
     )
 
 
-def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy) -> list[ActivationPart]:
-    """Everything that a step has on the device for backward, logits and loss last."""
-    half, half_weights = strategy.half, strategy.half_weights
-    block = block_activations(config, shape, half=half, half_weights=half_weights)
+def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy) -> list[Part]:
+    """What a micro-batch has on the device between forward and backward, logits and loss last."""
+    half = strategy.half
     return [
-        *_blocks(config, shape, strategy, block),
+        *_kept(config, shape, strategy, config.num_layers, "L"),
         *outer_activations(config, shape, half=half),
-        working_set(config, shape, half_weights=half_weights),
-        logits_and_loss(config, shape, half=half, half_weights=half_weights),
+        logits_and_loss(config, shape, half=half, half_weights=strategy.half_weights),
     ]
-
-
-def _blocks(
-    config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, block: list[ActivationPart]
-) -> list[ActivationPart]:
-    layers, inputs = config.num_layers, 4 * shape.tokens * config.hidden_size
-    whole = sum(part.num_bytes for part in block)
-    again = ActivationPart(name=RECOMPUTED, num_bytes=whole, formula="one block's parts")
-    if strategy.checkpointing == "none":
-        return [
-            ActivationPart(name=part.name, num_bytes=layers * part.num_bytes, formula=f"L x [{part.formula}]")
-            for part in block
-        ]
-    if strategy.checkpointing == "selective":
-        selected = selected_activations(config, shape, half=strategy.half)
-        return [
-            *(
-                ActivationPart(name=part.name, num_bytes=layers * part.num_bytes, formula=f"L x [{part.formula}]")
-                for part in selected
-            ),
-            replace(again, num_bytes=max(0, whole - sum(part.num_bytes for part in selected[1:]))),
-        ]
-    if strategy.goes_by_block:
-        # A block's input, its output and that one's gradient, before and after they are brought or sent away.
-        kept, formula = (9, "36 T D") if shape.micro_batches > 1 else (6, "24 T D")
-        states, others = (layers + 2) * shape.micro_batches, shape.micro_batches - 1
-        parts = [
-            ActivationPart(name=BLOCK_INPUTS, num_bytes=kept * inputs, formula=formula),
-            ActivationPart(
-                name=ALL_ALONG,
-                num_bytes=states * GENERATOR_BYTES + others * 16 * shape.tokens,
-                formula=f"{GENERATOR_BYTES} x {states} + 16 T x {others}",
-            ),
-        ]
-        return [*parts, again]
-    # Of offloaded inputs the one that is used is here, and the next; those on their way are counted apart. Small ones
-    # stay.
-    kept, formula = (min(2, layers), "8 T D") if _moves_inputs(strategy, inputs) else (layers, "4 L T D")
-    num_bytes = kept * inputs + layers * GENERATOR_BYTES
-    return [ActivationPart(name=BLOCK_INPUTS, num_bytes=num_bytes, formula=f"{formula} + {GENERATOR_BYTES} L"), again]
-
-
-def _moves_inputs(strategy: Strategy, num_bytes: int) -> bool:
-    return strategy.checkpointing == "offload" and num_bytes >= MIN_BYTES
 
 
 def plan_strategy(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, budget: Budget
 ) -> StrategyPlan:
     """What one strategy needs for micro-batches of ``shape``."""
-    *kept, logits = activation_parts(config, shape, strategy)
-    gradients, passing = _gradients(strategy, config, counts)
-    inputs = 4 * shape.tokens * config.hidden_size
-    on_their_way = _on_their_way(strategy, counts, inputs)
-    optimizer = 0 if strategy.offload_optimizer else 8 * counts.total
-    gpu_parts = {
-        "weights": _weights(strategy, config, counts),
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": sum(part.num_bytes for part in kept),
-        "logits and loss": logits.num_bytes,
-        "cuBLAS": CUBLAS_BYTES,
-        **({ON_THEIR_WAY: on_their_way} if on_their_way else {}),
-        **({"tied head, in passing": passing} if passing else {}),
-    }
+    step = (_StepByBlock if strategy.goes_by_block else _StepByPiece)(strategy, config, shape, counts)
+    moments = {name: [*step.all_along(), *parts] for name, parts in step.moments()}
+    sizes = {name: _sum(parts) for name, parts in moments.items()}
+    moment = max(sizes, key=lambda name: sizes[name])
+    gpu_parts = _joined([*moments[moment], *step.of_libraries()])
     host_parts = _host_parts(strategy, config, shape, counts)
-    moments = (_moments_by_block if strategy.goes_by_block else _moments)(strategy, config, shape, counts, kept, logits)
-    gpu_bytes = gpu_parts["weights"] + gpu_parts["optimizer"] + gpu_parts["cuBLAS"] + on_their_way + max(moments)
-    host_bytes = sum(host_parts.values())
+    gpu_bytes, host_bytes = _sum(gpu_parts), sum(host_parts.values())
     return StrategyPlan(
         strategy=strategy,
+        moment=moment,
         gpu_parts=gpu_parts,
         host_parts=host_parts,
         gpu_bytes=gpu_bytes,
@@ -201,86 +149,278 @@ def plan_strategy(
     )
 
 
-def _moments(
-    strategy: Strategy,
-    config: ResNetBKConfig,
-    shape: TrainingShape,
-    counts: ParameterCounts,
-    kept: list[ActivationPart],
-    logits: ActivationPart,
-) -> list[int]:
-    """What there is beside weights and optimizer: after forward, at the last gradient, where backward begins."""
-    gradients, passing = _gradients(strategy, config, counts)
-    inputs, activations = 4 * shape.tokens * config.hidden_size, sum(part.num_bytes for part in kept)
-    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
-    again = sum(part.num_bytes for part in kept if part.name == RECOMPUTED)
-    moments = [
-        # No block is computed again yet. The normed output is there, in two types at times.
-        activations + logits.num_bytes + ((3 * inputs) // 2 - again - working if again else 0),
-        # The rest of the activations is gone by then.
-        gradients + passing + again + working + (2 * inputs if again else 0),
-    ]
-    if strategy.checkpointing != "none":
-        new = 0 if strategy.offload_optimizer else min(gradients, max(_stored(counts.block, strategy), passing))
-        moments.append(activations + new)
-    return moments
-
-
-def _moments_by_block(
-    strategy: Strategy,
-    config: ResNetBKConfig,
-    shape: TrainingShape,
-    counts: ParameterCounts,
-    kept: list[ActivationPart],
-    logits: ActivationPart,
-) -> list[int]:
-    """What there is beside weights, where a step goes block by block: at the loss, in a block, at the embedding."""
-    inputs, table = 4 * shape.tokens * config.hidden_size, config.vocab_size * config.hidden_size
-    block = sum(part.num_bytes for part in kept if part.name in (RECOMPUTED, BLOCK_INPUTS))
-    all_along = sum(part.num_bytes for part in kept if part.name == ALL_ALONG)
-    working = working_set(config, shape, half_weights=strategy.half_weights).num_bytes
-    outer = sum(part.num_bytes for part in kept) - block - working - all_along
-    block_gradients = 4 * counts.block.total
-    head = 4 * table  # summed in float32, until the embedding has added its part
-    more = head if shape.micro_batches > 1 else 0  # that of the micro-batches before
-    waiting = (5 if shape.micro_batches > 1 else 3) * inputs + all_along  # here already, or here yet
+def _joined(parts: list[Part]) -> list[Part]:
+    """Parts of the same name as one; none of no bytes."""
+    by_name: dict[str, list[Part]] = {}
+    for part in parts:
+        if part.num_bytes:
+            by_name.setdefault(part.name, []).append(part)
     return [
-        outer + logits.num_bytes + more + waiting,
-        head + block_gradients + block + working + all_along,
-        # A half table's gradient is summed in float32 and rounded, and then float32 again.
-        head + more + (6 if strategy.half_weights else 4) * table + waiting,
+        Part(name=name, num_bytes=_sum(alike), formula=" + ".join(part.formula for part in alike))
+        for name, alike in by_name.items()
     ]
 
 
-def _weights(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> int:
-    """On the device: all weights, or two blocks and what is outside of blocks."""
-    blocks = min(2, config.num_layers) if strategy.stream_weights else config.num_layers
-    return blocks * _stored(counts.block, strategy) + _stored(counts.outside, strategy)
+def _sum(parts: list[Part]) -> int:
+    return sum(part.num_bytes for part in parts)
+
+
+# A moment's name, and what is there besides what is all along.
+Moment = tuple[str, list[Part]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The second step or a later one, in the order in which it goes through a model."""
+
+    strategy: Strategy
+    config: ResNetBKConfig
+    shape: TrainingShape
+    counts: ParameterCounts
+
+    def moments(self) -> Iterator[Moment]:
+        """Those at which memory may be largest."""
+        raise NotImplementedError
+
+    def all_along(self) -> list[Part]:
+        """What no moment is without."""
+        strategy, config, counts = self.strategy, self.config, self.counts
+        layers, pieces = config.num_layers, self.shape.micro_batches
+        blocks = min(2, layers) if strategy.stream_weights else layers
+        # Step by block, each micro-batch keeps what it is told of its tokens.
+        tables = pieces if strategy.goes_by_block else 1
+        return [
+            Part(
+                name="weights",
+                num_bytes=blocks * _stored(counts.block, strategy) + _stored(counts.outside, strategy),
+                formula=f"{strategy.weight_bytes} ({blocks} P_b + P_o)",
+            ),
+            Part(name="optimizer", num_bytes=0 if strategy.offload_optimizer else 8 * counts.total, formula="8 P"),
+            Part(name="token ids and targets", num_bytes=16 * pieces * self.shape.tokens, formula="16 M T"),
+            Part(
+                name="rotary positions",
+                num_bytes=4 * tables * self.shape.sequence_length * config.rotary_size,
+                formula="4 M N R" if tables > 1 else "4 N R",
+            ),
+            Part(
+                name="vectors and scalars",
+                num_bytes=512 * (layers + 1) + 16 * layers * config.num_experts,
+                formula="512 (L + 1) + 16 L E",
+            ),
+        ]
+
+    def of_libraries(self) -> list[Part]:
+        """What is no tensor of the step: workspaces of CUDA's libraries, and what copies under way hold."""
+        parts = [Part(name=CUBLAS, num_bytes=CUBLAS_BYTES, formula="2 x 32 MiB")]
+        # Step by block, gradients leave while the next block's forward goes on, which needs less than its backward.
+        if self.strategy.offload_optimizer and not self.strategy.goes_by_block:
+            size = 2 * self.strategy.weight_bytes
+            formula = f"{size} x the largest matrix"
+            parts.append(Part(name=ON_THEIR_WAY, num_bytes=size * self.counts.largest, formula=formula))
+        return parts
+
+    def _at_the_loss(self, others: list[Part]) -> Iterator[Moment]:
+        """Two moments, where ``others`` are there besides: with a chunk of logits, and where backward begins."""
+        strategy, kept = self.strategy, outer_activations(self.config, self.shape, half=self.strategy.half)
+        names = {part.name for part in self.all_along()}
+        there = [*others, *(part for part in kept if part.name not in names)]
+        working = (self.config, self.shape)
+        logits = logits_and_loss(*working, half=strategy.half, half_weights=strategy.half_weights)
+        yield "at the loss", [*there, self._of_tokens("normed tokens", 4), logits]
+        gradients = loss_backward(*working, half=strategy.half, half_weights=strategy.half_weights)
+        yield "where backward begins", [*there, gradients]
+
+    def _block_moments(self) -> list[BlockMoment]:
+        strategy = self.strategy
+        moments = block_moments(
+            self.config,
+            self.shape,
+            half=strategy.half,
+            half_weights=strategy.half_weights,
+            by_block=strategy.goes_by_block,
+        )
+        return [moment for moment in moments if strategy.checkpointing != "none" or moment.name != COMPUTED_AGAIN]
+
+    def _expert_gradients(self, moment: BlockMoment) -> Part:
+        """Of the block whose backward goes on, if they stay: in float32, and what is yet to be rounded up to it."""
+        config, half = self.config, self.strategy.half
+        experts = config.num_experts * config.hidden_size * config.intermediate_size
+        size, others, formula = 0, 0, ""
+        if self._several:
+            # Each is added to that of the micro-batches before as soon as it has their type.
+            adds_halves = self.strategy.goes_by_block and self.strategy.half_weights
+            size = (2 if adds_halves else 8 if half else 4) if moment.experts == "last" else 0
+        elif moment.experts != "none":
+            size = {"second": 6 if half else 8, "last": 10 if half else 8, "all": 8}[moment.experts]
+            if moment.experts == "all":
+                others, formula = 8 * config.hidden_size**2, " + 8 D^2"
+            elif config.mixer == "bk":
+                others, formula = 4 * (self.counts.block.total - 2 * experts), " + 4 (P_b - 2 E D I)"
+        return Part(name=GRADIENTS, num_bytes=size * experts + others, formula=f"{size} E D I{formula}")
+
+    def _of_tokens(self, name: str, times: int) -> Part:
+        numbers = self.shape.tokens * self.config.hidden_size
+        return Part(name=name, num_bytes=times * numbers, formula=f"{times} T D")
+
+    def _of_table(self, times: int) -> Part:
+        """Gradients of the head or of the embedding."""
+        return Part(name=GRADIENTS, num_bytes=times * self._table, formula=f"{times} V D")
+
+    def _of_head(self, times: int) -> Part:
+        """Its gradient, and the final norm's."""
+        num_bytes = times * self._table + 8 * self.config.hidden_size
+        return Part(name=GRADIENTS, num_bytes=num_bytes, formula=f"{times} V D + 8 D")
+
+    def _of_other_tables(self) -> Part:
+        """Gradients of what is outside of blocks and neither head nor embedding nor final norm."""
+        tables, hidden = 1 if self.config.tie_word_embeddings else 2, self.config.hidden_size
+        others = self.counts.outside.total - tables * self._table - 2 * hidden
+        return Part(name=GRADIENTS, num_bytes=4 * others, formula=f"4 (P_o - {tables} V D - 2 D)")
+
+    def _made_table(self) -> Part:
+        """The embedding's gradient, summed in float32; or before it that of positions, if their table is larger."""
+        size, hidden = 6 if self.strategy.half_weights else 4, self.config.hidden_size
+        positions = self.config.max_position_embeddings or 0
+        if not (self.strategy.offload_optimizer or self._several):
+            positions = 0  # it stays, and is counted there
+        num_bytes = max(size * self._table, self.strategy.weight_bytes * positions * hidden)
+        return Part(name=GRADIENTS, num_bytes=num_bytes, formula=f"{size} V D")
+
+    def _made_from(self, times: int) -> Part:
+        """Tokens' gradients, and what torch sorts ids in; a half table's gradient is summed without sorting."""
+        part = self._of_tokens("gradients of tokens", times)
+        if self.strategy.half_weights:
+            return part
+        return replace(part, num_bytes=part.num_bytes + 32 * self.shape.tokens, formula=f"{part.formula} + 32 T")
+
+    @property
+    def _table(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def _several(self) -> bool:
+        return self.shape.micro_batches > 1
+
+
+class _StepByPiece(_Step):
+    """Each micro-batch through all blocks, and back."""
+
+    def moments(self) -> Iterator[Moment]:
+        config, layers = self.config, self.config.num_layers
+        before = self._gradients_before()
+        kept = _kept(config, self.shape, self.strategy, layers, "L")
+        yield from self._at_the_loss([before, *kept])
+        # Of what grows in backward, gradients, and what shrinks, activations, there is most at one of the ends.
+        for where, done, others in (("last", 0, "(L - 1)"), ("first", layers - 1, "0")):
+            passed = [before, self._head_gradient(), self._block_gradients(done)]
+            kept = _kept(config, self.shape, self.strategy, layers - 1 - done, others)
+            for moment in self._block_moments():
+                parts = [*passed, *kept, *moment.parts, *self._never_taken(), self._expert_gradients(moment)]
+                yield f"in the {where} block: {moment.name}", parts
+        blocks = [before, self._block_gradients(layers)]
+        yield AT_THE_EMBEDDING, [*blocks, *self._embedding_gradient()]
+
+    def _gradients_before(self) -> Part:
+        size = 4 if self._several and not self.strategy.offload_optimizer else 0
+        return Part(name=GRADIENTS, num_bytes=size * self.counts.total, formula=f"{size} P")
+
+    def _head_gradient(self) -> Part:
+        """From the loss on. A tied head's waits for the embedding's; else it leaves, or is added to what is there."""
+        if self.strategy.offload_optimizer or self._several:
+            return self._of_head(self.strategy.weight_bytes if self.config.tie_word_embeddings else 0)
+        return self._of_head(4)
+
+    def _block_gradients(self, blocks: int) -> Part:
+        if self.strategy.offload_optimizer or self._several:
+            blocks = 0
+        return Part(name=GRADIENTS, num_bytes=4 * blocks * self.counts.block.total, formula=f"4 x {blocks} P_b")
+
+    def _expert_gradients(self, moment: BlockMoment) -> Part:
+        if self.strategy.offload_optimizer:
+            return Part(name=GRADIENTS, num_bytes=0, formula="0")  # they leave as they are made
+        return super()._expert_gradients(moment)
+
+    def _never_taken(self) -> list[Part]:
+        """Of bk's block nothing behind the last product is computed again, so that nobody takes its result."""
+        if self.strategy.checkpointing == "selective" and self.config.mixer == "bk":
+            return [self._of_tokens("result of the last product", 2 if self.strategy.half else 4)]
+        return []
+
+    def _embedding_gradient(self) -> list[Part]:
+        """Made from the tokens' in float32; a tied matrix then has both its parts and their sum."""
+        strategy, tied = self.strategy, self.config.tie_word_embeddings
+        there = [] if strategy.offload_optimizer or self._several else [self._of_other_tables()]
+        making = [self._head_gradient(), self._made_table(), self._made_from(4)]
+        adding = [self._of_head(3 * strategy.weight_bytes)] if tied else []
+        return [*there, *max(making, adding, key=_sum)]
+
+
+class _StepByBlock(_Step):
+    """All micro-batches through a block before the next one, with inputs and gradients that wait on the host."""
+
+    def moments(self) -> Iterator[Moment]:
+        head_before = self._of_table(4 if self._several else 0)
+        yield from self._at_the_loss([head_before, self._inputs(self._others)])
+        held = self.counts.block.total if self._several else 0
+        gradients = Part(name=GRADIENTS, num_bytes=4 * held, formula="4 P_b")
+        for moment in self._block_moments():
+            parts = [self._of_head(4), gradients, self._inputs_in_block(moment), *moment.parts]
+            yield f"in a block: {moment.name}", [*parts, self._expert_gradients(moment)]
+        yield AT_THE_EMBEDDING, self._embedding_gradient()
+
+    @property
+    def _others(self) -> int:
+        """Tensors that are here already, or here yet because they were put away last."""
+        return min(UNDER_WAY, self.shape.micro_batches - 1) + 1
+
+    def _inputs(self, number: int) -> Part:
+        return self._of_tokens(BLOCK_INPUTS, 4 * number)
+
+    def _inputs_in_block(self, moment: BlockMoment) -> Part:
+        """Besides those on their way: the block's output, and the next input that it will be asked for."""
+        layers = self.config.num_layers
+        number = self._others + 2
+        if moment.name == COMPUTED_AGAIN:
+            # Input and output before these, and that one's gradient, are let go of when this output is there. With few
+            # micro-batches the gradient is one of those that leave.
+            if self._several or layers > 1:
+                number += 3 if self.shape.micro_batches > UNDER_WAY else 2
+            if not self._several and layers <= 2:
+                number -= 1  # by then there is no next one
+        elif moment.experts == "all":
+            number += 1  # the output's gradient, which is kept until its block is done
+        return self._inputs(number)
+
+    def _embedding_gradient(self) -> list[Part]:
+        """Of one micro-batch, beside what there is; the embedding is looked up again."""
+        apart = self._several and not self.config.tie_word_embeddings
+        there = [self._of_head(4), self._of_table(4 if apart else 0)]
+        made = [self._made_table(), self._made_from(8)]
+        return [*there, self._of_other_tables(), *made, self._inputs(self._others)]
+
+
+def _kept(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, blocks: int, times: str) -> list[Part]:
+    """What so many blocks keep for backward; ``times`` is their number in formulas."""
+    inputs = 4 * shape.tokens * config.hidden_size
+    if strategy.checkpointing == "none":
+        parts = block_activations(config, shape, half=strategy.half, half_weights=strategy.half_weights)
+    elif strategy.checkpointing == "selective":
+        parts = selected_activations(config, shape, half=strategy.half)
+    else:
+        parts = [Part(name=BLOCK_INPUTS, num_bytes=inputs, formula="4 T D")]
+        if strategy.goes_by_block:
+            blocks, times = 0, "0"
+        elif _moves_inputs(strategy, inputs) and blocks > IN_FLIGHT:
+            blocks, times = IN_FLIGHT, str(IN_FLIGHT)
+    return [replace(part, num_bytes=blocks * part.num_bytes, formula=f"{times} x [{part.formula}]") for part in parts]
+
+
+def _moves_inputs(strategy: Strategy, num_bytes: int) -> bool:
+    return strategy.checkpointing == "offload" and num_bytes >= MIN_BYTES
 
 
 def _stored(counts: PartCounts, strategy: Strategy) -> int:
     return strategy.weight_bytes * (counts.total - counts.float32) + 4 * counts.float32
-
-
-def _gradients(strategy: Strategy, config: ResNetBKConfig, counts: ParameterCounts) -> tuple[int, int]:
-    """Gradients that are there at once, and what a tied head adds for a moment."""
-    if strategy.goes_by_block:
-        return 4 * (counts.block.total + counts.outside.total), 0
-    head = config.vocab_size * config.hidden_size * strategy.weight_bytes
-    # A tied matrix has, for a moment, the head's gradient, the embedding's and their sum.
-    passing = 2 * head if config.tie_word_embeddings else 0
-    if not strategy.offload_optimizer:
-        return 4 * counts.total, passing
-    # Each leaves as it is made; the working set has an expert's. A half table's is summed in float32 first.
-    return head * (3 if strategy.half_weights else 1), passing
-
-
-def _on_their_way(strategy: Strategy, counts: ParameterCounts, inputs: int) -> int:
-    """What copies to and from a GPU hold there while it goes on: two of the largest gradients, or inputs."""
-    if strategy.goes_by_block:
-        # Gradients leave while the next block's forward goes on, which needs less than its backward.
-        return UNDER_WAY * inputs
-    return 2 * strategy.weight_bytes * counts.largest if strategy.offload_optimizer else 0
 
 
 def _host_parts(

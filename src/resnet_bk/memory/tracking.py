@@ -2,16 +2,18 @@
 
 import weakref
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.host import is_host_memory
+from resnet_bk.ops.operator import body_of
 
 
 class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -21,9 +23,10 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     freed, also when only autograd holds it. Tensors that were there before count if ``include`` is told of them. Memory
     of ``frugal.host``, which waits on the host for a device, is counted apart: ``host_bytes``, ``peak_host_bytes``.
 
-    What an operator allocates and frees inside itself is not seen, nor is an allocator's rounding, nor what another
-    thread allocates. While anybody watches so, autograd adds up the gradients of a tensor with two uses in a new
-    tensor, and in place otherwise: of a tied matrix there may be one gradient more.
+    It looks into our own operators, but for those that numba compiles. What torch's allocate and free inside themselves
+    is not seen, nor is an allocator's rounding, nor what another thread allocates. While anybody watches so, autograd
+    adds up the gradients of a tensor with two uses in a new tensor, and in place otherwise: of a tied matrix there may
+    be one gradient more.
 
     >>> with TensorTracker() as tracker:
     ...     x = torch.zeros(1000)
@@ -51,13 +54,20 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._call(func, args, kwargs or {})
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and not isinstance(
                 leaf, HostGradient
             ):  # whose numbers are a tensor's elsewhere
                 self._track(leaf)
         return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inside = body_of(func, args) or _parts_of(func)
+        if inside is None:
+            return func(*args, **kwargs)
+        with self:
+            return inside(*args, **kwargs)
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -69,19 +79,26 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         reference = known[2] if known else weakref.ref(storage, partial(self._freed, key))
         on_host = known[1] if known else is_host_memory(tensor)
         self._live[key] = (num_bytes, on_host, reference)
-        self._count(num_bytes - (known[0] if known else 0), on_host)
+        self._count(key, num_bytes - (known[0] if known else 0), on_host)
 
     def _freed(self, key: int, _reference: Any) -> None:
         num_bytes, on_host, _ = self._live.pop(key)
-        self._count(-num_bytes, on_host)
+        self._count(key, -num_bytes, on_host)
 
-    def _count(self, num_bytes: int, on_host: bool) -> None:
+    def _count(self, _key: int, num_bytes: int, on_host: bool) -> None:
         if on_host:
             self.host_bytes += num_bytes
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
         else:
             self.current_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+
+@cache
+def _parts_of(func: Any) -> Any:
+    """What an operator that is made of others calls; None for all that have kernels of their own."""
+    torchs = isinstance(func, OpOverload) and func.namespace == "aten"
+    return func.decompose if torchs and func._can_decompose() else None
 
 
 def training_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.imagined import kind_of
 from resnet_bk.ops import convolution_torch
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
+from resnet_bk.ops.operator import operator
 
 
 def choose_convolution_backend(device: torch.device) -> BackendChoice:
     """What ``short_convolution`` runs on ``device``."""
-    if device.type == "cuda" and HAS_TRITON:
+    kind = kind_of(device)
+    if kind == "cuda" and HAS_TRITON:
         return BackendChoice(name="triton", reason="one pass over memory")
-    return BackendChoice(name="torch", reason=f"torch's depthwise convolution on {device.type}")
+    return BackendChoice(name="torch", reason=f"torch's depthwise convolution on {kind}")
 
 
 def short_convolution(
@@ -84,7 +87,7 @@ def _in_documents(x_BMC: Tensor, weight_SC: Tensor, documents_BN: Tensor) -> Ten
     return y_BNC
 
 
-@torch.library.custom_op("resnet_bk::short_convolution", mutates_args=())
+@operator("resnet_bk::short_convolution")
 def _convolution(
     x_BNC: Tensor, weight_SC: Tensor, window_BWC: Tensor | None, documents_BN: Tensor | None, backend: str
 ) -> Tensor:
@@ -95,7 +98,7 @@ def _convolution(
     return convolution_gpu.forward(x_BNC, weight_SC, window_BWC, documents_BN)
 
 
-@torch.library.custom_op("resnet_bk::short_convolution_backward", mutates_args=())
+@operator("resnet_bk::short_convolution_backward")
 def _convolution_backward(
     grad_BNC: Tensor,
     x_BNC: Tensor,

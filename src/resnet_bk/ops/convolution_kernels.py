@@ -1,10 +1,11 @@
 """The Triton kernels of the short convolution: a program has a tile of tokens and channels."""
 
-import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
 
-@triton.jit
+
+@kernel
 def forward_kernel(
     x,
     weight,
@@ -45,7 +46,7 @@ def forward_kernel(
     tl.store(y + (row * length + token) * channels + channel, result.to(y.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     grad,
     x,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.ops import gated_norm_torch
+from resnet_bk.ops.operator import operator
 from resnet_bk.ops.projections import choose_projections_backend
 
 
@@ -51,13 +52,13 @@ def _module(backend: str) -> ModuleType:
     return gated_norm_gpu
 
 
-@torch.library.custom_op("resnet_bk::gated_norm", mutates_args=())
+@operator("resnet_bk::gated_norm")
 def _gated_norm(o_BNHV: Tensor, weight_V: Tensor, gate_BND: Tensor, eps: float, backend: str) -> Tensor:
     result: Tensor = _module(backend).forward(o_BNHV, weight_V, gate_BND, eps)
     return result
 
 
-@torch.library.custom_op("resnet_bk::gated_norm_backward", mutates_args=())
+@operator("resnet_bk::gated_norm_backward")
 def _gated_norm_backward(
     grad_BND: Tensor, o_BNHV: Tensor, weight_V: Tensor, gate_BND: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

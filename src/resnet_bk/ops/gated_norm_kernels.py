@@ -1,10 +1,11 @@
 """The Triton kernels of the gated norm: a program has some heads of some tokens, which lie one behind the other."""
 
-import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
 
-@triton.jit
+
+@kernel
 def forward_kernel(o, weight, gate, out, rows, eps, size: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr):
     """o / rms(o) * weight * silu(gate)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -18,7 +19,7 @@ def forward_kernel(o, weight, gate, out, rows, eps, size: tl.constexpr, ROWS: tl
     tl.store(out + where, result.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     grad,
     o,

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.imagined import capability_of, is_imagined, kind_of
 from resnet_bk.ops.bk.api import BackendChoice
+from resnet_bk.ops.operator import operator
 
 # What one transfer of torch's kernel for groups moves: rows have to begin at its multiples.
 TRANSFER_BYTES = 16
@@ -34,8 +36,9 @@ def grouped_mm(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
 
 def choose_moe_backend(device: torch.device, dtype: torch.dtype, rows: int, *widths: int) -> BackendChoice:
     """How ``rows`` of ``dtype`` are taken from the first of the two ``widths`` to the second on ``device``, and why."""
-    if device.type != "cuda":
-        return BackendChoice(name="loop", reason=f"a matrix product per expert that has tokens, on {device.type}")
+    kind = kind_of(device)
+    if kind != "cuda":
+        return BackendChoice(name="loop", reason=f"a matrix product per expert that has tokens, on {kind}")
     if dtype == torch.float64:
         return BackendChoice(name="loop", reason="float64 is for checks: a product per expert, which waits for the GPU")
     if dtype == torch.bfloat16 and rows * math.prod(widths) >= MANY_PRODUCTS and _torch_has_a_kernel(device, widths):
@@ -49,7 +52,7 @@ def choose_moe_backend(device: torch.device, dtype: torch.dtype, rows: int, *wid
 def _torch_has_a_kernel(device: torch.device, widths: tuple[int, ...]) -> bool:
     """Whether ``F.grouped_mm`` has one: elsewhere it reads the groups' sizes, which waits for the GPU."""
     aligned = all(width * torch.bfloat16.itemsize % TRANSFER_BYTES == 0 for width in widths)
-    return aligned and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return aligned and capability_of(device)[0] in (9, 10)
 
 
 class _Kernels(Protocol):
@@ -92,10 +95,11 @@ def _sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
 
 def _needs_no_operator(x: Tensor) -> bool:
     """On a CPU where nobody traces, an operator around the loop is but overhead: with few tokens, a third of it all."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+    ordinary = type(x) is Tensor or is_imagined()
+    return kind_of(x.device) == "cpu" and not torch.compiler.is_compiling() and ordinary
 
 
-@torch.library.custom_op("resnet_bk::grouped_product", mutates_args=())
+@operator("resnet_bk::grouped_product")
 def grouped_product(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     """y_t = x_t w_e, as an operator: no compiler looks inside, where the CPU reads the groups' sizes."""
     backend = choose_moe_backend(x_TK.device, x_TK.dtype, *x_TK.shape, w_EKM.shape[2]).name
@@ -106,7 +110,7 @@ def grouped_product(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     return _product_loop(x_TK, w_EKM, ends_E)
 
 
-@torch.library.custom_op("resnet_bk::grouped_sums", mutates_args=())
+@operator("resnet_bk::grouped_sums")
 def grouped_sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
     """The gradient of the matrices: for each group the sum of x_t g_t^T over its rows, ``(E, K, M)``."""
     backend = choose_moe_backend(x_TK.device, x_TK.dtype, *x_TK.shape, g_TM.shape[1]).name
@@ -119,7 +123,7 @@ def grouped_sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
 
 def _product_loop(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     y_TM = x_TK.new_empty(x_TK.shape[0], w_EKM.shape[2])
-    sizes = _sizes(ends_E)
+    sizes = _sizes(ends_E, len(x_TK))
     for x, w_KM, y in zip(x_TK.split_with_sizes(sizes), w_EKM.unbind(0), y_TM.split_with_sizes(sizes), strict=True):
         if len(x):
             torch.mm(x, w_KM, out=y)
@@ -128,7 +132,7 @@ def _product_loop(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
 
 def _sums_loop(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
     sums_EKM = x_TK.new_empty(ends_E.shape[0], x_TK.shape[1], g_TM.shape[1])
-    sizes = _sizes(ends_E)
+    sizes = _sizes(ends_E, len(x_TK))
     for x, g, sum_KM in zip(
         x_TK.split_with_sizes(sizes), g_TM.split_with_sizes(sizes), sums_EKM.unbind(0), strict=True
     ):
@@ -136,9 +140,9 @@ def _sums_loop(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
     return sums_EKM
 
 
-def _sizes(ends_E: Tensor) -> list[int]:
-    """Rows of each group. Reads the ends, which waits for a device that is not the CPU."""
-    ends = ends_E.tolist()
+def _sizes(ends_E: Tensor, rows: int) -> list[int]:
+    """Rows of each group. Reads the ends, which waits for a device that is not the CPU; imagined, the first has all."""
+    ends = [rows] * len(ends_E) if is_imagined() else ends_E.tolist()
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -3,11 +3,12 @@
 They are written in Triton's language, which only looks like Python to a type checker.
 """
 
-import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
 
-@triton.jit
+
+@kernel
 def mm_kernel(
     x_ptr,
     w_ptr,
@@ -60,7 +61,7 @@ def mm_kernel(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_rows & in_columns)
 
 
-@triton.jit
+@kernel
 def outer_kernel(
     x_ptr,
     g_ptr,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_bk.imagined import kind_of
 from resnet_bk.ops.bk.api import BackendChoice
 
 IGNORE_INDEX = -100
@@ -58,8 +59,9 @@ def linear_cross_entropy(hidden_BND: Tensor, weight_VD: Tensor, targets_BN: Tens
 
 def choose_loss_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:
     """How ``linear_cross_entropy`` treats a chunk of logits in ``dtype`` on ``device``, and why."""
-    if device.type != "cuda":
-        return BackendChoice(name="torch", reason=f"log_softmax a chunk of tokens at a time, on {device.type}")
+    kind = kind_of(device)
+    if kind != "cuda":
+        return BackendChoice(name="torch", reason=f"log_softmax a chunk of tokens at a time, on {kind}")
     if dtype == torch.float64:
         return BackendChoice(name="torch", reason="log_softmax a chunk of tokens at a time: float64 is for checks")
     if torch.compiler.is_compiling():
@@ -189,7 +191,7 @@ def _add_product(sum_VD: Tensor | None, g_CV: Tensor, hidden_CD: Tensor, sum_dty
     """``sum + G^T hidden``, in place. The sum is float32 at least, so that chunks add nothing to the rounding."""
     if g_CV.dtype == sum_dtype:
         return g_CV.t() @ hidden_CD if sum_VD is None else sum_VD.addmm_(g_CV.t(), hidden_CD)
-    if g_CV.is_cuda:
+    if kind_of(g_CV.device) == "cuda":
         product_VD = torch.mm(g_CV.t(), hidden_CD, out_dtype=sum_dtype)
     elif g_CV.dtype == torch.float16:
         # The sum over a chunk can be more than float16's 65504, and no loss scale would help: it is not in G yet.

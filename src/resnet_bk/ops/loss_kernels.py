@@ -3,11 +3,12 @@
 It is written in Triton's language, which only looks like Python to a type checker.
 """
 
-import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
 
-@triton.jit
+
+@kernel
 def loss_kernel(
     logits_ptr, targets_ptr, nats_ptr, vocab_size, row_stride, WANT_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):

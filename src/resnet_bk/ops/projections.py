@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.imagined import kind_of
 from resnet_bk.ops import projections_torch
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
+from resnet_bk.ops.operator import operator
 
 Rotary = tuple[Tensor, Tensor]
 
 
 def choose_projections_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> BackendChoice:
     """What ``queries_keys_values`` and ``gated_norm`` run on ``device``."""
-    if device.type == "cuda" and HAS_TRITON and dtype != torch.float64:
+    kind = kind_of(device)
+    if kind == "cuda" and HAS_TRITON and dtype != torch.float64:
         return BackendChoice(name="triton", reason="one pass over memory")
-    if device.type == "cpu":
+    if kind == "cpu":
         return BackendChoice(name="torch", reason="tokens a few at a time, as many as a cache holds")
-    why = "in double precision" if device.type == "cuda" and HAS_TRITON else f"on {device.type} without triton"
+    why = "in double precision" if kind == "cuda" and HAS_TRITON else f"on {kind} without triton"
     return BackendChoice(name="torch", reason=f"torch's elementwise kernels {why}")
 
 
@@ -82,7 +85,7 @@ def _module(backend: str) -> ModuleType:
     return projections_gpu
 
 
-@torch.library.custom_op("resnet_bk::queries_keys_values", mutates_args=())
+@operator("resnet_bk::queries_keys_values")
 def _projections(
     x_BNC: Tensor,
     weight_SC: Tensor | None,
@@ -99,7 +102,7 @@ def _projections(
     return q, k, v
 
 
-@torch.library.custom_op("resnet_bk::queries_keys_values_backward", mutates_args=())
+@operator("resnet_bk::queries_keys_values_backward")
 def _projections_backward(
     q_bar: Tensor,
     k_bar: Tensor,

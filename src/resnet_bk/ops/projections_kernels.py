@@ -7,6 +7,8 @@ A tile is two: the first half of the coordinates and the second, which turn with
 import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
+
 EPSILON = tl.constexpr(1.1920928955078125e-07)  # float32's
 
 
@@ -52,7 +54,7 @@ def _convolved(
     return result
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x,
     weight,
@@ -108,7 +110,7 @@ def forward_kernel(
     tl.store(out + where + half, b.to(out.dtype.element_ty), mask=(token < length) & in2)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     grad,
     x,

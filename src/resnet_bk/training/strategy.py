@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from resnet_bk.frugal.checkpointing import checkpoint_blocks
 from resnet_bk.frugal.optimizer import OffloadedAdamW
@@ -44,7 +45,7 @@ def prepare_training(model: ResNetBKForCausalLM, config: TrainingConfig, device:
         if config.goes_by_block:
             by_block = ByBlock(optimizer, streamed, device)
     else:
-        model.to(device)
+        _move(model, device)
         optimizer = build_optimizer(model, config)
     if config.checkpointing != "none" and by_block is None:
         checkpoint_blocks(blocks, config.checkpointing)
@@ -72,15 +73,21 @@ def _place(
     model: ResNetBKForCausalLM, optimizer: OffloadedAdamW, config: TrainingConfig, device: torch.device
 ) -> StreamedBlocks | None:
     if not config.stream_weights:
-        model.to(device)
+        _move(model, device)
         return None
     streamed = stream_blocks(list(model.model.layers), device)
     streamed.before_load.append(optimizer.synchronize)
     for name, module in model.model.named_children():
         if name != "layers":
-            module.to(device)
-    model.lm_head.to(device)
+            _move(module, device)
+    _move(model.lm_head, device)
     return streamed
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """As ``module.to``, which also exchanges what is there already, if it is fake."""
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
 
 
 def strategy_of(config: TrainingConfig) -> Strategy:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from resnet_bk.imagined import kind_of
 from resnet_bk.ops.bk import operators, reference
 
 Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
@@ -30,14 +31,13 @@ def available_backends() -> tuple[str, ...]:
 
 def choose_backend(device: torch.device) -> BackendChoice:
     """What ``backend="auto"`` means on ``device``."""
-    if device.type == "cpu":
+    kind = kind_of(device)
+    if kind == "cpu":
         return BackendChoice(name="cpu", reason="sweeps compiled by numba, vectorised over chains, on torch's threads")
-    if device.type == "cuda" and HAS_TRITON:
+    if kind == "cuda" and HAS_TRITON:
         return BackendChoice(name="triton", reason="one pass over memory, chunks started from a halo that is proven")
-    why = "triton is not installed" if device.type == "cuda" else "no compiled kernels there"
-    return BackendChoice(
-        name="torch", reason=f"blocks side by side in plain torch, slower; on {device.type} because {why}"
-    )
+    why = "triton is not installed" if kind == "cuda" else "no compiled kernels there"
+    return BackendChoice(name="torch", reason=f"blocks side by side in plain torch, slower; on {kind} because {why}")
 
 
 def bk_core(

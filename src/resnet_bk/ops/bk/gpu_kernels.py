@@ -7,6 +7,8 @@ end or with ``REVERSE`` from its right one. Bonds are stored with the right one 
 import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
+
 
 @triton.jit
 def _columns(x):
@@ -220,7 +222,7 @@ def _entering(
     return l_re, l_im
 
 
-@triton.jit
+@kernel
 def causal_kernel(
     v_ptr, shift_ptr, bonds_ptr, state_ptr, out_ptr, length, heads, chunk, num_lanes, tolerance,
     PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr, LANES: tl.constexpr,
@@ -283,7 +285,7 @@ def _next_bonds(bonds_ptr, bond, base, n, length, heads, PER_TOKEN: tl.constexpr
     return tl.where(columns < length, t, 0.0)
 
 
-@triton.jit
+@kernel
 def bidirectional_kernel(
     v_ptr, shift_ptr, bonds_ptr, out_ptr, length, heads, num_lanes, tolerance,
     PER_TOKEN: tl.constexpr, ONE_HEAD: tl.constexpr, LANES: tl.constexpr,
@@ -365,7 +367,7 @@ def _series_step(g_re, g_im, l_re, l_im, t, p_re, p_im, sum_re, sum_im):
     return q_re, q_im, sum_re + q_re * g_re - q_im * g_im, sum_im + q_re * g_im + q_im * g_re
 
 
-@triton.jit
+@kernel
 def causal_adjoint_kernel(
     grad_ptr, l_ptr, bonds_ptr, state_ptr, v_bar_ptr, shift_part_ptr, bonds_bar_ptr, state_bar_ptr,
     length, heads, chunk, num_lanes, tolerance,
@@ -452,7 +454,7 @@ def causal_adjoint_kernel(
     tl.store(state_bar_ptr + 2 * (row * heads + head) + 1, carry_im, mask=first)
 
 
-@triton.jit
+@kernel
 def tunnel_maps_kernel(w_ptr, maps_ptr, length, heads, chunk, num_lanes, LANES: tl.constexpr):
     """What each chunk does to m, as the entries of (m p + q) / (m r + s): products of [[1, w], [1, 1 + w]]."""
     row = tl.program_id(1).to(tl.int64)
@@ -476,7 +478,7 @@ def tunnel_maps_kernel(w_ptr, maps_ptr, length, heads, chunk, num_lanes, LANES: 
     tl.store(at + 3, s, mask=inside)
 
 
-@triton.jit
+@kernel
 def tunnel_adjoint_maps_kernel(grad_ptr, log_l_ptr, maps_ptr, length, heads, chunk, num_lanes, LANES: tl.constexpr):
     """What each chunk, from its last site to its first, does to s-bar: p s-bar + q."""
     row = tl.program_id(1).to(tl.int64)
@@ -502,7 +504,7 @@ def tunnel_adjoint_maps_kernel(grad_ptr, log_l_ptr, maps_ptr, length, heads, chu
     tl.store(at + 3, q * 0.0 + 1.0, mask=inside)
 
 
-@triton.jit
+@kernel
 def apply_maps_kernel(maps_ptr, state_ptr, entering_ptr, heads, num_chunks, num_chains, LANES: tl.constexpr):
     """The state that enters each chunk: one map after the other, chains side by side."""
     chain = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -519,7 +521,7 @@ def apply_maps_kernel(maps_ptr, state_ptr, entering_ptr, heads, num_chunks, num_
         state = (p * state + q) / (r * state + s)
 
 
-@triton.jit
+@kernel
 def tunnel_kernel(w_ptr, entering_ptr, out_ptr, length, heads, chunk, num_lanes, LANES: tl.constexpr):
     """s_i = w_i + m_{i-1} of one chunk a lane, m in double precision; log1p is taken by the caller."""
     row = tl.program_id(1).to(tl.int64)
@@ -537,7 +539,7 @@ def tunnel_kernel(w_ptr, entering_ptr, out_ptr, length, heads, chunk, num_lanes,
         m = s / (1.0 + s)
 
 
-@triton.jit
+@kernel
 def tunnel_adjoint_kernel(
     grad_ptr, log_l_ptr, entering_ptr, out_ptr, length, heads, chunk, num_lanes, LANES: tl.constexpr
 ):

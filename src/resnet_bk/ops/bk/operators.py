@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.ops.bk.scan import shift_left, shift_right, side_bonds
+from resnet_bk.ops.operator import operator
 
 # G -> 0 where the potential is huge, and 1/G^2 with it to infinity. This is the one bound on a magnitude in BK-Core,
 # far above what a potential within +-100 of the energy gives (1/|G|^2 about 1e4).
@@ -53,7 +54,7 @@ def sweeps(backend: str) -> Sweeps:
     return cast(Sweeps, import_module(f"resnet_bk.ops.bk.{BACKENDS[backend]}"))
 
 
-@torch.library.custom_op("resnet_bk::bk_causal", mutates_args=())
+@operator("resnet_bk::bk_causal")
 def bk_causal(
     v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, blend: float | None, backend: str
 ) -> Tensor:
@@ -61,7 +62,7 @@ def bk_causal(
     return sweeps(backend).causal(v_BNH, shift_H2, bonds, initial_state_BH2)
 
 
-@torch.library.custom_op("resnet_bk::bk_causal_backward", mutates_args=())
+@operator("resnet_bk::bk_causal_backward")
 def bk_causal_backward(
     grad_BNH2: Tensor, l_BNH2: Tensor, bonds: Tensor, initial_state_BH2: Tensor, wants_bonds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,13 +70,13 @@ def bk_causal_backward(
     return sweeps(backend).causal_adjoint(grad_BNH2, l_BNH2, bonds, initial_state_BH2, wants_bonds=wants_bonds)
 
 
-@torch.library.custom_op("resnet_bk::bk_bidirectional", mutates_args=())
+@operator("resnet_bk::bk_bidirectional")
 def bk_bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, blend: float | None, backend: str) -> Tensor:
     """G_ii of the whole chain, ``(B, N, H, 2)``. It depends on tokens to the right of i."""
     return sweeps(backend).bidirectional(v_BNH, shift_H2, bonds)
 
 
-@torch.library.custom_op("resnet_bk::bk_bidirectional_backward", mutates_args=())
+@operator("resnet_bk::bk_bidirectional_backward")
 def bk_bidirectional_backward(
     grad_BNH2: Tensor, g_BNH2: Tensor, v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, wants_bonds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,13 +115,13 @@ def bk_bidirectional_backward(
     return v_bar_BNH, shift_bar_H2, bonds_bar
 
 
-@torch.library.custom_op("resnet_bk::bk_tunnel", mutates_args=())
+@operator("resnet_bk::bk_tunnel")
 def bk_tunnel(w_BNH: Tensor, initial_state_BH: Tensor, backend: str) -> Tensor:
     """log l_i of the tunnelling chain, ``(B, N, H)`` in the state's type."""
     return sweeps(backend).tunnel(w_BNH, initial_state_BH)
 
 
-@torch.library.custom_op("resnet_bk::bk_tunnel_backward", mutates_args=())
+@operator("resnet_bk::bk_tunnel_backward")
 def bk_tunnel_backward(grad_BNH: Tensor, log_l_BNH: Tensor, backend: str) -> Tensor:
     """Gradient of w, ``(B, N, H)``; its first site is also the gradient of the initial m."""
     return sweeps(backend).tunnel_adjoint(grad_BNH, log_l_BNH)

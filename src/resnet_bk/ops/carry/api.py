@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from resnet_bk.imagined import kind_of
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.carry import operators, reference
 from resnet_bk.ops.carry.operators import WIDEST_KERNEL
@@ -18,10 +19,11 @@ def choose_carry_backend(
     device: torch.device, dtype: torch.dtype = torch.float32, width: int = WIDEST_KERNEL
 ) -> BackendChoice:
     """What ``backend="auto"`` means on ``device``, for the chunked form of heads that are ``width`` wide."""
-    if device.type == "cpu":
+    kind = kind_of(device)
+    if kind == "cpu":
         return BackendChoice(name="torch", reason="chunks as batched matrix products of torch's BLAS")
-    if device.type != "cuda" or not HAS_TRITON:
-        why = "triton is not installed" if device.type == "cuda" else f"there are no compiled kernels on {device.type}"
+    if kind != "cuda" or not HAS_TRITON:
+        why = "triton is not installed" if kind == "cuda" else f"there are no compiled kernels on {kind}"
         return BackendChoice(name="torch", reason=f"chunks as batched matrix products, since {why}")
     if dtype == torch.float64 or width > WIDEST_KERNEL:
         why = "in double precision" if dtype == torch.float64 else f"for heads wider than {WIDEST_KERNEL}"

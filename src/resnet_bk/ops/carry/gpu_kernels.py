@@ -7,6 +7,8 @@ Tokens lie ``stride_n`` apart, heads ``stride_h`` and rows ``stride_b``. Product
 import triton
 import triton.language as tl
 
+from resnet_bk.ops.kernels import kernel
+
 
 @triton.jit
 def _decays(log_l, starts, row, head, first, length, heads: tl.constexpr, HAS_STARTS: tl.constexpr, C: tl.constexpr):
@@ -79,7 +81,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit
+@kernel
 def written_kernel(
     x,
     xb,
@@ -121,7 +123,7 @@ def written_kernel(
     tl.store(through + program, _last(_from_entry(high, low, cuts), C))
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     written,
     through,
@@ -166,7 +168,7 @@ def scan_kernel(
     tl.store(last + chain * size + entry, now, mask=there)
 
 
-@triton.jit
+@kernel
 def output_kernel(
     q,
     qb,
@@ -215,7 +217,7 @@ def output_kernel(
     _store(o, result, row, head, first, length, heads, value_size, C, V)
 
 
-@triton.jit
+@kernel
 def adjoint_kernel(
     grad,
     gb,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.ops.carry.chunked import CHUNK
+from resnet_bk.ops.operator import operator
 
 WIDEST_KERNEL = 128  # coordinates of a head that a Triton kernel can hold
 BACKENDS = {"torch": "chunked", "triton": "gpu"}
@@ -33,7 +34,7 @@ def forms(backend: str) -> Forms:
     return cast(Forms, import_module(f"resnet_bk.ops.carry.{BACKENDS[backend]}"))
 
 
-@torch.library.custom_op("resnet_bk::carry", mutates_args=())
+@operator("resnet_bk::carry")
 def carry(
     q_BNHK: Tensor,
     k_BNHK: Tensor,
@@ -50,7 +51,7 @@ def carry(
     return o_BNHV.to(v_BNHV.dtype), final_BHKV
 
 
-@torch.library.custom_op("resnet_bk::carry_backward", mutates_args=())
+@operator("resnet_bk::carry_backward")
 def carry_backward(
     grad_o_BNHV: Tensor,
     grad_final_BHKV: Tensor,

@@ -1,0 +1,1 @@
+"""What training will need and how fast it will be, found out without running it."""

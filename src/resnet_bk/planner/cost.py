@@ -1,0 +1,123 @@
+"""How long a training step will take, roughly: enough to tell which of two strategies is faster.
+
+    device  = 1.9 x FLOPs / rate of matrix products + 10 x kept bytes / copy bandwidth + time of launches
+    bus     = bytes each way / bandwidth of the bus, the longer way
+    host    = parameters / rate of the update
+
+The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
+1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within 15% of all of them.
+What runs side by side counts as the longest.
+"""
+
+from dataclasses import dataclass
+
+from resnet_bk.memory.activations import TrainingShape, block_activations
+from resnet_bk.memory.parameters import ParameterCounts
+from resnet_bk.memory.strategy import Strategy
+from resnet_bk.models import ResNetBKConfig
+from resnet_bk.models.flops import formula_flops
+from resnet_bk.planner.devices import Device
+
+FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
+# Python and the driver, for one block's forward or backward pass, beside what runs of those before.
+LAUNCH_SECONDS, OVERLAP_LOSS = 1.2e-3, 0.05
+# Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
+SELECTIVE_SHARE = 0.15
+HALF_MOMENTS_SPEEDUP = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds of a step, by what is busy. ``seconds`` counts what runs side by side as the longest of it."""
+
+    device_seconds: float
+    bus_seconds: float
+    host_seconds: float
+    seconds: float
+    tokens_per_second: float
+
+    @property
+    def bound_by(self) -> str:
+        """What the step waits for."""
+        times = {"the GPU": self.device_seconds, "the bus": self.bus_seconds, "the host's update": self.host_seconds}
+        return max(times, key=lambda name: times[name])
+
+
+def step_cost(
+    strategy: Strategy,
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    counts: ParameterCounts,
+    device: Device,
+    *,
+    clips: bool = True,
+) -> Cost:
+    """The cost of a step of ``shape.micro_batches`` micro-batches; ``clips`` forbids updates during backward."""
+    device_seconds = _device_seconds(strategy, config, shape, device)
+    bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
+    host_seconds = _host_seconds(strategy, shape, counts, device)
+    if not strategy.offload_optimizer:
+        device_seconds += _update_seconds(counts, device)
+        seconds = device_seconds + bus_seconds
+    elif device.machine.kind == "cpu":
+        seconds = device_seconds + bus_seconds + host_seconds  # one processor does all of it
+    elif clips:
+        # The update begins when the norm is known; weights return under the next forward pass, a third of the step.
+        seconds = max(device_seconds + max(0.0, host_seconds - device_seconds / 3), bus_seconds)
+    else:
+        seconds = max(device_seconds, bus_seconds, host_seconds)
+    return Cost(
+        device_seconds=device_seconds,
+        bus_seconds=bus_seconds,
+        host_seconds=host_seconds,
+        seconds=seconds,
+        tokens_per_second=shape.tokens * shape.micro_batches / seconds,
+    )
+
+
+def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, device: Device) -> float:
+    rates, half = device.rates, strategy.half
+    again = {"none": 0.0, "selective": SELECTIVE_SHARE}.get(strategy.checkpointing, 1.0)
+    parts = formula_flops(config, shape.batch_size, shape.sequence_length)
+    flops = sum((1 + (0 if part.component == "head" else again)) * part.forward + part.backward for part in parts)
+    kept = config.num_layers * sum(part.num_bytes for part in block_activations(config, shape, half=half))
+    # A second forward pass is a third of what there is besides.
+    moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
+    computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops) + moved / rates.memory
+    launches = LAUNCH_SECONDS * config.num_layers * (2 + again)
+    if strategy.goes_by_block or device.machine.kind == "cpu":
+        return shape.micro_batches * (computing + launches)
+    # Kernels are launched while others run; what little the shorter one adds tells equal ways apart.
+    longer, shorter = max(computing, launches), min(computing, launches)
+    return shape.micro_batches * (longer + OVERLAP_LOSS * shorter)
+
+
+def _bus_seconds(
+    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, device: Device
+) -> float:
+    """The longer of both ways."""
+    inputs = 4 * shape.tokens * config.hidden_size * (config.num_layers + 2) * shape.micro_batches
+    waiting = inputs if strategy.checkpointing == "offload" else 0
+    if not strategy.offload_optimizer:
+        return waiting / device.rates.bus
+    times = 1 if strategy.goes_by_block else shape.micro_batches
+    gradients = (4 if strategy.goes_by_block else strategy.weight_bytes) * counts.total * times
+    fetches = 2 * times if strategy.stream_weights else 0
+    weights = strategy.weight_bytes * counts.total * (1 + fetches)
+    return (max(gradients, weights) + waiting) / device.rates.bus
+
+
+def _host_seconds(strategy: Strategy, shape: TrainingShape, counts: ParameterCounts, device: Device) -> float:
+    """The update, and adding up gradients that cross with every micro-batch, which takes as long."""
+    if not strategy.offload_optimizer:
+        return 0.0
+    additions = 0 if strategy.goes_by_block else shape.micro_batches - 1
+    updates = 1 / HALF_MOMENTS_SPEEDUP if strategy.half_moments else 1.0
+    return (additions + updates) * counts.total / device.rates.host_updates
+
+
+def _update_seconds(counts: ParameterCounts, device: Device) -> float:
+    """On the device: weights, gradients and moments are read and written once, 28 bytes a parameter."""
+    if device.machine.kind == "cpu":
+        return counts.total / device.rates.host_updates
+    return 28 * counts.total / device.rates.memory

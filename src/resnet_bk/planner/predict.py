@@ -1,0 +1,143 @@
+"""What training a model in a certain way takes of a certain machine: memory, part by part, and time."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from resnet_bk.errors import UserError
+from resnet_bk.memory.limits import available_bytes
+from resnet_bk.memory.parameters import ParameterCounts, count_parameters
+from resnet_bk.memory.plan import PROCESS_BYTES, Budget, plan_strategy
+from resnet_bk.memory.units import format_bytes
+from resnet_bk.models import ResNetBKConfig
+from resnet_bk.planner.cost import Cost, step_cost
+from resnet_bk.planner.devices import Device
+from resnet_bk.planner.footprint import Footprint, footprint
+from resnet_bk.planner.trace import Trace, TracedPart, trace_training
+from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.strategy import strategy_of, training_shape
+
+# Which memory is free at the moment of a request depends on what copies have ended by then: of five runs on an H100
+# one reserved 2.3% more than the replay, the others less (benchmarks/results/gpu/frugal.json).
+TIMING = 0.03
+# What malloc keeps of freed tensors on a CPU: up to half as much again of a small step, and never more than this
+# (benchmarks/results/cpu/planner.json).
+MALLOC_SHARE, MALLOC_BYTES = 0.5, 400_000_000
+# A step on a CPU, which keeps more inside its operators, took at most twice what formulas say of one on a GPU.
+WITHOUT_A_DOUBT = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Bytes and seconds of a training step.
+
+    ``gpu_bytes`` is what the driver will say of the process: context and reserved memory. ``host_bytes`` is the most
+    resident memory; without a GPU everything is there. ``parts`` are the tensors at the worst moment of the step.
+    """
+
+    device: Device
+    training: TrainingConfig
+    footprint: Footprint
+    parts: list[TracedPart]
+    gpu_bytes: int
+    host_parts: dict[str, int]
+    cost: Cost
+
+    @property
+    def host_bytes(self) -> int:
+        """The sum of the host's parts."""
+        return sum(self.host_parts.values())
+
+    def missing(self, budget: Budget) -> int:
+        """Bytes by which this exceeds a budget, of the two memories the one that misses more; 0 or less if it fits."""
+        on_device = self.gpu_bytes if self.device.machine.kind == "cuda" else self.footprint.tensor_bytes
+        needs = ((on_device, budget.gpu_bytes), (self.host_bytes, budget.host_bytes))
+        return max((need - room for need, room in needs if room is not None), default=0)
+
+
+def predict(config: ResNetBKConfig, training: TrainingConfig, device: Device, *, held: bool = False) -> Prediction:
+    """Predicts ``train_step``; ``held`` is whether the allocator is held to a budget, which has its segments grow."""
+    trace = trace_of(config, training, device)
+    counts = count_parameters(config)
+    on_gpu = device.machine.kind == "cuda"
+    found = footprint(trace, expandable=held)
+    return Prediction(
+        device=device,
+        training=training,
+        footprint=found,
+        parts=trace.parts(),
+        gpu_bytes=device.context_bytes + int((1 + TIMING) * found.reserved_bytes) if on_gpu else 0,
+        host_parts=host_parts(config, training, device, counts, 0 if on_gpu else trace.peak_bytes),
+        cost=step_cost(
+            strategy_of(training),
+            config,
+            training_shape(training),
+            counts,
+            device,
+            clips=training.max_grad_norm is not None,
+        ),
+    )
+
+
+def check_traced(config: ResNetBKConfig, training: TrainingConfig, device: Device) -> None:
+    """Raises a UserError if a step on a CPU would need more memory than is free.
+
+    A trace takes a moment: it is asked only where formulas leave a doubt.
+    """
+    if device.machine.kind != "cpu":
+        return
+    plan = plan_strategy(strategy_of(training), config, training_shape(training), count_parameters(config), Budget())
+    available = available_bytes()
+    if WITHOUT_A_DOUBT * (plan.tensor_bytes + plan.host_bytes - PROCESS_BYTES) <= available:
+        return
+    prediction = predict(config, training, device)
+    needed = prediction.host_bytes - device.process_bytes
+    if needed > available:
+        raise UserError(
+            f"training would need {format_bytes(needed)} of memory and {format_bytes(available)} are free; take a "
+            "smaller --batch-size, --sequence-length or model, or --strategy auto"
+        )
+
+
+def host_parts(
+    config: ResNetBKConfig, training: TrainingConfig, device: Device, counts: ParameterCounts, tensor_bytes: int
+) -> dict[str, int]:
+    """Host memory by part; ``tensor_bytes`` are those of a step without a GPU."""
+    parts = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget()).host_parts
+    parts = {name: size for name, size in parts.items() if size and size != PROCESS_BYTES}
+    made_here = {} if training.offload_optimizer or tensor_bytes else {"weights, before they move": 4 * counts.total}
+    return {
+        "process": device.process_bytes,
+        **({"tensors of the step": tensor_bytes} if tensor_bytes else {}),
+        **({"freed, and kept by malloc": kept_by_malloc(tensor_bytes)} if tensor_bytes else {}),
+        **made_here,
+        **parts,
+    }
+
+
+def kept_by_malloc(tensor_bytes: int) -> int:
+    """Memory of the CPU that tensors have had and a process has still."""
+    return min(int(MALLOC_SHARE * tensor_bytes), MALLOC_BYTES)
+
+
+def trace_of(config: ResNetBKConfig, training: TrainingConfig, device: Device) -> Trace:
+    """The trace of a step; the last few are kept."""
+    return _traced(_Key(config, training, device))
+
+
+class _Key:
+    """Configurations that compare by their fields."""
+
+    def __init__(self, config: ResNetBKConfig, training: TrainingConfig, device: Device) -> None:
+        self.config, self.training, self.machine = config, training, device.machine
+        self._fields = (repr(sorted(config.own_fields().items(), key=str)), training, device.machine)
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other._fields == self._fields
+
+
+@lru_cache(maxsize=8)
+def _traced(key: _Key) -> Trace:
+    return trace_training(key.config, key.training, key.machine)
