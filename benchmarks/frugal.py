@@ -30,10 +30,12 @@ from resnet_bk.frugal.host import is_host_memory
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.parameters import count_parameters
-from resnet_bk.memory.plan import PROCESS_BYTES, Budget, StrategyPlan, activation_parts, plan_strategy
+from resnet_bk.memory.plan import activation_parts
 from resnet_bk.memory.strategy import STRATEGIES, Strategy
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.planner.devices import this_cpu
+from resnet_bk.planner.predict import Prediction, predict
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
 from resnet_bk.training.step import train_step
@@ -161,9 +163,9 @@ class PeakParts(TensorTracker):
             self.gradient_bytes += gradient.nbytes
             self.most_gradient_bytes = max(self.most_gradient_bytes, self.gradient_bytes)
 
-    def _count(self, num_bytes: int, on_host: bool) -> None:
+    def _count(self, key: int, num_bytes: int, on_host: bool) -> None:
         peak = self.peak_bytes
-        super()._count(num_bytes, on_host)
+        super()._count(key, num_bytes, on_host)
         if self.peak_bytes > peak:
             self.gradient_bytes_at_peak = self.gradient_bytes
         beyond = self.current_bytes - self.gradient_bytes - self._before
@@ -178,7 +180,7 @@ class Subject:
     prepared: PreparedTraining
     training: TrainingConfig
     batches: list[Batch]
-    plan: StrategyPlan
+    plan: Prediction
     tracker: PeakParts
     memory: dict[str, int]
     losses: list[float]
@@ -258,13 +260,14 @@ class Subject:
 
     def row(self) -> dict[str, Any]:
         """What is written."""
-        planned_host = self.plan.host_bytes - PROCESS_BYTES
+        besides = ("process", "tensors of the step", "freed, and kept by malloc")
+        planned_host = sum(size for name, size in self.plan.host_parts.items() if name not in besides)
         return {
             "name": self.strategy.name,
             "training": training_fields(self.strategy, "bf16"),
             "bytes": self.memory,
-            "planned": self.plan.tensor_bytes,
-            "planner_error": self.plan.tensor_bytes / self.memory["peak"] - 1,
+            "planned": self.plan.footprint.tensor_bytes,
+            "planner_error": self.plan.footprint.tensor_bytes / self.memory["peak"] - 1,
             "planned_host": planned_host,
             "planner_host_error": planned_host / self.memory["host"] - 1 if self.memory["host"] else None,
             "losses": self.losses,
@@ -287,10 +290,9 @@ def training_config(strategy: Strategy, size: Size) -> TrainingConfig:
     )
 
 
-def plan_of(strategy: Strategy, config: ResNetBKConfig, size: Size) -> StrategyPlan:
-    """The planner's word."""
-    shape = TrainingShape(batch_size=size.batch_size, sequence_length=size.sequence_length)
-    return plan_strategy(strategy, config, shape, count_parameters(config), Budget())
+def plan_of(strategy: Strategy, config: ResNetBKConfig, size: Size) -> Prediction:
+    """The planner's word, by a trace."""
+    return predict(config, training_config(strategy, size), this_cpu())
 
 
 def batch_of(dataset: TokenDataset, size: Size, step: int) -> Batch:

@@ -3,7 +3,7 @@
     python benchmarks/frugal_gpu.py --out benchmarks/results/gpu/frugal.json --budget-seconds 1500
     python benchmarks/frugal_gpu.py --out /tmp/frugal.json --device cpu --preset tiny    # the same code, without caps
 
-Each cell is a process of its own, so that one that dies is a result. It has the strategy that `choose_strategy` chooses
+Each cell is a process of its own, so that one that dies is a result. It has the strategy that `choose_training` chooses
 for its cap, as `resnet-bk train --gpu-memory` does, and torch's allocator refuses it more than that, less what the
 driver has given to the process besides tensors and will give it for kernels. The judge is the driver:
 nvidia-smi's figure for the process where it shows processes, else the card's less what was used before the cell began.
@@ -41,10 +41,13 @@ from resnet_bk.frugal.micro_batches import MicroBatches
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.memory.parameters import count_parameters
-from resnet_bk.memory.plan import Budget, plan_strategy
+from resnet_bk.memory.plan import Budget
 from resnet_bk.memory.strategy import STRATEGIES
 from resnet_bk.models import ResNetBKConfig
-from resnet_bk.training.budget import choose_strategy, context_bytes, half_type_of, hold_to_budget
+from resnet_bk.planner.devices import device_for
+from resnet_bk.planner.predict import predict
+from resnet_bk.planner.search import choose_training
+from resnet_bk.training.budget import context_bytes, half_type_of, hold_to_budget
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
 from resnet_bk.training.step import train_step, updates_in_backward
@@ -52,9 +55,7 @@ from resnet_bk.training.strategy import (
     PreparedTraining,
     describe_strategy,
     prepare_training,
-    strategy_of,
     training_fields,
-    training_shape,
 )
 
 GB, MIB = 10**9, 2**20
@@ -345,7 +346,7 @@ def train(cell: Cell, device: torch.device, row: dict[str, Any], *, until: float
     if cell.cap_bytes is not None:
         hold_to_budget(cell.cap_bytes, device)
     training = chosen_training(cell, config, device)
-    row |= describe_choice(config, training)
+    row |= describe_choice(cell, config, training, device)
     yield
     began = time.perf_counter()
     prepared = prepare_training(build_model(config, training.seed).train(), training, device)
@@ -396,7 +397,7 @@ def chosen_training(cell: Cell, config: ResNetBKConfig, device: torch.device) ->
         max_grad_norm=1.0 if cell.clips else None,
         **fixed,
     )
-    return choose_strategy(config, training, budget_of(cell, device), device, fixed=fixed)
+    return choose_training(config, training, budget_of(cell, device), device_for(device), fixed=fixed).training
 
 
 def budget_of(cell: Cell, device: torch.device) -> Budget:
@@ -406,21 +407,30 @@ def budget_of(cell: Cell, device: torch.device) -> Budget:
     return Budget(gpu_bytes=cell.cap_bytes or torch.cuda.get_device_properties(device).total_memory)
 
 
-def describe_choice(config: ResNetBKConfig, training: TrainingConfig) -> dict[str, Any]:
+def describe_choice(
+    cell: Cell, config: ResNetBKConfig, training: TrainingConfig, device: torch.device
+) -> dict[str, Any]:
     """What was chosen, and what the planner says of it."""
-    counts = count_parameters(config)
-    plan = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget())
+    found = predict(config, training, device_for(device), held=cell.cap_bytes is not None)
     return {
-        "parameters": counts.total,
+        "parameters": count_parameters(config).total,
         "training": asdict(training),
         "strategy": describe_strategy(training) or training.precision,
         "planned": {
-            "gpu_bytes": plan.gpu_bytes,
-            "gpu_parts": plan.gpu_parts,
-            "host_bytes": plan.host_bytes,
-            "host_parts": plan.host_parts,
+            **asdict(found.footprint),
+            "gpu_bytes": found.gpu_bytes,
+            "host_bytes": found.host_bytes,
+            "host_parts": found.host_parts,
+            "cost": asdict(found.cost),
         },
     }
+
+
+def planned_tensors(row: dict[str, Any]) -> int | None:
+    """Of runs before the planner traced, by formula."""
+    planned = row.get("planned", {})
+    allocated: int | None = planned.get("allocated_bytes", planned.get("gpu_bytes"))
+    return allocated
 
 
 def timed_step(
@@ -504,7 +514,7 @@ def table(document: dict[str, Any]) -> str:
             f"`{cell['preset']}`, {cell['tokens']:,}" + (", clipped" if cell["clips"] else ""),
             f"{cell['cap_bytes'] / GB:g} GB",
             gigabytes(row.get("judged_bytes")),
-            f"{gigabytes(row.get('allocated_bytes'))}, {gigabytes(row.get('planned', {}).get('gpu_bytes'))}",
+            f"{gigabytes(row.get('allocated_bytes'))}, {gigabytes(planned_tensors(row))}",
             gigabytes(row.get("host", {}).get("peak_resident_bytes")),
             f"{row.get('micro_batch_rows', '')} x {cell['length']:,}",
             row["died"].replace("|", "/") if "died" in row else speed(row),

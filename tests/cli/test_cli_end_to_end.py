@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import shlex
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import TRAINING, checkpoint_of, contents
+from small_run import TEXT, TRAINING, checkpoint_of, contents
 
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.data import TextTokenizer
@@ -167,16 +168,110 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
     ("words", "said"),
     [
         (["--preset", "seed"], ["4,112,776 parameters", "4,112,512", "Give --gpu-memory"]),
-        (["--preset", "tiny", "--gpu-memory", "1GB"], ["Take: fp32", "GPU fits with", "L x [c W T]"]),
-        (["--preset", "70b", "--gpu-memory", "12GB", "--host-memory", "15GB"], ["Nothing here fits", "GPU misses by"]),
+        (
+            ["--preset", "tiny", "--gpu-memory", "2GB"],
+            ["Fastest that fits, on h100: bf16, everything on the device", "of 2.00 GB", "L x [c W T]", "room there"],
+        ),
+        (
+            ["--preset", "70b", "--gpu-memory", "12GB", "--host-memory", "15GB"],
+            ["Nothing fits: ", "of host memory", "misses 1.1"],
+        ),
+        (
+            ["--preset", "1b", "--device", "colab-t4", "--batch-size", "1", "--sequence-length", "1024"],
+            ["misses by ", "By formula this would fit, the rest as it is: --num-layers "],
+        ),
+        (
+            ["--preset", "tiny", "--device", "cpu", "--explain", "--verify"],
+            ["Traced, tensor by tensor", "on a CPU the trace counts", "all tensors at the peak", "+0.00%"],
+        ),
+        (
+            ["--ladder", "--sequence-length", "1024", "--batch-size", "1"],
+            ["70,102M", "streamed weights", "h100s with FSDP2", "is in brackets"],
+        ),
         (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "query, key and value projections"]),
     ],
 )
 def test_a_plan_in_words_gives_a_verdict(cli, words, said, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     outcome = cli("plan", *words)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert all(sentence in outcome.out for sentence in said)
+    assert outcome.code == 0
+    assert outcome.err == ("running two steps on cpu ...\n" if "--verify" in words else "")
+    for sentence in said:
+        assert sentence in outcome.out
+
+
+def test_the_command_that_a_plan_prints_trains_so(cli, workspace, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["--preset", "tiny", "--mixer", "attention", "--num-layers", "6", "--batch-size", "8", "--device", "cpu"]
+    planned = cli("plan", *words, "--sequence-length", "64", "--gpu-memory", "3MB", "--json").document["chosen"]
+    assert planned["footprint"]["tensor_bytes"] <= 3_000_000
+    assert planned["strategy"]
+    command = shlex.split(planned["command"])
+    assert command[:2] == ["resnet-bk", "train"]
+    command[command.index("--out") + 1] = str(workspace / "planned")
+    more = ["--data", str(text), "--tokenizer", "char", "--steps", "1", "--vocab-size", "256", "--device", "cpu"]
+    outcome = cli("train", *command[2:], "--strategy", "given", *more)
+    assert outcome.code == 0, outcome.err
+    assert f"memory: {planned['strategy']}" in outcome.err
+
+
+def test_an_explanation_has_formulas_and_tensors_that_agree(cli):
+    words = ["--preset", "100m", "--num-layers", "2", "--batch-size", "4", "--sequence-length", "512"]
+    found = cli("plan", *words, "--device", "h100", "--explain", "--json").document["explanation"]
+    assert sum(part["num_bytes"] for part in found["traced"]) == found["traced_bytes"]
+    assert found["traced_bytes"] <= found["formula_bytes"] <= 1.02 * found["traced_bytes"]
+    assert all(part["formula"] for part in found["formulas"])
+
+
+def test_a_ladder_is_drawn(cli, workspace):
+    figure = workspace / "ladder.svg"
+    outcome = cli("plan", "--ladder", "--figure", str(figure), "--json")
+    rungs = outcome.document["rungs"]
+    assert [rung["preset"] for rung in rungs] == ["seed", "100m", "1b", "7b", "70b"]
+    drawn = figure.read_text()
+    assert drawn.startswith("<?xml") and "70b" in drawn
+    assert cli("plan", "--ladder", "--figure", str(workspace / "ladder.png")).code == 2
+
+
+def test_any_model_of_transformers_is_planned_from_its_configuration(cli, tmp_path):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
+    LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes).save_pretrained(tmp_path)
+    words = [
+        "plan",
+        "--model",
+        f"hf:{tmp_path}",
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "64",
+        "--device",
+        "rtx-3060",
+    ]
+    document = cli(*words, "--json").document
+    assert document["parameters"] > 2 * 500 * 64
+    names = [row["name"] for row in document["strategies"]]
+    assert names == ["fp32", "mixed precision", "full checkpointing", "offloaded optimizer"]
+    assert document["fastest_that_fits"] == "fp32"
+    needs = {row["name"]: row["footprint"]["tensor_bytes"] for row in document["strategies"]}
+    assert needs["offloaded optimizer"] < needs["full checkpointing"] < needs["mixed precision"]
+    outcome = cli(*words)
+    assert outcome.code == 0 and "A training step with AdamW, traced" in outcome.out
+
+
+def test_a_machine_is_calibrated_once_and_planned_with(cli, workspace, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_BK_CACHE", str(tmp_path))
+    measured = cli("env", "--calibrate", "--json").document["calibration"]
+    assert all(value > 0 for name, value in measured.items() if name != "context_bytes")
+    planned = cli("plan", "--preset", "tiny", "--device", "cpu", "--json").document["chosen"]
+    kept = json.loads((tmp_path / "calibration.json").read_text())["devices"]["cpu"]
+    assert kept == measured
+    assert planned["host_parts"]["process"] >= measured["process_bytes"]
+    (tmp_path / "calibration.json").write_text("{}")
+    refused = cli("plan", "--preset", "tiny", "--device", "cpu")
+    assert refused.code == 2 and "run `resnet-bk env --calibrate` again" in refused.err
 
 
 def test_a_plan_writes_nothing(cli, workspace):

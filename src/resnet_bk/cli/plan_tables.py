@@ -109,7 +109,8 @@ def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
     device, found, cost = prediction.device, prediction.footprint, prediction.cost
     words = describe_strategy(prediction.training) or "everything on the device"
     result_console.print(
-        f"\n[bold]Fastest that fits, on {device.name}:[/bold] {prediction.training.precision}, {words}"
+        f"\n[bold]Fastest that fits, on {device.name}:[/bold] {prediction.training.precision}, {words}",
+        soft_wrap=True,
     )
     if device.machine.kind == "cuda":
         room = "" if budget.gpu_bytes is None else f" of {format_bytes(budget.gpu_bytes)}"

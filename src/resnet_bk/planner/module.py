@@ -1,7 +1,9 @@
 """Planning for any ``nn.Module``: what a training step of it takes, in the ways that this library can train it."""
 
+import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_iter
 from resnet_bk.frugal.checkpointing import checkpoint_blocks
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.precision import half_weights
+from resnet_bk.imagined import is_imagined
 from resnet_bk.memory.plan import Budget
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.planner.devices import Device, device_named
@@ -161,7 +164,8 @@ class Job:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=self.half_type, enabled=strategy.half, cache_enabled=False):
+            autocast = torch.autocast(device.type, dtype=self.half_type, enabled=strategy.half, cache_enabled=False)
+            with autocast, _masks_as_ever():
                 loss = self.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -193,6 +197,21 @@ def predict_way(job: Job, strategy: Strategy, device: Device, budget: Budget | N
         host_bytes=host_bytes,
         fits=all(verdicts) if verdicts else None,
     )
+
+
+@contextmanager
+def _masks_as_ever() -> Iterator[None]:
+    """Has transformers look at fake tensors' masks as at real ones: for what is traced it makes masks of all pairs."""
+    masking: Any = importlib.import_module("transformers.masking_utils")
+    before = getattr(masking, "is_tracing", None)
+    if before is None or not is_imagined():
+        yield
+        return
+    masking.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masking.is_tracing = before
 
 
 def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,0 +1,98 @@
+"""Any nn.Module can be planned, and what is planned is what a real step takes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from resnet_bk.memory.plan import Budget
+from resnet_bk.planner import module
+from resnet_bk.planner.devices import DEVICES, this_cpu
+from resnet_bk.planner.verify import verify_step
+
+CPU = torch.device("cpu")
+FOREIGN = {
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "resid_pdrop": 0.1, "bos_token_id": 0}
+    | {"eos_token_id": 0},
+    "llama": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 500},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"vocab_size": 500},
+}
+
+
+class Blocks(nn.Module):
+    """A model that knows nothing of this library."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)) for _ in range(5))
+        self.head = nn.Linear(96, 7)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def mean_square(model, batch):
+    x, y = batch
+    return (model(x).float() - y).square().mean()
+
+
+BATCH = (torch.empty(64, 96, device="meta"), torch.empty(64, 7, device="meta"))
+
+
+def job_of(model_fn, batch, **options):
+    return module.Job.of(model_fn, batch, device=this_cpu(), **options)
+
+
+@pytest.mark.parametrize("way", module.WAYS, ids=lambda way: way.name)
+def test_a_module_of_ones_own_takes_what_is_planned(way):
+    job = job_of(Blocks, BATCH, loss=mean_square, blocks=lambda model: model.layers)
+    predicted = module.predict_way(job, way, this_cpu()).footprint.tensor_bytes
+    measured = verify_step(lambda: job.prepared(way, CPU), CPU).tensor_bytes
+    assert measured <= predicted <= 1.01 * measured
+
+
+@pytest.mark.parametrize("way", module.WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_model_of_transformers_takes_what_is_planned(name, way):
+    config = AutoConfig.for_model(name, **FOREIGN[name])
+    tokens = torch.empty(2, 48, dtype=torch.int64, device="meta")
+    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    job = job_of(lambda: AutoModelForCausalLM.from_config(config), batch)
+    predicted = module.predict_way(job, way, this_cpu()).footprint.tensor_bytes
+    measured = verify_step(lambda: job.prepared(way, CPU), CPU).tensor_bytes
+    assert measured <= predicted <= 1.01 * measured
+
+
+def test_each_way_saves_on_a_gpu_and_a_budget_has_a_verdict():
+    def deep():
+        return nn.Sequential(*(Blocks().layers[0] for _ in range(40)))
+
+    batch = (torch.empty(8192, 96, device="meta"), torch.empty(8192, 96, device="meta"))
+    found = module.plan(deep, batch, device="h100", loss=mean_square, blocks=list)
+    sizes = [row.footprint.tensor_bytes for row in found.predictions]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(module.WAYS)
+    assert found.fastest_that_fits is None and found.predictions[0].fits is None
+    between = (found.predictions[1].gpu_bytes + found.predictions[2].gpu_bytes) // 2
+    judged = module.plan(
+        deep, batch, budget=Budget(gpu_bytes=between), device=DEVICES["h100"], loss=mean_square, blocks=list
+    )
+    assert judged.fastest_that_fits.strategy.name == "full checkpointing"
+    assert judged.parameters == sum(parameter.numel() for parameter in deep().parameters())
+
+
+def test_an_optimizer_of_ones_own_counts():
+    plain, heavy = (
+        module.plan(Blocks, BATCH, optimizer, device="cpu", loss=mean_square).predictions[0].footprint.tensor_bytes
+        for optimizer in (torch.optim.SGD, torch.optim.AdamW)
+    )
+    parameters = sum(parameter.numel() for parameter in Blocks().parameters())
+    assert 8 * parameters <= heavy - plain <= 13 * parameters
+
+
+def test_without_a_loss_the_batch_is_the_models_arguments():
+    with pytest.raises(TypeError, match="give loss="):
+        module.plan(Blocks, BATCH, device="cpu")
