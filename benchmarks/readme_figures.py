@@ -29,6 +29,7 @@ THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
 DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
 FRUGAL, FRUGAL_GPU = (ROOT / "benchmarks" / "results" / kind / "frugal.json" for kind in ("cpu", "gpu"))
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
+PLANNER = ROOT / "benchmarks" / "results" / "cpu" / "planner.json"
 PHASES = {
     "forward": "forward time",
     "backward": "backward time",
@@ -50,6 +51,7 @@ def main() -> int:
         "cpu": cpu_table(),
         "steps": steps_table(),
         "speeds": speeds_table(),
+        "planner": planner_table(),
         "frugal-gpu": frugal_gpu.table(read_json(FRUGAL_GPU)),
         "frugal": frugal_table(),
     }
@@ -138,6 +140,34 @@ def speeds_table() -> str:
         sources.append(f"[{name}](benchmarks/results/{name}/bk_core.json): {source(document)}, copy {copied:,.0f} GB/s")
     shown = "\n".join(lines)
     return f"{shown}\n\n<sub>{'; '.join(sources)}</sub>"
+
+
+def planner_table() -> str:
+    """Predicted against measured, by where it was measured."""
+    document = read_json(PLANNER)
+    cells = [row for row in document["cells"] if "error" in row]
+    allocated = [row["error"] for row in document["recorded"]]
+    reserved = [row["reserved_error"] for row in document["recorded"] if "reserved_error" in row]
+    rows = [
+        ("tensors of ResNet-BK, every strategy, CPU", _tensor_errors(cells, "ours")),
+        ("tensors of GPT-2, Llama, GPT-NeoX, CPU", _tensor_errors(cells, "foreign")),
+        ("allocated on an H100, as recorded", allocated),
+        ("reserved on an H100, as recorded", reserved),
+    ]
+    lines = [
+        "| predicted peak against the measured one | runs | median of the error's size | least | largest |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, errors in rows:
+        size = median(abs(error) for error in errors)
+        lines.append(f"| {name} | {len(errors)} | {size:.2%} | {min(errors):+.2%} | {max(errors):+.2%} |")
+    gpu = "[recorded runs](benchmarks/results/gpu/step.json), [and these](benchmarks/results/gpu/frugal.json)"
+    where = f"[all cells](benchmarks/results/cpu/planner.json): {source(document)}; {gpu}: NVIDIA H100 80GB HBM3"
+    return "\n".join([*lines, "", f"<sub>{where}</sub>"])
+
+
+def _tensor_errors(cells: list[dict[str, Any]], kind: str) -> list[float]:
+    return [row["error"]["tensor_bytes"] for row in cells if row["kind"] == kind]
 
 
 def frugal_table() -> str:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from resnet_bk.errors import UserError
-from resnet_bk.memory.limits import available_bytes
+from resnet_bk.memory.limits import available_bytes, check_training_fits
 from resnet_bk.memory.parameters import ParameterCounts, count_parameters
 from resnet_bk.memory.plan import PROCESS_BYTES, Budget, plan_strategy
 from resnet_bk.memory.units import format_bytes
@@ -85,7 +87,9 @@ def check_traced(config: ResNetBKConfig, training: TrainingConfig, device: Devic
     """
     if device.machine.kind != "cpu":
         return
-    plan = plan_strategy(strategy_of(training), config, training_shape(training), count_parameters(config), Budget())
+    strategy, shape = strategy_of(training), training_shape(training)
+    check_training_fits(config, shape, strategy, device=torch.device("cpu"))
+    plan = plan_strategy(strategy, config, shape, count_parameters(config), Budget())
     available = available_bytes()
     if WITHOUT_A_DOUBT * (plan.tensor_bytes + plan.host_bytes - PROCESS_BYTES) <= available:
         return
@@ -94,7 +98,7 @@ def check_traced(config: ResNetBKConfig, training: TrainingConfig, device: Devic
     if needed > available:
         raise UserError(
             f"training would need {format_bytes(needed)} of memory and {format_bytes(available)} are free; take a "
-            "smaller --batch-size, --sequence-length or model, or --strategy auto"
+            "smaller --batch-size, --sequence-length or model, or --strategy auto (see `resnet-bk plan`)"
         )
 
 

@@ -20,6 +20,7 @@ from resnet_bk.planner.predict import Prediction, host_parts, predict
 from resnet_bk.training.config import Checkpointing, Precision, TrainingConfig
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
+WORTH_MOVING = 0.01
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
 # What reserved memory has beyond tensors, at the least that was seen. Only what misses by more is not traced.
 LEAST_WASTE = 0.01
@@ -60,12 +61,14 @@ def candidates(
     return sorted(found, key=lambda way: _order(way, device))
 
 
-def _order(way: Candidate, device: Device) -> tuple[bool, bool, float, int, int]:
+def _order(way: Candidate, device: Device) -> tuple[bool, bool, float, int]:
     """What changes what is learned comes last: rounded moments, and half types where they are not what the device is
-    made for. Of equally fast ways the simpler one comes first."""
-    rounded = way.training.moments != "fp32"
-    in_half = device.machine.kind == "cpu" and way.training.precision != "fp32"
-    return rounded, in_half, way.cost.seconds, training_shape(way.training).micro_batches, way.host_bytes
+    made for. A way that moves things to the host has to be so much faster than one that does not."""
+    training = way.training
+    rounded = training.moments != "fp32"
+    in_half = device.machine.kind == "cpu" and training.precision != "fp32"
+    moved = training.offload_optimizer + training.stream_weights + (training.checkpointing == "offload")
+    return rounded, in_half, way.cost.seconds * (1 + WORTH_MOVING * moved), training_shape(training).micro_batches
 
 
 def choose_training(

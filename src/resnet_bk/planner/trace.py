@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from resnet_bk.errors import UserError
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.imagined import Machine, hearing_of_copies, imagining
@@ -23,6 +24,10 @@ CPU = torch.device("cpu")
 # The second micro-batch is the first that meets gradients, and those behind it are like it. Block by block each piece
 # waits beside those before and behind it, and each block is as the one before.
 ENOUGH_MICRO_BATCHES, ENOUGH_BY_BLOCK, ENOUGH_BLOCKS = 2, 3, 4
+
+
+# A block takes some hundredths of a second.
+MOST_BLOCKS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,8 @@ def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Ma
     """
     small = _in_few_pieces(training)
     layers = min(config.num_layers, ENOUGH_BLOCKS) if training.goes_by_block else config.num_layers
+    if layers > MOST_BLOCKS:
+        raise UserError(f"{layers:,} layers are too many to trace one by one; plan a model of up to {MOST_BLOCKS:,}")
     model_config = ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
 
     def prepare() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]:
