@@ -23,6 +23,7 @@ SURFACE = {
         "split_rows",
         "stream_blocks",
     },
+    "resnet_bk.planner": {"plan"},
     "resnet_bk.ops": {"bk_carry", "bk_core", "bk_tunnel"},
     "resnet_bk.ops.bk": {
         "BackendChoice",

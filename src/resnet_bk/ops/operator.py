@@ -28,4 +28,5 @@ def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 def body_of(overload: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """What one of our operators runs in torch, called with ``args``; None for anything else."""
     body = BODIES.get(overload)
-    return None if body is None or (args and args[-1] in OPAQUE_BACKENDS) else body
+    backend = args[-1] if args and isinstance(args[-1], str) else None
+    return None if backend in OPAQUE_BACKENDS else body

@@ -1,0 +1,87 @@
+"""From a step's tensors to what the allocator says: rounding, workspaces, and copies that take their time."""
+
+from dataclasses import replace
+
+import pytest
+
+from resnet_bk.imagined import Machine
+from resnet_bk.planner.footprint import SMALL_CHANGE, footprint, workspace_bytes
+from resnet_bk.planner.recorder import Event, Origin
+from resnet_bk.planner.trace import Trace, live_bytes
+
+MIB = 2**20
+HOPPER, TURING, CPU = (
+    Machine(kind="cuda", capability=(9, 0)),
+    Machine(kind="cuda", capability=(7, 5)),
+    Machine(kind="cpu"),
+)
+
+
+def trace_of(resident, events, *, machine=HOPPER, copied_away=()):
+    numbers = {event.tensor for event in (*resident, *events)}
+    return Trace(
+        machine=machine,
+        origins=[Origin("forward", "", None)] * (max(numbers, default=0) + 1),
+        resident=list(resident),
+        events=list(events),
+        kinds={},
+        copied_away=frozenset(copied_away),
+        host_bytes=0,
+    )
+
+
+def test_on_a_cpu_all_figures_are_the_tensors_own():
+    found = footprint(trace_of([Event(0, 1000)], [Event(1, 500), Event(1, -500), Event(2, 300)], machine=CPU))
+    assert (found.tensor_bytes, found.allocated_bytes, found.reserved_bytes) == (1500, 1500, 1500)
+
+
+@pytest.mark.parametrize(("machine", "workspaces"), [(HOPPER, 64 * MIB), (TURING, 2 * 8_519_680)])
+def test_rounding_and_workspaces_are_added(machine, workspaces):
+    assert workspace_bytes(machine) == workspaces
+    found = footprint(trace_of([Event(0, 1000)], [Event(1, 100)], machine=machine))
+    assert found.tensor_bytes == 1100
+    assert found.allocated_bytes == 1024 + 512 + SMALL_CHANGE + workspaces
+    assert found.reserved_bytes >= found.allocated_bytes
+    assert found.reserved_bytes % (2 * MIB) == 0
+
+
+def test_a_peak_before_the_step_does_not_count_but_what_is_left_of_it_does():
+    trace = trace_of([Event(0, 100 * MIB)], [Event(0, -100 * MIB), Event(1, 10 * MIB)])
+    assert trace.peak_bytes == 100 * MIB
+    found = footprint(trace)
+    assert found.allocated_bytes == 100 * MIB + SMALL_CHANGE + workspace_bytes(HOPPER)
+
+
+def step_of_blocks(count, size):
+    """Of each block a gradient is made and goes, while the next block's is made."""
+    events = []
+    for block in range(count):
+        events += [Event(2 * block, size), Event(2 * block, -size), Event(2 * block + 1, 1000)]
+    return events
+
+
+def test_memory_that_is_copied_from_is_not_free_yet():
+    events = step_of_blocks(4, 64 * MIB)
+    gone_at_once = footprint(trace_of([], events))
+    copied = footprint(trace_of([], events, copied_away=range(0, 8, 2)))
+    # To the allocator it is free already, and so it is no longer allocated; its room is another's only later.
+    assert copied.allocated_bytes == gone_at_once.allocated_bytes
+    assert copied.reserved_bytes == gone_at_once.reserved_bytes + 64 * MIB
+
+
+def test_a_crowd_that_leaves_together_is_there_together():
+    size = 32 * MIB
+    crowd = [Event(number, size) for number in range(3)] + [Event(number, -size) for number in range(3)]
+    following = [Event(3, 3 * size), Event(3, -3 * size), Event(4, 3 * size)]
+    found = footprint(trace_of([], [*crowd, *following], copied_away=[0, 1, 2, 3]), expandable=True)
+    assert found.reserved_bytes >= 6 * size
+    at_once = footprint(trace_of([], [*crowd, *following]), expandable=True)
+    assert at_once.reserved_bytes < 3 * size + workspace_bytes(HOPPER) + 20 * MIB
+
+
+def test_what_lives_is_what_came_less_what_went():
+    events = [Event(0, 10), Event(1, 20), Event(0, -10), Event(2, 5), Event(1, 4)]
+    assert live_bytes(events) == {1: 24, 2: 5}
+    trace = trace_of(events, [])
+    assert trace.peak_bytes == 29
+    assert replace(trace, resident=[]).peak_bytes == 0
