@@ -232,9 +232,12 @@ class Subject:
             gc.collect()  # what the first step has left in cycles
             tracker.begin()
             self.losses.append(self.step(1))
+            # The first step's batch is here for later steps: it is none of this one's.
+            other_batch = sum(tensor.nbytes for tensor in self.batches[0])
             peak, host, gradients = tracker.peak_bytes, tracker.peak_host_bytes, tracker.gradient_bytes_at_peak
+            peak -= other_batch
             optimizer.zero_grad(set_to_none=True)
-            resident = tracker.current_bytes
+            resident = tracker.current_bytes - other_batch
         moments = sum(
             tensor.nbytes
             for state in optimizer.state.values()

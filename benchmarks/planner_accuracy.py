@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import read_json, write_json, write_text
 from resnet_bk.imagined import Machine
+from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.memory.strategy import STRATEGIES
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.planner import module
 from resnet_bk.planner.cost import step_cost
-from resnet_bk.planner.devices import DEVICES, device_for
+from resnet_bk.planner.devices import device_for
 from resnet_bk.planner.footprint import footprint
 from resnet_bk.planner.predict import predict
+from resnet_bk.planner.search import Candidate, order
 from resnet_bk.planner.trace import trace_training
 from resnet_bk.planner.verify import verify_step, verify_training
 from resnet_bk.training.config import TrainingConfig
@@ -262,24 +264,32 @@ def ranking(mixer: str) -> dict[str, Any]:
         if not BY_NAME[name].stream_weights
         for pieces in (1, 4)
     ]
-    rows = [cell | _in_process(cell) for cell in cells]
-    device = DEVICES["h100"] if torch.cuda.is_available() else device_for(torch.device("cpu"))
-    for row in rows:
-        config, training = config_of(row)
-        from resnet_bk.memory.parameters import count_parameters
+    return ranked(mixer, [cell | _in_process(cell) for cell in cells])
 
-        cost = step_cost(strategy_of(training), config, training_shape(training), count_parameters(config), device)
-        row["predicted_seconds"] = cost.seconds
+
+def ranked(mixer: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the planner would take first of all that were timed, beside the fastest."""
+    device = device_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     timed = [row for row in rows if "seconds" in row]
+    ways = {}
+    for row in timed:
+        config, training = config_of(row)
+        cost = step_cost(strategy_of(training), config, training_shape(training), count_parameters(config), device)
+        ways[_key(row)] = Candidate(training=training, device_bytes=0, host_bytes=0, cost=cost)
+        row["predicted_seconds"] = cost.seconds
     fastest = min(timed, key=lambda row: row["seconds"])
-    called = min(timed, key=lambda row: row["predicted_seconds"])
+    called = min(timed, key=lambda row: order(ways[_key(row)], device))
     return {
         "mixer": mixer,
-        "called_fastest": called["name"],
-        "fastest": fastest["name"],
+        "called_fastest": _key(called),
+        "fastest": _key(fastest),
         "slower_by": called["seconds"] / fastest["seconds"] - 1,
         "rows": rows,
     }
+
+
+def _key(row: dict[str, Any]) -> str:
+    return f"{row['strategy']}, {row['pieces']} micro-batches"
 
 
 def step_seconds(cell: dict[str, Any], device: torch.device) -> float:

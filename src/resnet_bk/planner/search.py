@@ -58,10 +58,10 @@ def candidates(
         for ways in _ways(training, device, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]
-    return sorted(found, key=lambda way: _order(way, device))
+    return sorted(found, key=lambda way: order(way, device))
 
 
-def _order(way: Candidate, device: Device) -> tuple[bool, bool, float, int]:
+def order(way: Candidate, device: Device) -> tuple[bool, bool, float, int]:
     """What changes what is learned comes last: rounded moments, and half types where they are not what the device is
     made for. A way that moves things to the host has to be so much faster than one that does not."""
     training = way.training
