@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 ENOUGH_MICRO_BATCHES, ENOUGH_BY_BLOCK, ENOUGH_BLOCKS = 2, 3, 4
 
 
+# Scalars that a step by block has left behind before.
+SMALL_CHANGE = 1024
 # A block takes some hundredths of a second.
 MOST_BLOCKS = 1000
 
@@ -134,7 +136,7 @@ def _left_out(config: ResNetBKConfig, training: TrainingConfig, layers: int, pie
     # Of each pass through a block the experts' load, a scalar and that one's gradient.
     passes = config.num_layers * shape.micro_batches - layers * pieces
     of_a_pass = [4 * config.num_experts, 4, 4]
-    return of_a_piece * (shape.micro_batches - pieces) + of_a_pass * passes
+    return [SMALL_CHANGE] + of_a_piece * (shape.micro_batches - pieces) + of_a_pass * passes
 
 
 def trace_step(
