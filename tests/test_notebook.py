@@ -76,7 +76,8 @@ def test_the_plan_says_what_fits(said):
     _, asked, answer = said("plan").partition("$ resnet-bk plan --preset 100m ")
     assert asked
     assert "99.5 million parameters  fp32: " in answer, "a host of some GB has room for it"
-    assert "micro-batch 16 x 64 = 1,024 tokens" in said("plan-whole")
+    assert "a step of 16 x 64 = 1,024 tokens" in said("plan-whole")
+    assert "Fastest that fits, on h100: bf16, everything on the device" in said("plan-whole")
 
 
 @pytest.mark.slow

@@ -74,11 +74,14 @@ class PlanCommand:
         if self.foreign is not None:
             from resnet_bk.cli.plan_foreign import plan_foreign
 
-            plan_foreign(self)
+            rows = self.micro_batch_size or self.batch_size
+            device, length = self.planned_device(), self.sequence_length
+            plan_foreign(self.foreign, rows, length, self.budget(), device, as_json=self.json)
         elif self.ladder:
             from resnet_bk.cli.plan_ladder import plan_ladder
 
-            plan_ladder(self)
+            shape = (self.batch_size, self.sequence_length)
+            plan_ladder(self.planned_device(), *shape, figure=self.figure, as_json=self.json)
         else:
             self._plan()
 
@@ -208,7 +211,8 @@ class PlanCommand:
         result_console.print(
             f"preset {self.preset}, mixer {config.mixer}: {plan.counts.total:,} parameters, "
             f"{plan.counts.active:,} active per token; "
-            f"a step of {training.batch_size} x {training.sequence_length} = {training.tokens_per_step:,} tokens"
+            f"a step of {training.batch_size} x {training.sequence_length} = {training.tokens_per_step:,} tokens",
+            soft_wrap=True,
         )
         if self.device is None and self.planned_device().name == ASSUMED:
             result_console.print(f"GPU figures are for an {ASSUMED}; --device plans for another", style="dim")

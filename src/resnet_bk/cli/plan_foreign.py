@@ -2,42 +2,36 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resnet_bk.cli.console import print_json, remark, result_console
 from resnet_bk.cli.plan_tables import new_table
 from resnet_bk.errors import UserError
+from resnet_bk.memory.plan import Budget
 from resnet_bk.memory.units import format_bytes
+from resnet_bk.planner.devices import Device
 from resnet_bk.planner.module import ModulePlan, ModulePrediction, plan
-
-if TYPE_CHECKING:
-    from resnet_bk.cli.plan import PlanCommand
 
 PREFIX = "hf:"
 
 
-def plan_foreign(command: "PlanCommand") -> None:
-    """Traces a step of it in each way, and prints what each needs."""
-    assert command.foreign is not None
-    if not command.foreign.startswith(PREFIX) or command.foreign == PREFIX:
-        raise UserError(f"--model {command.foreign!r} is not known; write it like hf:gpt2, or hf: and a folder")
-    config = _config_of(command.foreign.removeprefix(PREFIX))
-    rows = command.micro_batch_size or command.batch_size
-    if min(rows, command.sequence_length) < 1:
+def plan_foreign(name: str, rows: int, sequence_length: int, budget: Budget, device: Device, *, as_json: bool) -> None:
+    """Traces a step of ``rows`` sequences in each way, and prints what each needs."""
+    if not name.startswith(PREFIX) or name == PREFIX:
+        raise UserError(f"--model {name!r} is not known; write it like hf:gpt2, or hf: and a folder")
+    config = _config_of(name.removeprefix(PREFIX))
+    if min(rows, sequence_length) < 1:
         raise UserError("batch_size, micro_batch_size and sequence_length must be at least 1")
-    budget, device = command.budget(), command.planned_device()
-    remark(f"tracing steps of {rows} x {command.sequence_length} tokens as {device.name} would run them ...")
+    remark(f"tracing steps of {rows} x {sequence_length} tokens as {device.name} would run them ...")
     try:
-        found = plan(_model_function(config), _batch(rows, command.sequence_length), budget=budget, device=device)
+        found = plan(_model_function(config), _batch(rows, sequence_length), budget=budget, device=device)
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{command.foreign} cannot be traced ({first}); its code needs numbers, or a shape is wrong"
-        ) from error
-    if command.json:
-        print_json(_document(command, found))
+        raise UserError(f"{name} cannot be traced ({first}); its code needs numbers, or a shape is wrong") from error
+    if as_json:
+        print_json(_document(name, budget, found))
     else:
-        _print(command, found)
+        _print(f"{name}: {found.parameters:,} parameters; a micro-batch of {rows} x {sequence_length} tokens", found)
 
 
 def _config_of(name: str) -> Any:
@@ -66,12 +60,12 @@ def _batch(rows: int, sequence_length: int) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
-def _document(command: "PlanCommand", found: ModulePlan) -> dict[str, Any]:
+def _document(name: str, budget: Budget, found: ModulePlan) -> dict[str, Any]:
     best = found.fastest_that_fits
     return {
-        "model": command.foreign,
+        "model": name,
         "device": found.device.name,
-        "budget": asdict(command.budget()),
+        "budget": asdict(budget),
         "parameters": found.parameters,
         "strategies": [_row(prediction) for prediction in found.predictions],
         "fastest_that_fits": best.strategy.name if best else None,
@@ -88,11 +82,8 @@ def _row(prediction: ModulePrediction) -> dict[str, Any]:
     }
 
 
-def _print(command: "PlanCommand", found: ModulePlan) -> None:
-    result_console.print(
-        f"{command.foreign}: {found.parameters:,} parameters; a micro-batch of "
-        f"{command.micro_batch_size or command.batch_size} x {command.sequence_length} tokens on {found.device.name}"
-    )
+def _print(what: str, found: ModulePlan) -> None:
+    result_console.print(f"{what} on {found.device.name}", soft_wrap=True)
     columns = ("", "tensors", "allocated", "reserved", "GPU needs", "host needs", "fits")
     table = new_table("A training step with AdamW, traced", *columns)
     for row in found.predictions:

@@ -1,7 +1,7 @@
 """``resnet-bk plan --ladder``: models from 4M to 70B."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich.table import Table
 
@@ -13,25 +13,21 @@ from resnet_bk.memory.units import format_bytes
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.ladder import Rung, ladder
 
-if TYPE_CHECKING:
-    from resnet_bk.cli.plan import PlanCommand
-
 STATES = ("weights", "gradients", "optimizer")
 
 
-def plan_ladder(command: "PlanCommand") -> None:
+def plan_ladder(device: Device, batch_size: int, sequence_length: int, *, figure: Path | None, as_json: bool) -> None:
     """Prints the ladder; writes the picture if asked to."""
-    device = command.planned_device()
-    if command.figure is not None and command.figure.suffix != ".svg":
-        raise UserError(f"--figure {command.figure} is to be an SVG; give a name that ends in .svg")
-    rungs = ladder(command.batch_size, command.sequence_length, device)
-    if command.figure is not None:
-        write_text(command.figure, picture(rungs, device.name))
-        remark(f"wrote {command.figure}")
-    if command.json:
+    if figure is not None and figure.suffix != ".svg":
+        raise UserError(f"--figure {figure} is to be an SVG; give a name that ends in .svg")
+    rungs = ladder(batch_size, sequence_length, device)
+    if figure is not None:
+        write_text(figure, picture(rungs, device.name))
+        remark(f"wrote {figure}")
+    if as_json:
         print_json({"device": device.name, "memory_bytes": device.memory_bytes, "rungs": [asdict(r) for r in rungs]})
         return
-    result_console.print(_table(rungs, device, command.batch_size, command.sequence_length))
+    result_console.print(_table(rungs, device, batch_size, sequence_length))
 
 
 def _table(rungs: list[Rung], device: Device, batch_size: int, sequence_length: int) -> Table:
