@@ -9,11 +9,10 @@ from resnet_bk.cli.console import print_json, remark, result_console
 from resnet_bk.cli.plan_tables import new_table
 from resnet_bk.errors import UserError
 from resnet_bk.files import write_text
+from resnet_bk.memory.plan import STATES
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.ladder import Rung, ladder
-
-STATES = ("weights", "gradients", "optimizer")
 
 
 def plan_ladder(device: Device, batch_size: int, sequence_length: int, *, figure: Path | None, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from resnet_bk.cli.console import result_console
 from resnet_bk.memory.parameters import compare_with_seed
-from resnet_bk.memory.plan import Budget, Plan, StrategyPlan, plan_strategy
+from resnet_bk.memory.plan import STATES, Budget, Plan, StrategyPlan, plan_strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.predict import Prediction
@@ -19,7 +19,6 @@ from resnet_bk.training.strategy import describe_strategy, strategy_of, training
 if TYPE_CHECKING:
     from resnet_bk.models import ResNetBKConfig
 
-STATES = ("weights", "gradients", "optimizer")
 ABOUT = (
     "By formula, at most 2% above the traced tensors, without what the allocator's segments waste; what is chosen "
     "under a budget is traced."

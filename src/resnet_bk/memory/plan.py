@@ -36,6 +36,7 @@ PROCESS_BYTES = 2_000_000_000
 # (H100, H200), and 8 MiB on older ones; the allocator counts it (benchmarks/gpu.py measures its sum with the rest).
 CUBLAS_BYTES = 2 * 32 * 2**20
 
+STATES = ("weights", "gradients", "optimizer")  # names of parts
 CUBLAS, ON_THEIR_WAY = "cuBLAS", "copies on their way"
 BLOCK_INPUTS, GRADIENTS = "block inputs", "gradients"
 AT_THE_EMBEDDING = "at the embedding's gradient"
@@ -58,6 +59,11 @@ class Budget:
         sizes = (None if words is None else parse_bytes(words) for words in (gpu, host))
         gpu_bytes, host_bytes = sizes
         return cls(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+
+    def missing(self, on_device: int, on_host: int) -> int:
+        """Bytes by which a need exceeds this, of the two memories the one that misses more; 0 or less if it fits."""
+        needs = ((on_device, self.gpu_bytes), (on_host, self.host_bytes))
+        return max((need - room for need, room in needs if room is not None), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

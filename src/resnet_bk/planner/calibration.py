@@ -14,7 +14,7 @@ from resnet_bk.errors import UserError
 from resnet_bk.files import make_directory, read_json, write_json
 from resnet_bk.frugal.adamw import AdamWSettings, update
 from resnet_bk.frugal.host import host_empty
-from resnet_bk.training.budget import KERNELS_BYTES, context_bytes
+from resnet_bk.training.budget import drivers_bytes
 from resnet_bk.training.data.dataset import cache_directory
 
 FILE, VERSION = "calibration.json", 1
@@ -37,7 +37,6 @@ class Calibration:
 def calibrate(device: torch.device, half: torch.dtype) -> Calibration:
     """Measures; some seconds."""
     on_gpu = device.type == "cuda"
-    context = context_bytes(device) + KERNELS_BYTES if on_gpu else 0
     width, copied = (8192, 2**29) if on_gpu else (1024, 2**27)
     return Calibration(
         half_flops=_product_rate(device, half, width),
@@ -45,7 +44,7 @@ def calibrate(device: torch.device, half: torch.dtype) -> Calibration:
         memory=_copy_rate(device, copied),
         bus=_bus_rate(device, copied // 2) if on_gpu else _copy_rate(device, copied),
         host_updates=_update_rate(2**24),
-        context_bytes=context,
+        context_bytes=drivers_bytes(device),
         process_bytes=psutil.Process().memory_info().rss,
     )
 

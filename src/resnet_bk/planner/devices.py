@@ -9,7 +9,7 @@ from resnet_bk.errors import UserError
 from resnet_bk.imagined import Machine
 from resnet_bk.memory.plan import PROCESS_BYTES
 from resnet_bk.planner.calibration import calibration_of
-from resnet_bk.training.budget import KERNELS_BYTES, context_bytes
+from resnet_bk.training.budget import drivers_bytes
 
 GB, GIB = 10**9, 2**30
 FIRST_WITH_BF16 = (8, 0)
@@ -144,8 +144,7 @@ def device_for(device: torch.device) -> Device:
     """What torch's device is, and what the driver has taken of it already for this process."""
     if device.type != "cuda":
         return this_cpu()
-    context = context_bytes(device)
-    return replace(this_gpu(device), context_bytes=context + KERNELS_BYTES if context else 0)
+    return replace(this_gpu(device), context_bytes=drivers_bytes(device))
 
 
 def _calibrated(device: Device) -> Device:

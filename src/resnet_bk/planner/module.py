@@ -184,18 +184,15 @@ def predict_way(job: Job, strategy: Strategy, device: Device, budget: Budget | N
     masters_and_gradients = 16 * job.parameters() if strategy.offload_optimizer else 0
     on_cpu = 0 if on_gpu else trace.peak_bytes + kept_by_malloc(trace.peak_bytes)
     host_bytes = device.process_bytes + masters_and_gradients + made_here + on_cpu
-    needs = (
-        (gpu_bytes if on_gpu else found.tensor_bytes, budget.gpu_bytes),
-        (host_bytes, budget.host_bytes),
-    )
-    verdicts = [need <= room for need, room in needs if room is not None]
+    has_budget = budget.gpu_bytes is not None or budget.host_bytes is not None
+    fits = budget.missing(gpu_bytes if on_gpu else found.tensor_bytes, host_bytes) <= 0
     return ModulePrediction(
         strategy=strategy,
         footprint=found,
         parts=trace.parts(),
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
-        fits=all(verdicts) if verdicts else None,
+        fits=fits if has_budget else None,
     )
 
 

@@ -52,8 +52,7 @@ class Prediction:
     def missing(self, budget: Budget) -> int:
         """Bytes by which this exceeds a budget, of the two memories the one that misses more; 0 or less if it fits."""
         on_device = self.gpu_bytes if self.device.machine.kind == "cuda" else self.footprint.tensor_bytes
-        needs = ((on_device, budget.gpu_bytes), (self.host_bytes, budget.host_bytes))
-        return max((need - room for need, room in needs if room is not None), default=0)
+        return budget.missing(on_device, self.host_bytes)
 
 
 def predict(config: ResNetBKConfig, training: TrainingConfig, device: Device, *, held: bool = False) -> Prediction:

@@ -157,8 +157,7 @@ def _missing(way: Candidate, budget: Budget, device: Device, correction: float) 
     on_device = int(way.device_bytes * correction)
     if device.machine.kind == "cuda":
         on_device = device.context_bytes + int((1 + LEAST_WASTE) * on_device)
-    needs = ((on_device, budget.gpu_bytes), (way.host_bytes, budget.host_bytes))
-    return max((need - room for need, room in needs if room is not None), default=0)
+    return budget.missing(on_device, way.host_bytes)
 
 
 def _on_device(prediction: Prediction) -> int:

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from resnet_bk.memory.activations import TrainingShape
 from resnet_bk.memory.parameters import ParameterCounts
-from resnet_bk.memory.plan import Budget, plan_strategy
+from resnet_bk.memory.plan import STATES, Budget, plan_strategy
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.devices import Device
 
 MOST_GPUS = 4096
-STATE_BYTES, STATES = 16, ("weights", "gradients", "optimizer")  # a weight, its gradient, two moments
+STATE_BYTES = 16  # a weight, its gradient, two moments
 
 
 def bytes_of_a_rank(

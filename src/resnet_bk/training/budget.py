@@ -18,12 +18,13 @@ def hold_to_budget(gpu_bytes: int, device: torch.device) -> None:
     if device.type == "cuda":
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (gpu_bytes - _drivers_bytes(device)) / total
+        share = (gpu_bytes - drivers_bytes(device)) / total
         number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), number)
 
 
-def _drivers_bytes(device: torch.device) -> int:
+def drivers_bytes(device: torch.device) -> int:
+    """What the driver takes of a card for this process, kernels yet to be loaded included; 0 without a GPU."""
     context = context_bytes(device)
     return context + KERNELS_BYTES if context else 0
 
