@@ -16,11 +16,15 @@ def hold_to_budget(gpu_bytes: int, device: torch.device) -> None:
     Its segments are such that grow from here on: those of fixed sizes waste more.
     """
     if device.type == "cuda":
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = (gpu_bytes - drivers_bytes(device)) / total
-        number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), number)
+        hold_allocator_to(gpu_bytes - drivers_bytes(device), device)
+
+
+def hold_allocator_to(num_bytes: int, device: torch.device) -> None:
+    """Has torch's allocator refuse more than this; its segments grow from here on, whatever was before."""
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    share = num_bytes / torch.cuda.get_device_properties(device).total_memory
+    number = torch.cuda.current_device() if device.index is None else device.index  # torch wants one here
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), number)
 
 
 def drivers_bytes(device: torch.device) -> int:
