@@ -76,20 +76,16 @@ def main() -> None:
     if calibration is None:
         parser.error("run `resnet-bk env --calibrate` first")
     chosen = [t for t in trials() if not arguments.only or any(part in t["name"] for part in arguments.only)]
+    document: dict[str, Any] = {"environment": describe_environment(), "calibration": asdict(calibration)}
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = []
         for trial, row in zip(chosen, pool.map(lambda trial: in_process(trial, __file__), chosen), strict=True):
             rows.append(trial | row)
             brief = {key: row[key] for key in ("problem", "out_of_memory", "as_planned", "errors") if key in row}
             print(f"{trial['name']} ({trial['kind']}): {brief}", file=sys.stderr)
-    document = {
-        "environment": describe_environment(),
-        "calibration": asdict(calibration),
-        "summary": summary(rows),
-        "trials": rows,
-    }
-    if arguments.out:
-        write_json(arguments.out, document)
+            document |= {"summary": summary(rows), "trials": rows}
+            if arguments.out:
+                write_json(arguments.out, document)
     print(json.dumps(document["summary"], indent=2))
 
 
