@@ -14,10 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What code may ask of a device: ``cpu`` or ``cuda``, and the latter's compute capability."""
+    """What code may ask of a device: ``cpu`` or ``cuda``, and the latter's compute capability and number of
+    multiprocessors (0 where it is not known)."""
 
     kind: str
     capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 0
 
 
 _machines: list[Machine] = []
@@ -61,6 +63,11 @@ def is_imagined() -> bool:
 def kind_of(device: torch.device) -> str:
     """``device.type``, or that of the machine which is imagined."""
     return _machines[-1].kind if _machines else device.type
+
+
+def multiprocessors_of_imagined() -> int:
+    """Of the machine which is imagined; 0 where they are not known."""
+    return _machines[-1].multiprocessors if _machines else 0
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

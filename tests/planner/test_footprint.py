@@ -85,3 +85,21 @@ def test_what_lives_is_what_came_less_what_went():
     trace = trace_of(events, [])
     assert trace.peak_bytes == 29
     assert replace(trace, resident=[]).peak_bytes == 0
+
+
+def test_the_first_step_has_no_moments_yet_and_its_segments_stay():
+    """Both steps need 30 MiB for a moment; in the second the moments lie where the first had found room."""
+    weights, gradient, moment = Event(0, 12 * MIB), Event(1, 12 * MIB), Event(2, 12 * MIB)
+    passing = [Event(1, -12 * MIB), Event(3, 30 * MIB), Event(3, -30 * MIB), Event(4, 12 * MIB)]
+    trace = trace_of([weights, gradient, moment], passing)
+    alone = footprint(trace)
+    both = footprint(replace(trace, kinds={2: "optimizer", 4: "gradients"}))
+    assert both.allocated_bytes == alone.allocated_bytes
+    # The first step's gradient took a part of the segment of 30 MiB, and so a second one is needed.
+    assert both.reserved_bytes > alone.reserved_bytes
+
+
+def test_products_with_a_bias_have_a_workspace_in_each_thread():
+    plain = trace_of([Event(0, 1000)], [Event(1, 100)])
+    biased = replace(plain, threads_of_biased_products=2)
+    assert footprint(biased).allocated_bytes - footprint(plain).allocated_bytes == 2 * MIB

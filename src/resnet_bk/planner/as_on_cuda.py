@@ -1,5 +1,6 @@
 """What torch does otherwise on a GPU than on a CPU, for a step that is imagined there with tensors of the CPU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from resnet_bk.imagined import capability_of, multiprocessors_of_imagined
+
 HALF_TYPES = (torch.float16, torch.bfloat16)
+FIRST_WITH_FLASH = (8, 0)
+# Of a sum that blocks share: values that a thread adds up, and threads of a multiprocessor, of which some cards have
+# fewer and take less for it.
+FEWEST_VALUES, MOST_VALUES, THREADS_OF_A_MULTIPROCESSOR = 16, 256, 2048
 
 # Functions that CUDA's autocast computes in float32 and a CPU's does not. Source: torch's "Automatic Mixed Precision"
 # (docs/source/amp.md), "CUDA Ops that can autocast to float32".
@@ -100,15 +107,22 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As torch chooses on a GPU: flash for half types without a mask, the memory-efficient kernel otherwise."""
+    """As torch chooses on a GPU: flash for half types without a mask where the card has it, the memory-efficient kernel
+    otherwise."""
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(half) for x in (query, key, value))
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(half)
+    flash_serves = attn_mask is None and query.dtype in HALF_TYPES and capability_of(query.device) >= FIRST_WITH_FLASH
     if enable_gqa and key.shape[1] != query.shape[1]:
+        if not flash_serves:  # of the others only the plain one has groups of queries
+            plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
+            )[0]
+            return plain
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if attn_mask is None and query.dtype in HALF_TYPES:
+    if flash_serves:
         flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, scale=scale
         )[0]
@@ -145,11 +159,40 @@ def _embedding_backward(bound: dict[str, Any]) -> int:
     return 4 * 8 * int(bound["indices"].numel())
 
 
+def _sum_over_rows(bound: dict[str, Any]) -> int:
+    """What blocks of threads that share a column's sum leave for the last of them to add up, as with the gradients of
+    biases. Source: torch's aten/src/ATen/native/cuda/Reduce.cuh, ``setReduceConfig`` and ``global_memory_size``."""
+    x, dims = bound["self"], bound.get("dim") or []
+    leading = sorted(int(dim) % x.ndim for dim in dims)
+    if not leading or leading != list(range(len(leading))) or len(leading) == x.ndim or not x.is_contiguous():
+        return 0
+    rows, columns = math.prod(map(int, x.shape[: len(leading)])), math.prod(map(int, x.shape[len(leading) :]))
+    vector = next(size for size in (4, 2, 1) if columns % size == 0)
+    width = min(_last_power(columns // vector), 32)
+    height = min(_last_power(rows), 512 // vector // width)
+    values = -(-rows // height)
+    blocks = -(-columns // (width * vector))
+    if rows < min(16 * height, 256) or values < MOST_VALUES:
+        return 0
+    shares = -(-values // FEWEST_VALUES)
+    if multiprocessors := multiprocessors_of_imagined():
+        target = multiprocessors * (THREADS_OF_A_MULTIPROCESSOR // (width * height))
+        shares = 1 if blocks > target else min(shares, -(-target // blocks))
+    shares = max(shares, -(-values // MOST_VALUES))
+    return 4 * columns * shares * width * vector + 512 if shares > 1 else 0
+
+
+def _last_power(number: int) -> int:
+    """The largest power of 2 up to it."""
+    return 1 << (max(1, number).bit_length() - 1)
+
+
 # By operator: bytes that torch's own kernel takes on a GPU and gives back before it returns.
 WORKSPACES: dict[Any, Callable[[dict[str, Any]], int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     torch.ops.aten.embedding_dense_backward.default: _embedding_backward,
+    torch.ops.aten.sum.dim_IntList: _sum_over_rows,
 }
 
 

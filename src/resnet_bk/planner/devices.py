@@ -69,6 +69,7 @@ def _card(  # one row of a table
     gigabytes_a_second: float,
     bus: float,
     *,
+    multiprocessors: int,
     cores: int = 8,
     host_bytes: int | None = None,
 ) -> Device:
@@ -76,7 +77,7 @@ def _card(  # one row of a table
     share = 0.8
     return Device(
         name=name,
-        machine=Machine(kind="cuda", capability=capability),
+        machine=Machine(kind="cuda", capability=capability, multiprocessors=multiprocessors),
         memory_bytes=int(gibibytes * GIB),
         host_bytes=host_bytes,
         context_bytes=CONTEXT_BYTES,
@@ -96,29 +97,29 @@ def _card(  # one row of a table
 DEVICES = {
     device.name: device
     for device in (
-        _card("colab-t4", 14.74, (7, 5), 65, 8.1, 320, 6, cores=2, host_bytes=int(12.7 * GB)),
-        _card("t4", 14.74, (7, 5), 65, 8.1, 320, 11),
-        _card("gtx-1080ti", 10.9, (6, 1), 11, 11, 484, 11),
-        _card("rtx-2060", 5.8, (7, 5), 26, 6.5, 336, 11),
-        _card("rtx-2080ti", 10.75, (7, 5), 54, 13.4, 616, 11),
-        _card("rtx-3060", 11.75, (8, 6), 25, 12.7, 360, 22),
-        _card("rtx-3070", 7.75, (8, 6), 41, 20.3, 448, 22),
-        _card("rtx-3080", 9.75, (8, 6), 60, 29.8, 760, 22),
-        _card("rtx-3090", 23.7, (8, 6), 71, 35.6, 936, 22),
-        _card("rtx-4060", 7.75, (8, 9), 60, 15.1, 272, 12),
-        _card("rtx-4070", 11.7, (8, 9), 117, 29.1, 504, 22),
-        _card("rtx-4080", 15.7, (8, 9), 195, 48.7, 717, 22),
-        _card("rtx-4090", 23.6, (8, 9), 165, 82.6, 1008, 22),
-        _card("rtx-5090", 31.4, (12, 0), 209, 104.8, 1792, 45),
-        _card("v100-16gb", 15.77, (7, 0), 125, 15.7, 900, 11),
-        _card("v100-32gb", 31.74, (7, 0), 125, 15.7, 900, 11),
-        _card("l4", 22.0, (8, 9), 121, 30.3, 300, 22),
-        _card("a10g", 22.05, (8, 6), 70, 31.2, 600, 22),
-        _card("l40s", 44.4, (8, 9), 362, 91.6, 864, 22, cores=16),
-        _card("a100-40gb", 39.4, (8, 0), 312, 19.5, 1555, 22, cores=12),
-        _card("a100-80gb", 79.1, (8, 0), 312, 19.5, 2039, 22, cores=12),
-        _card("h100", 79.18, (9, 0), 989, 67, 3350, 55, cores=16),
-        _card("h200", 139.8, (9, 0), 989, 67, 4800, 55, cores=16),
+        _card("colab-t4", 14.74, (7, 5), 65, 8.1, 320, 6, multiprocessors=40, cores=2, host_bytes=int(12.7 * GB)),
+        _card("t4", 14.74, (7, 5), 65, 8.1, 320, 11, multiprocessors=40),
+        _card("gtx-1080ti", 10.9, (6, 1), 11, 11, 484, 11, multiprocessors=28),
+        _card("rtx-2060", 5.8, (7, 5), 26, 6.5, 336, 11, multiprocessors=30),
+        _card("rtx-2080ti", 10.75, (7, 5), 54, 13.4, 616, 11, multiprocessors=68),
+        _card("rtx-3060", 11.75, (8, 6), 25, 12.7, 360, 22, multiprocessors=28),
+        _card("rtx-3070", 7.75, (8, 6), 41, 20.3, 448, 22, multiprocessors=46),
+        _card("rtx-3080", 9.75, (8, 6), 60, 29.8, 760, 22, multiprocessors=68),
+        _card("rtx-3090", 23.7, (8, 6), 71, 35.6, 936, 22, multiprocessors=82),
+        _card("rtx-4060", 7.75, (8, 9), 60, 15.1, 272, 12, multiprocessors=24),
+        _card("rtx-4070", 11.7, (8, 9), 117, 29.1, 504, 22, multiprocessors=46),
+        _card("rtx-4080", 15.7, (8, 9), 195, 48.7, 717, 22, multiprocessors=76),
+        _card("rtx-4090", 23.6, (8, 9), 165, 82.6, 1008, 22, multiprocessors=128),
+        _card("rtx-5090", 31.4, (12, 0), 209, 104.8, 1792, 45, multiprocessors=170),
+        _card("v100-16gb", 15.77, (7, 0), 125, 15.7, 900, 11, multiprocessors=80),
+        _card("v100-32gb", 31.74, (7, 0), 125, 15.7, 900, 11, multiprocessors=80),
+        _card("l4", 22.0, (8, 9), 121, 30.3, 300, 22, multiprocessors=58),
+        _card("a10g", 22.05, (8, 6), 70, 31.2, 600, 22, multiprocessors=80),
+        _card("l40s", 44.4, (8, 9), 362, 91.6, 864, 22, multiprocessors=142, cores=16),
+        _card("a100-40gb", 39.4, (8, 0), 312, 19.5, 1555, 22, multiprocessors=108, cores=12),
+        _card("a100-80gb", 79.1, (8, 0), 312, 19.5, 2039, 22, multiprocessors=108, cores=12),
+        _card("h100", 79.18, (9, 0), 989, 67, 3350, 55, multiprocessors=132, cores=16),
+        _card("h200", 139.8, (9, 0), 989, 67, 4800, 55, multiprocessors=132, cores=16),
     )
 }
 # A machine without a GPU, in rates of a core: two of an AMD EPYC do 150 GFLOPs and copy 20 GB a second.
@@ -190,7 +191,7 @@ def this_gpu(device: torch.device | None = None) -> Device:
         replace(
             nearest,
             name=properties.name,
-            machine=Machine(kind="cuda", capability=capability),
+            machine=Machine(kind="cuda", capability=capability, multiprocessors=properties.multi_processor_count),
             memory_bytes=properties.total_memory,
             host_bytes=psutil.virtual_memory().total,
         )

@@ -1,5 +1,6 @@
 """From the tensors of a step to what torch's allocator and the driver say of it on a GPU."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from resnet_bk.imagined import Machine
@@ -11,6 +12,9 @@ from resnet_bk.planner.trace import Trace
 # compute capability 9 on, and before. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp.
 WORKSPACE_BYTES_FROM_9, WORKSPACE_BYTES = 32 * 2**20, 8_519_680
 CUBLAS_THREADS = 2
+# What cuBLASLt, which products with a bias go to, takes besides for each thread that does some. Source: torch's
+# aten/src/ATen/cuda/CUDABlas.cpp; measured on an H100 (benchmarks/results/gpu/planner.json: gpt2 and gpt_neox).
+BIASED_PRODUCTS_BYTES = 2**20
 # What is too small for anybody to follow it: the least that makes no recorded step larger than its prediction.
 SMALL_CHANGE = 2**20
 
@@ -44,16 +48,25 @@ def workspace_bytes(machine: Machine) -> int:
     return CUBLAS_THREADS * (WORKSPACE_BYTES_FROM_9 if machine.capability >= (9, 0) else WORKSPACE_BYTES)
 
 
+def _of_libraries(trace: Trace) -> list[int]:
+    products = [workspace_bytes(trace.machine) // CUBLAS_THREADS] * CUBLAS_THREADS
+    return products + [BIASED_PRODUCTS_BYTES] * trace.threads_of_biased_products
+
+
 def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> CachingAllocator:
+    """The step after the first one. Where moments are on the device, the first has none yet, and the segments that it
+    leaves are not those that a step with moments would ask for."""
     replay = _Replay(CachingAllocator(expandable=expandable), trace.copied_away if copies_take_time else frozenset())
-    for event in trace.resident:
-        replay.follow(event)
     replay.allocator.allocate(SMALL_CHANGE)
-    for _ in range(CUBLAS_THREADS):
-        replay.allocator.allocate(workspace_bytes(trace.machine) // CUBLAS_THREADS)
+    for num_bytes in _of_libraries(trace):
+        replay.allocator.allocate(num_bytes)
+    moments = [event for event in trace.resident if trace.kinds.get(event.tensor) == "optimizer"]
+    if moments:
+        replay.first_step(trace, moments)
+    else:
+        replay.follow(trace.resident)
     replay.allocator.reset_peaks()
-    for event in trace.events:
-        replay.follow(event)
+    replay.follow(trace.events)
     return replay.allocator
 
 
@@ -63,21 +76,46 @@ class _Replay:
     def __init__(self, allocator: CachingAllocator, copied_away: frozenset[int]) -> None:
         self.allocator, self._copied_away = allocator, copied_away
         self._handles: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
         self._leaving: list[int] = []
         self._more_may_leave = False
 
-    def follow(self, event: Event) -> None:
-        if event.num_bytes > 0:
-            self._more_may_leave = False
-            self._handles[event.tensor] = self.allocator.allocate(event.num_bytes)
-            return
-        handle = self._handles.pop(event.tensor, None)
-        if handle is None:
-            return
-        if event.tensor in self._copied_away:
-            self._leave(handle)
-        else:
-            self.allocator.free(handle)
+    def follow(self, events: Iterable[Event]) -> None:
+        """Tensors come, or go if they are there."""
+        for event in events:
+            if event.num_bytes > 0:
+                self._more_may_leave = False
+                self._handles[event.tensor] = self.allocator.allocate(event.num_bytes)
+                self._sizes[event.tensor] = event.num_bytes
+            elif event.tensor in self._handles:
+                handle = self._handles.pop(event.tensor)
+                if event.tensor in self._copied_away:
+                    self._leave(handle)
+                else:
+                    self.allocator.free(handle)
+
+    def first_step(self, trace: Trace, moments: list[Event]) -> None:
+        """Weights, a step, and the moments that come at its end; the gradients that it leaves are the resident ones."""
+        freed = {event.tensor for event in trace.events if event.num_bytes < 0}
+        gradients = [event for event in trace.resident if event.tensor in freed]
+        apart = {event.tensor for event in (*gradients, *moments)}
+        self.follow(event for event in trace.resident if event.tensor not in apart)
+        before = set(self._handles)
+        self.follow(trace.events)
+        self._rename(before, gradients)
+        self.follow(moments)
+
+    def _rename(self, before: set[int], known: list[Event]) -> None:
+        """What a step has left beyond ``before`` becomes what is known to be left, size by size; the rest goes."""
+        left: dict[int, list[int]] = {}
+        for tensor in [tensor for tensor in self._handles if tensor not in before]:
+            left.setdefault(self._sizes[tensor], []).append(self._handles.pop(tensor))
+        for event in known:
+            handles = left.get(event.num_bytes)
+            self._handles[event.tensor] = handles.pop(0) if handles else self.allocator.allocate(event.num_bytes)
+        for handles in left.values():
+            for handle in handles:
+                self.allocator.free(handle)
 
     def _leave(self, handle: int) -> None:
         if not self._more_may_leave:

@@ -107,7 +107,10 @@ def host_parts(
     """Host memory by part; ``tensor_bytes`` are those of a step without a GPU."""
     parts = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget()).host_parts
     parts = {name: size for name, size in parts.items() if size and size != PROCESS_BYTES}
-    made_here = {} if training.offload_optimizer or tensor_bytes else {"weights, before they move": 4 * counts.total}
+    # A head that is tied is made, and then exchanged for the embedding.
+    spare_head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    made = {"weights, before they move": 4 * (counts.total + spare_head)}
+    made_here = {} if training.offload_optimizer or tensor_bytes else made
     return {
         "process": device.process_bytes,
         **({"tensors of the step": tensor_bytes} if tensor_bytes else {}),

@@ -17,8 +17,9 @@ from resnet_bk.planner.as_on_cuda import AsOnCuda, workspace_bytes
 
 Phase = Literal["setup", "forward", "backward", "update"]
 
-# What reads a number out of a tensor, which an imagined one has not. Nothing that a step allocates depends on it.
+BIASED_PRODUCT = torch.ops.aten.addmm.default
 LAYER_NORM = torch.ops.aten.native_layer_norm.default
+# What reads a number out of a tensor, which an imagined one has not. Nothing that a step allocates depends on it.
 SCALER = "torch.amp.grad_scaler"
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 
@@ -58,6 +59,7 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         self.events: list[Event] = []
         self.host_events: list[Event] = []
         self.copied_away: set[int] = set()
+        self.threads_of_biased_products: set[bool] = set()  # True is autograd's
         self._numbers: dict[int, int] = {}
         self._paths: dict[int, str] = {}
         self._entered: list[str] = []
@@ -108,6 +110,8 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # more than half of all calls
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is BIASED_PRODUCT and args[0].ndim == 1:
+            self.threads_of_biased_products.add(torch._C._current_autograd_node() is not None)
         if self._as_on_cuda is not None and (taken := workspace_bytes(func, args, kwargs or {})):
             self._take_for_a_moment(taken)
         return result

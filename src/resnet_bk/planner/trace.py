@@ -47,7 +47,8 @@ class Trace:
 
     ``resident`` are the tensors on the device before it, in the order in which they were made; ``events`` are those of
     the step. The memory of ``copied_away`` is free only when its copy to the host has ended. ``host_bytes`` is the most
-    that was in host memory set aside for what would otherwise be on the device.
+    that was in host memory set aside for what would otherwise be on the device. ``threads_of_biased_products`` is how
+    many threads, autograd's being one, multiply matrices and add a bias in one.
     """
 
     machine: Machine
@@ -57,6 +58,7 @@ class Trace:
     kinds: dict[int, str]
     copied_away: frozenset[int]
     host_bytes: int
+    threads_of_biased_products: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -172,6 +174,7 @@ def _trace(
             kinds=kinds,
             copied_away=frozenset(recorder.copied_away),
             host_bytes=recorder.peak_host_bytes,
+            threads_of_biased_products=len(recorder.threads_of_biased_products),
         )
         del batch
     return trace, blocks

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_bk.environment import peak_resident_bytes
 from resnet_bk.frugal.gradients import HostGradient
+from resnet_bk.frugal.micro_batches import MicroBatches
 from resnet_bk.memory.tracking import TensorTracker, training_tensors
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.planner.predict import Prediction
@@ -55,6 +56,7 @@ def _job(config: ResNetBKConfig, training: TrainingConfig, device: torch.device)
         prepared = prepare_training(ResNetBKForCausalLM(config).train(), training, device)
         batches = [_batch(config, training) for _ in range(training.gradient_accumulation_steps)]
         count = iter(range(2))
+        rows = training.micro_batch_size or training.batch_size
 
         def step() -> None:
             train_step(
@@ -65,6 +67,7 @@ def _job(config: ResNetBKConfig, training: TrainingConfig, device: torch.device)
                 training,
                 next(count),
                 device=device,
+                micro_batches=MicroBatches(rows, smallest=rows),  # what does not fit is to be seen, and not mended
                 by_block=prepared.by_block,
             )
 
