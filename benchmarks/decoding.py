@@ -26,9 +26,9 @@ from resnet_bk.bench.contestants import (
     OURS,
     build_model,
     contestant_configs,
-    synchronizer,
     without_position_table,
 )
+from resnet_bk.bench.subject import synchronizer
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.memory.limits import available_bytes

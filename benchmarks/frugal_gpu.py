@@ -33,7 +33,8 @@ from typing import Any
 import psutil
 import torch
 
-from resnet_bk.bench.contestants import build_model, synchronizer
+from resnet_bk.bench.contestants import build_model
+from resnet_bk.bench.subject import synchronizer
 from resnet_bk.environment import describe_environment, peak_resident_bytes
 from resnet_bk.files import read_json, write_json
 from resnet_bk.frugal import host

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bk_core as bk_core_speed
+import msgspec
 import step as step_speed
 import torch
 
-from resnet_bk.bench.contestants import Subject, build_model, contestant_configs, random_batch
+from resnet_bk.bench.contestants import build_model, contestant_configs
 from resnet_bk.bench.memory import measure_model_memory
 from resnet_bk.bench.profiles import PROFILES
 from resnet_bk.bench.stability import accuracy, largest_change_before
+from resnet_bk.bench.subject import Subject, random_batch
 from resnet_bk.bench.suite import BenchmarkConfig, run_benchmark
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
@@ -75,7 +77,7 @@ def measure_report(out: Path) -> None:
     config = BenchmarkConfig(
         profile=PROFILES["quick"], preset="seed", overrides={}, data=DATA, training=TrainingConfig(device="cuda")
     )
-    run_benchmark(config, out, command=["bench", "--tokenizer", "bpe:2048", "--device", "cuda"], on_progress=print)
+    run_benchmark(config, out, command=["bench", "--tokenizer", "bpe:2048", "--device", "cuda"], on_remark=print)
 
 
 def measure_errors() -> list[dict[str, object]]:
@@ -88,7 +90,8 @@ def measure_errors() -> list[dict[str, object]]:
     ]
     errors: list[dict[str, object]] = [vars(point) for point in points]
     for key, config in contestant_configs("seed", {"vocab_size": 2048}).items():
-        errors.append({"model": key, "largest_change_before": largest_change_before(config, DEVICE)})
+        change = largest_change_before(build_model(config, 0), config.vocab_size, DEVICE, config)
+        errors.append({"model": key, "largest_change_before": change})
     return errors
 
 
@@ -142,8 +145,10 @@ def measure_planner() -> list[dict[str, object]]:
                 torch.cuda.empty_cache()
                 subject = Subject.build(config, training, random_batch(config, batch_size, length, DEVICE))
                 model = measure_model_memory(key, subject)
+                assert model.predicted_peak is not None
                 error = model.predicted_peak / model.peak_step - 1
-                rows.append({"preset": preset, "precision": precision, "planner_error": error, **vars(model)})
+                figures = msgspec.to_builtins(model)
+                rows.append({"preset": preset, "precision": precision, "planner_error": error, **figures})
                 print(preset, precision, key, f"{error:+.1%}")
                 del subject
     return rows

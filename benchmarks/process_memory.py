@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from resnet_bk.bench.contestants import Subject, random_batch
 from resnet_bk.bench.memory import peak_bytes
+from resnet_bk.bench.subject import Subject, random_batch
 from resnet_bk.environment import describe_environment, peak_resident_bytes
 from resnet_bk.files import write_json
 from resnet_bk.models import ResNetBKConfig

@@ -18,7 +18,7 @@ from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence
 from resnet_bk.report.wording import interval
-from resnet_bk.schema import Report, read_report
+from resnet_bk.schema import ConvergenceResult, Report, read_report
 
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "convergence.svg"
@@ -220,20 +220,28 @@ def ratios(report: Report) -> dict[str, str]:
     """The rows of one machine."""
     results = report.results
     assert results.flops and results.timing and results.memory and results.convergence
-    found = {"FLOPs of a training step": f"{results.flops.ratio:.2f}"}
+    learned = results.convergence
+    found = {"FLOPs of a training step": _count(results.flops.ratio)}
     found |= {PHASES[row.phase]: interval(row.ratio) for row in results.timing.ratios if row.phase in PHASES}
-    found["peak memory of a training step"] = f"{results.memory.ratio:.2f}"
-    losses = {
-        arm.key: loss
-        for arm in results.convergence.arms
-        if arm.seed == results.convergence.seeds[0] and (loss := convergence.final_loss(arm)) is not None
-    }
-    tokens = results.convergence.steps * results.convergence.tokens_per_step
-    found["held-out loss, the Transformer's against ours"] = (
-        f"{losses['transformer']:.2f} against {losses['resnet-bk']:.2f} after {tokens:,} tokens, one seed "
-        f"(unigram {results.convergence.unigram_entropy:.2f})"
+    found["peak memory of a training step"] = _count(results.memory.ratio)
+    losses = {model.key: _mean_loss(learned, model.key) for model in (report.ours, report.baseline)}
+    tokens = learned.steps * learned.tokens_per_step
+    seeds = "one seed" if len(learned.seeds) == 1 else f"mean of {len(learned.seeds)} seeds"
+    found["test loss, the Transformer's against ours"] = (
+        f"{losses[report.baseline.key]} against {losses[report.ours.key]} after {tokens:,} tokens, {seeds} "
+        f"(unigram {learned.unigram_entropy:.2f})"
     )
     return found
+
+
+def _count(ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.2f}"
+
+
+def _mean_loss(result: ConvergenceResult, key: str) -> str:
+    losses = [convergence.final_loss(arm) for arm in result.arms if arm.key == key]
+    known = [loss for loss in losses if loss is not None]
+    return f"{sum(known) / len(known):.2f}" if known and len(known) == len(losses) else "diverged"
 
 
 def machine(report: Report) -> str:

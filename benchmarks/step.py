@@ -19,16 +19,9 @@ from typing import Any
 
 import torch
 
-from resnet_bk.bench.contestants import (
-    BASELINE,
-    OURS,
-    Subject,
-    contestant_configs,
-    random_batch,
-    synchronizer,
-    without_position_table,
-)
+from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs, without_position_table
 from resnet_bk.bench.memory import peak_bytes
+from resnet_bk.bench.subject import Subject, random_batch, synchronizer
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.models import ResNetBKConfig

@@ -5,9 +5,10 @@ import gc
 import pytest
 import torch
 
-from resnet_bk.bench.contestants import Subject, contestant_configs, random_batch
+from resnet_bk.bench.contestants import build_model, contestant_configs
 from resnet_bk.bench.memory import measure_model_memory
 from resnet_bk.bench.stability import accuracy, largest_change_before
+from resnet_bk.bench.subject import Subject, random_batch
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops import bk_core, bk_tunnel
 from resnet_bk.training.config import TrainingConfig
@@ -47,7 +48,8 @@ def test_the_operators_pass_torchs_own_checks_on_the_gpu():
 
 @pytest.mark.parametrize("key", ["resnet-bk", "transformer"])
 def test_no_logit_depends_on_a_later_token(key):
-    assert largest_change_before(contestant_configs("tiny", {})[key], GPU) <= 1e-10
+    config = contestant_configs("tiny", {})[key]
+    assert largest_change_before(build_model(config, 0), config.vocab_size, GPU, config) <= 1e-10
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

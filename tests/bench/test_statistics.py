@@ -1,11 +1,13 @@
-"""Figures and intervals from samples."""
+"""Figures and intervals from samples, and what may be claimed of them."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_bk.bench.statistics import paired_ratio, power_law, summarize
+from resnet_bk.bench.statistics import Pairs, compare, holm, paired_ratio, power_law, sign_flip_p, summarize
 
 positive = st.floats(1e-6, 1e6)
 
@@ -32,7 +34,9 @@ def test_the_interval_of_the_median_covers_it_about_as_often_as_it_says():
 @given(st.floats(0.1, 10), st.lists(positive, min_size=2, max_size=20))
 @settings(deadline=None, max_examples=50)
 def test_a_slow_moment_that_hits_both_leaves_the_ratio_alone(factor, moments):
-    ratio = paired_ratio([factor * moment for moment in moments], moments, resamples=100)
+    blocks = [number % 2 for number in range(len(moments))]
+    pairs = Pairs(ours=moments, baseline=[factor * moment for moment in moments], blocks=blocks)
+    ratio = paired_ratio(pairs, resamples=100)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((factor, factor, factor))
 
 
@@ -54,3 +58,117 @@ def test_noise_widens_the_interval_of_an_exponent():
     found = power_law(lengths, noisy, resamples=500)
     assert found.high - found.low > 0.05
     assert found.low < found.value < found.high
+
+
+def rounds(number, builds):
+    return np.sort(np.arange(number) % builds)
+
+
+def times(generator, blocks, *, noise, slower=1.0):
+    """Seconds of two models on a machine that drifts, with heavy tails, interruptions, and builds that differ."""
+    drift = np.exp(np.cumsum(generator.normal(0, 0.03, blocks.size))) * (1 + 0.3 * np.sin(np.arange(blocks.size) / 4))
+
+    def samples(factor):
+        layout = np.exp(generator.normal(0, 0.004, blocks.max() + 1))[blocks]
+        interrupted = np.where(generator.random(blocks.size) < 0.03, 1 + generator.random(blocks.size), 1.0)
+        return factor * drift * layout * interrupted * np.exp(noise * generator.standard_t(3, blocks.size))
+
+    return Pairs(ours=samples(1.0), baseline=samples(slower), blocks=blocks)
+
+
+def section(generator, blocks, *, noise, slower=1.0):
+    """Seven phases, of which the first may be slower in one model."""
+    pairs = {place: times(generator, blocks, noise=noise, slower=slower if place == 0 else 1.0) for place in range(7)}
+    return compare(pairs, margin=0.02, resamples=200)
+
+
+@pytest.mark.parametrize(("number", "builds", "noise"), [(15, 3, 0.003), (15, 3, 0.02), (50, 5, 0.01)], ids=str)
+def test_a_model_against_itself_seldom_differs(number, builds, noise):
+    generator = np.random.default_rng(5)
+    blocks = rounds(number, builds)
+    repetitions = [section(generator, blocks, noise=noise) for _ in range(20)]
+    assert sum(any(found.claimed for found in phases.values()) for phases in repetitions) <= 1
+
+
+@pytest.mark.parametrize(("number", "builds", "noise"), [(15, 3, 0.003), (50, 5, 0.01)], ids=str)
+@pytest.mark.parametrize("slower", [1.05, 1 / 1.05])
+def test_five_percent_are_found(number, builds, noise, slower):
+    generator = np.random.default_rng(6)
+    blocks = rounds(number, builds)
+    repetitions = [section(generator, blocks, noise=noise, slower=slower) for _ in range(20)]
+    assert sum(phases[0].claimed and (phases[0].value > 1) is (slower > 1) for phases in repetitions) >= 19
+
+
+def test_fifteen_rounds_can_carry_a_claim_among_seven_comparisons():
+    blocks = rounds(15, 3)
+    clear = Pairs(ours=np.linspace(1, 1.1, 15), baseline=np.linspace(1.2, 1.3, 15), blocks=blocks)
+    same = Pairs(ours=[1.0] * 15, baseline=[1.0] * 15, blocks=blocks)
+    found = compare({place: clear if place == 0 else same for place in range(7)}, margin=0.02, resamples=100)
+    assert [place for place, comparison in found.items() if comparison.claimed] == [0]
+    assert found[0].p == pytest.approx(2 / 2**15)
+    assert found[1].p == 1
+
+
+def test_a_difference_within_the_margin_is_not_claimed_however_sure():
+    ours = np.linspace(1, 2, 60)
+    pairs = Pairs(ours=ours, baseline=1.015 * ours, blocks=rounds(60, 3))
+    assert not compare({"step": pairs}, margin=0.02, resamples=100)["step"].claimed
+    assert compare({"step": pairs}, margin=0.01, resamples=100)["step"].claimed
+
+
+def test_builds_that_disagree_carry_no_claim():
+    ratios = np.array([1.3, 1.3, 1.005])[rounds(30, 3)]
+    pairs = Pairs(ours=np.ones(30), baseline=ratios * np.linspace(0.999, 1.001, 30), blocks=rounds(30, 3))
+    assert sign_flip_p(pairs) < 0.05 / 7
+    assert not compare({"step": pairs}, margin=0.02, resamples=300)["step"].claimed
+
+
+@given(st.lists(st.sampled_from([0.5, 0.8, 1.0, 1.1, 1.25, 3.0]), min_size=1, max_size=9), st.integers(1, 3))
+@settings(deadline=None, max_examples=50)
+def test_the_probability_is_that_of_all_flips(ratios, builds):
+    blocks = np.arange(len(ratios)) % builds
+    logs = np.log(ratios)
+    ranks = np.zeros(len(ratios))
+    for block in set(blocks):
+        sizes = np.abs(logs[blocks == block])
+        ranks[blocks == block] = [(sizes < size).sum() + ((sizes == size).sum() + 1) / 2 for size in sizes]
+    ranks[logs == 0] = 0
+    sums = [abs(float(ranks @ signs)) for signs in itertools.product((-1, 1), repeat=len(ratios))]
+    expected = np.mean(np.array(sums) >= abs(float(ranks @ np.sign(logs))) - 1e-9)
+    pairs = Pairs(ours=np.ones(len(ratios)), baseline=np.array(ratios), blocks=blocks)
+    assert sign_flip_p(pairs) == pytest.approx(expected)
+
+
+def test_where_nothing_differs_small_probabilities_are_as_rare_as_they_say():
+    generator = np.random.default_rng(2)
+    blocks = rounds(15, 3)
+    ps = np.array([sign_flip_p(times(generator, blocks, noise=0.05)) for _ in range(400)])
+    for level in (0.05, 0.2):
+        assert np.mean(ps <= level) <= level + 0.03
+
+
+def test_one_wild_round_decides_nothing():
+    ours = np.linspace(1, 1.02, 15)
+    baseline = ours * 1.1
+    calm = compare({0: Pairs(ours=ours, baseline=baseline, blocks=rounds(15, 3))}, margin=0.02, resamples=200)[0]
+    baseline[7] /= 1000
+    wild = compare({0: Pairs(ours=ours, baseline=baseline, blocks=rounds(15, 3))}, margin=0.02, resamples=200)[0]
+    assert calm.claimed
+    assert wild.claimed
+    assert wild.value == pytest.approx(calm.value)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=50)
+def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferroni(ps):
+    adjusted = holm(ps)
+    for p, other in itertools.product(range(len(ps)), repeat=2):
+        assert adjusted[p] <= adjusted[other] or ps[p] > ps[other] or ps[p] == ps[other]
+    for p, corrected in zip(ps, adjusted, strict=True):
+        assert p <= corrected <= min(1.0, len(ps) * p) + 1e-12

@@ -3,21 +3,26 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from resnet_bk.bench import suite
-from resnet_bk.bench.contestants import contestant_configs
-from resnet_bk.bench.convergence import _variants
+from resnet_bk.bench.contestants import contenders, contestant_configs
+from resnet_bk.bench.process import Ended
 from resnet_bk.bench.profiles import FIXED_RATES, PROFILES, fixed_rate
+from resnet_bk.bench.subject import logits_of
 from resnet_bk.errors import UserError
 from resnet_bk.models.matching import total_parameters
-from resnet_bk.schema import SECTIONS, read_report
+from resnet_bk.schema import SECTIONS, Failure, read_report
+
+KEYS = ("resnet-bk", "transformer", "seed-mixer")
 
 
 def test_every_section_is_measured_and_written(smoke_report):
     report, path = smoke_report
     assert read_report(path) == report
-    assert set(report.status) == set(SECTIONS)
-    assert not [status.failure for status in report.status.values() if status.failure]
+    assert {name.partition("/")[0] for name in report.cells} == {"gates", *SECTIONS}
+    assert not [cell.failure for cell in report.cells.values() if cell.failure]
+    assert report.gates and all(gate.passed for gate in report.gates)
     assert all(vars(report.results).values())
 
 
@@ -46,7 +51,6 @@ def test_the_seeds_mixer_is_not_compared_with_itself(choice):
     configs = contestant_configs(preset, overrides)
     assert list(configs) == ["resnet-bk", "transformer"]
     assert configs["resnet-bk"].mixer == "bk"
-    assert [variant.key for variant in _variants(configs)] == ["resnet-bk", "transformer", "blend", "bidirectional"]
 
 
 @pytest.mark.parametrize(
@@ -66,34 +70,18 @@ def test_a_width_that_was_asked_for_is_every_models():
 
 def test_every_phase_was_measured_for_all_in_every_round(smoke_report):
     timing = smoke_report[0].results.timing
-    assert {(row.phase, row.contestant) for row in timing.phases} == {
-        (phase, key)
-        for phase in ("forward", "backward", "optimizer", "step", "prefill", "decode")
-        for key in ("resnet-bk", "transformer", "seed-mixer")
-    }
+    phases = ("forward", "backward", "optimizer", "step", "prefill", "decode", "forward, cold cache")
+    assert {(row.phase, row.contestant) for row in timing.phases} == {(phase, key) for phase in phases for key in KEYS}
     assert all(len(row.seconds.samples) == PROFILES["smoke"].rounds for row in timing.phases)
     assert all(min(row.seconds.samples) > 0 for row in timing.phases)
 
 
-def test_a_step_is_at_least_as_long_as_its_parts(smoke_report):
-    rows = {(row.phase, row.contestant): row.seconds.samples for row in smoke_report[0].results.timing.phases}
-    for key in ("resnet-bk", "transformer", "seed-mixer"):
-        parts = zip(*(rows[phase, key] for phase in ("forward", "backward", "optimizer")), strict=True)
-        assert rows["step", key] == pytest.approx([sum(part) for part in parts])
-
-
 def test_memory_grows_through_the_step_and_the_planner_does_not_promise_less(smoke_report):
     for model in smoke_report[0].results.memory.models:
-        resident = model.parameters + model.optimizer
-        assert resident < model.after_forward <= model.peak_forward <= model.peak_step
+        assert model.after_load < model.after_forward <= model.peak_forward <= model.peak_step
         assert model.peak_backward <= model.peak_step <= model.predicted_peak
-        assert model.optimizer >= 2 * model.parameters
-
-
-def test_on_a_cpu_the_largest_part_is_not_the_gpus_workspace(smoke_report):
-    for model in smoke_report[0].results.memory.models:
-        assert model.largest_part != "cuBLAS"
-        assert 0 < model.largest_part_bytes <= model.predicted_peak
+        assert model.optimizer >= 2 * model.after_load
+        assert model.grown_per_step == 0
 
 
 def test_quick_tunes_nothing_and_standard_does():
@@ -128,7 +116,7 @@ def test_causality_is_measured_where_it_holds_and_where_it_must_not(smoke_report
 
 def test_nothing_is_measured_twice(smoke_report, smoke_config, monkeypatch):
     report, path = smoke_report
-    monkeypatch.setattr(suite._Bench, "measure", lambda self, section: pytest.fail(f"{section} was measured again"))
+    monkeypatch.setattr(suite, "run_apart", lambda _, arguments, **__: pytest.fail(f"{arguments[1]} again"))
     again = suite.run_benchmark(smoke_config, path.parent, command=["bench"])
     assert again == report
 
@@ -149,37 +137,95 @@ def test_other_code_or_another_machine_does_not_mix_in(smoke_report, smoke_confi
         suite.run_benchmark(smoke_config, path.parent, command=["bench"])
 
 
-def test_a_section_that_fails_is_recorded_and_tried_again(tmp_path, smoke_config, monkeypatch):
-    config = replace(smoke_config, sections=("flops", "memory"))
+def with_cell(path, happens):
+    """``run_apart``, but for one cell."""
+    apart = suite.run_apart
 
-    def broken(subjects):
-        raise RuntimeError("the counter is broken")
+    def run(work, arguments, **options):
+        return happens() if arguments[1].path == path else apart(work, arguments, **options)
+
+    return run
+
+
+def test_a_cell_that_fails_is_recorded_and_tried_again(tmp_path, smoke_config, monkeypatch):
+    config = replace(smoke_config, sections=("flops",))
+
+    def broken():
+        return Ended(seconds=1.0, failure=Failure(kind="error", message="the counter is broken"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(suite, "measure_flops", broken)
+        patch.setattr(suite, "run_apart", with_cell("flops/transformer", broken))
         report = suite.run_benchmark(config, tmp_path, command=["bench"])
-    assert "the counter is broken" in report.status["flops"].failure
-    assert report.results.flops is None
-    assert report.results.memory is not None
+    assert report.cells["flops/transformer"].failure.message == "the counter is broken"
+    assert [model.contestant for model in report.results.flops.models] == ["resnet-bk", "seed-mixer"]
     again = suite.run_benchmark(config, tmp_path, command=["bench"])
-    assert again.status["flops"].failure is None
-    assert again.results.flops is not None
-    assert again.results.memory == report.results.memory
+    assert again.cells["flops/transformer"].failure is None
+    assert again.cells["flops/resnet-bk"] == report.cells["flops/resnet-bk"]  # its seconds too: it was not run again
+    assert [model.contestant for model in again.results.flops.models] == list(KEYS)
 
 
-def test_a_kill_loses_only_the_section_in_hand(tmp_path, smoke_config, monkeypatch):
-    config = replace(smoke_config, sections=("flops", "memory"))
-
-    def killed(subjects):
+def test_a_kill_loses_only_the_cell_in_hand(tmp_path, smoke_config, monkeypatch):
+    def killed():
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(suite, "measure_memory", killed)
-        with pytest.raises(KeyboardInterrupt):
-            suite.run_benchmark(config, tmp_path, command=["bench"])
+    monkeypatch.setattr(suite, "run_apart", with_cell("flops/transformer", killed))
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_benchmark(replace(smoke_config, sections=("flops",)), tmp_path, command=["bench"])
     kept = read_report(tmp_path / "report.json")
-    assert kept.results.flops is not None
-    assert kept.results.memory is None
+    assert [model.contestant for model in kept.results.flops.models] == ["resnet-bk"]
+
+
+def test_the_time_left_falls_and_every_cell_is_told_of(tmp_path, smoke_config, monkeypatch):
+    monkeypatch.setattr(
+        suite, "run_apart", lambda *_, **__: Ended(seconds=1.0, failure=Failure(kind="crash", message=""))
+    )
+    events = []
+    config = replace(smoke_config, sections=("flops", "memory"))
+    suite.run_benchmark(config, tmp_path, command=["bench"], on_progress=events.append)
+    ended = [event for event in events if event.status is not None]
+    assert [event.cell for event in ended] == [f"gates/{name}" for name in ("operators", *KEYS)]
+    assert [event.done for event in ended] == [1, 2, 3, 4]
+    assert all(event.total >= event.done for event in events)
+
+
+def test_cells_of_another_benchmark_are_not_taken_for_these(tmp_path, smoke_config):
+    config = replace(smoke_config, sections=("flops",))
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "flops--resnet-bk.json").write_text("{}", encoding="utf-8")
+    report = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert report.results.flops.models[0].contestant == "resnet-bk"
+
+
+@pytest.mark.parametrize(("name", "label"), [("tiny", "Preset tiny"), ("planted:Plain", "Plain")], ids=str)
+def test_another_baseline_can_be_named(name, label):
+    found = contenders("tiny", {}, name, 100)
+    assert found["transformer"].label == label
+    assert logits_of(found["transformer"].with_seed(0), torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, 100)
+    assert list(found) == list(KEYS)
+
+
+def test_a_baseline_of_transformers_gets_this_vocabulary(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    found = contenders("tiny", {}, f"hf:{tmp_path}", 100)["transformer"]
+    assert (found.label, found.config) == ("gpt2", None)
+    assert found.with_seed(0).get_input_embeddings().num_embeddings == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("huge", "choose a preset"),
+        ("hf:/no/such/folder", "no configuration of hf:/no/such/folder"),
+        ("no_such_module:f", "PYTHONPATH"),
+        ("planted:nothing", "PYTHONPATH"),
+    ],
+    ids=str,
+)
+def test_a_baseline_that_is_none_is_refused(name, complaint):
+    with pytest.raises(UserError, match=complaint):
+        contenders("tiny", {}, name, 100)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from resnet_bk.bench.contestants import Subject, random_batch
+from resnet_bk.bench.subject import Subject, random_batch
 from resnet_bk.memory.tracking import TensorTracker, training_tensors
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.config import TrainingConfig
@@ -166,10 +166,10 @@ def test_a_steps_peak_is_what_the_allocator_hands_out(overrides):
     tracked, watched = small_subject(**overrides), small_subject(**overrides)
     tracked.step()
     with TensorTracker() as tracker:
-        tracker.include([*training_tensors(tracked.model, tracked.optimizer), tracked.input_ids, tracked.targets])
+        tracker.include([*training_tensors(tracked.model, tracked.optimizer), tracked.inputs, tracked.targets])
         tracked.step()
     watched.step()
-    resident = [*training_tensors(watched.model, watched.optimizer), watched.input_ids, watched.targets]
+    resident = [*training_tensors(watched.model, watched.optimizer), watched.inputs, watched.targets]
     current, peak = distinct_bytes(resident), 0
     del resident
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

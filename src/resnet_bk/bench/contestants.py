@@ -1,24 +1,40 @@
-"""The models that are compared, and what one training step of them is made of."""
+"""The models that are compared: ours, the baseline, and beside a resolvent mixer the seed's."""
 
-import math
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from resnet_bk.errors import UserError
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.models.matching import match_total_parameters, total_parameters
-from resnet_bk.schema import SEED_MIXER, Contestant
-from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.micro_step import autocast
-from resnet_bk.training.optimizer import build_optimizer
+from resnet_bk.models.presets import PRESETS
+from resnet_bk.schema import Contestant
 
-OURS, BASELINE = "resnet-bk", "transformer"
+OURS, BASELINE, SEED_MIXER = "resnet-bk", "transformer", "seed-mixer"
 LABELS = {OURS: "ResNet-BK", BASELINE: "Transformer", SEED_MIXER: "Seed's mixer"}
+HUGGING_FACE = "hf:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A model that can be built: ``config`` is None unless it is one of ours."""
+
+    key: str
+    label: str
+    source: str
+    config: ResNetBKConfig | None
+    build: Callable[[], nn.Module]
+
+    def with_seed(self, seed: int) -> nn.Module:
+        """Fresh weights."""
+        torch.manual_seed(seed)
+        return self.build()
 
 
 def contestant_configs(preset: str, overrides: dict[str, Any]) -> dict[str, ResNetBKConfig]:
@@ -39,20 +55,45 @@ def contestant_configs(preset: str, overrides: dict[str, Any]) -> dict[str, ResN
     return configs
 
 
+def contenders(preset: str, overrides: dict[str, Any], baseline: str | None, vocab_size: int) -> dict[str, Contender]:
+    """Ours first, then the baseline: the same with attention unless ``baseline`` names a preset, ``hf:`` and a
+    configuration of transformers, or ``module:function`` that returns an nn.Module for a vocab_size.
+
+    Raises:
+        UserError: there is no such baseline, or a field does not fit.
+    """
+    try:
+        configs = contestant_configs(preset, {"vocab_size": vocab_size, **overrides})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    found = {key: _ours(key, LABELS[key], f"preset {preset}", config) for key, config in configs.items()}
+    if baseline is not None:
+        found[BASELINE] = _baseline(baseline, vocab_size)
+    return found
+
+
 def bk_contestant(configs: Mapping[str, ResNetBKConfig]) -> str | None:
     """The contestant whose mixer is the seed's: it has an analytic gradient, and a form that reads the future."""
     return next((key for key, config in configs.items() if config.mixer == "bk"), None)
 
 
-def describe_contestant(key: str, config: ResNetBKConfig) -> Contestant:
+def describe_contestant(contender: Contender) -> Contestant:
     """What a report says of a model."""
-    counts = count_parameters(config)
+    if contender.config is not None:
+        counts = count_parameters(contender.config)
+        total, active, config = counts.total, counts.active, contender.config.own_fields()
+    else:
+        # There is no other way to count a model that is not ours.
+        model = contender.with_seed(0)
+        to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+        total, active, config = sum(parameter.numel() for parameter in model.parameters()), None, to_dict()
     return Contestant(
-        key=key,
-        label=LABELS[key],
-        parameters=counts.total,
-        active_parameters=counts.active,
-        config=config.own_fields(),
+        key=contender.key,
+        label=contender.label,
+        source=contender.source,
+        parameters=total,
+        active_parameters=active,
+        config=config,
     )
 
 
@@ -64,64 +105,64 @@ def without_position_table(config: ResNetBKConfig) -> ResNetBKConfig:
 def build_model(config: ResNetBKConfig, seed: int) -> ResNetBKForCausalLM:
     """Fresh weights. A bidirectional model does not warn here: the report says what it is."""
     torch.manual_seed(seed)
+    return _quietly(config)
+
+
+def _quietly(config: ResNetBKConfig) -> ResNetBKForCausalLM:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="causal=False", category=UserWarning)
         return ResNetBKForCausalLM(config)
 
 
-@dataclass(kw_only=True)
-class Subject:
-    """A model ready to train, one batch for it, and the phases of a step."""
-
-    model: ResNetBKForCausalLM
-    optimizer: torch.optim.Optimizer
-    input_ids: Tensor
-    targets: Tensor
-    training: TrainingConfig
-
-    @classmethod
-    def build(cls, config: ResNetBKConfig, training: TrainingConfig, batch: tuple[Tensor, Tensor]) -> "Subject":
-        """Fresh weights from the training seed, on the device of ``batch``."""
-        input_ids, targets = batch
-        model = build_model(config, training.seed).to(input_ids.device).train()
-        return cls(
-            model=model,
-            optimizer=build_optimizer(model, training),
-            input_ids=input_ids,
-            targets=targets,
-            training=training,
-        )
-
-    def forward(self) -> Tensor:
-        """The loss of the batch."""
-        with autocast(self.model.device, self.training.precision):
-            loss = self.model(self.input_ids, shift_labels=self.targets, use_cache=False, return_logits=False).loss
-        assert isinstance(loss, Tensor)
-        return loss
-
-    def update(self) -> None:
-        """Clips, steps, and drops the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def step(self) -> None:
-        """One training step."""
-        self.forward().backward()  # type: ignore[no-untyped-call]
-        self.update()
+def _ours(key: str, label: str, source: str, config: ResNetBKConfig) -> Contender:
+    return Contender(key=key, label=label, source=source, config=config, build=lambda: _quietly(config))
 
 
-def random_batch(
-    config: ResNetBKConfig, batch_size: int, sequence_length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Token ids and targets ``(B, N)`` without meaning, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (batch_size, sequence_length + 1), generator=generator)
-    return tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
+def _baseline(name: str, vocab_size: int) -> Contender:
+    if name in PRESETS:
+        try:
+            config = ResNetBKConfig.from_preset(name, vocab_size=vocab_size)
+        except ValueError as error:
+            raise UserError(f"--baseline {name}: {error}") from None
+        return _ours(BASELINE, f"Preset {name}", f"preset {name}", config)
+    if name.startswith(HUGGING_FACE):
+        return _hugging_face(name, vocab_size)
+    if ":" in name:
+        return _from_function(name, vocab_size)
+    raise UserError(
+        f"--baseline {name!r} is not known; choose a preset ({', '.join(PRESETS)}), hf:NAME_OR_PATH or module:function"
+    )
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has done what was asked of it."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
+def _hugging_face(name: str, vocab_size: int) -> Contender:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name.removeprefix(HUGGING_FACE))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"no configuration of {name} ({first}); is the name right, and the network there?") from None
+    config.vocab_size = vocab_size
+    label = config.model_type
+    return Contender(
+        key=BASELINE,
+        label=label,
+        source=name,
+        config=config if isinstance(config, ResNetBKConfig) else None,
+        build=lambda: AutoModelForCausalLM.from_config(config),
+    )
+
+
+def _from_function(name: str, vocab_size: int) -> Contender:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--baseline {name} cannot be had ({error}); is the module on PYTHONPATH?") from None
+
+    def build() -> nn.Module:
+        model = function(vocab_size)
+        assert isinstance(model, nn.Module)
+        return model
+
+    return Contender(key=BASELINE, label=function_name, source=name, config=None, build=build)

@@ -1,13 +1,31 @@
-"""From samples to figures with intervals. Percentile bootstrap of the median, from a fixed generator."""
+"""From samples to figures with intervals, and what may be claimed of them. Every generator is a fixed one.
 
-from collections.abc import Sequence
+Two models are compared by rounds, in each of which both are measured, so that a slow moment hits both; rounds come in
+blocks, each with models built anew, since one and the same model is some percent faster or slower wherever in memory
+it happens to lie.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_bk.schema import Interval, Summary
+from resnet_bk.schema import Comparison, Interval, Summary
 
 Samples = NDArray[np.float64]
+Key = TypeVar("Key")
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Samples of both that were taken in the same rounds, and the block of each round."""
+
+    ours: Sequence[float]
+    baseline: Sequence[float]
+    blocks: Sequence[int]
 
 
 def summarize(samples: Sequence[float], *, resamples: int) -> Summary:
@@ -29,11 +47,75 @@ def summarize(samples: Sequence[float], *, resamples: int) -> Summary:
     )
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, resamples: int) -> Interval:
-    """Median of the ratios of samples that were taken in turns, so that a slow moment of the machine hits both."""
-    ratios = np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64)
-    low, high = _bounds(bootstrap_medians(ratios, resamples))
+def compare(pairs: Mapping[Key, Pairs], *, margin: float, resamples: int) -> dict[Key, Comparison]:
+    """How many times the baseline's figure is ours, for every one of a family of comparisons.
+
+    A difference is claimed if chance alone would seldom show one as consistent, all comparisons of the family counted
+    together (Holm), and if the whole interval lies further from equality than ``margin``, a share.
+    """
+    adjusted = dict(zip(pairs, holm([sign_flip_p(found) for found in pairs.values()]), strict=True))
+    found = {}
+    for key, pair in pairs.items():
+        ratio = paired_ratio(pair, resamples=resamples)
+        apart = ratio.low > 1 + margin or ratio.high < 1 / (1 + margin)
+        found[key] = Comparison(
+            value=ratio.value,
+            low=ratio.low,
+            high=ratio.high,
+            p=sign_flip_p(pair),
+            claimed=apart and adjusted[key] <= SIGNIFICANCE,
+        )
+    return found
+
+
+def paired_ratio(pairs: Pairs, *, resamples: int) -> Interval:
+    """Median of the rounds' ratios, the baseline's over ours.
+
+    The interval is of a bootstrap in two stages, blocks and then rounds of each, so that it knows of both noises.
+    """
+    ratios = _ratios(pairs)
+    generator = np.random.default_rng(0)
+    rows = [ratios[block] for block in _blocks(pairs)]
+    draws = np.empty(resamples)
+    for index in range(resamples):
+        chosen = (rows[number] for number in generator.integers(len(rows), size=len(rows)))
+        drawn = [row[generator.integers(row.size, size=row.size)] for row in chosen]
+        draws[index] = np.median(np.concatenate(drawn))
+    low, high = _bounds(draws)
     return Interval(value=float(np.median(ratios)), low=low, high=high)
+
+
+def sign_flip_p(pairs: Pairs) -> float:
+    """Probability that ratios lean to one side as much as these, or more, if each were as likely to be its inverse.
+
+    The statistic is the sum of the ranks of the log-ratios' sizes, within their block, with the ratios' signs; the
+    distribution over all flips of signs is exact. Ranks, because one round that something else disturbed must not
+    decide. Source: F. Wilcoxon, "Individual Comparisons by Ranking Methods" (1945).
+    """
+    logs = np.log(_ratios(pairs))
+    doubled = np.zeros(logs.size, dtype=np.int64)  # ranks of ties are halves
+    for block in _blocks(pairs):
+        sizes = np.abs(logs[block])
+        below = (sizes[:, None] > sizes[None, :]).sum(1)
+        equal = (sizes[:, None] == sizes[None, :]).sum(1)
+        doubled[block] = np.where(sizes > 0, 2 * below + equal + 1, 0)
+    observed = abs(int((doubled * np.sign(logs)).sum()))
+    ways = np.ones(1)  # share of the flips by twice the sum of the positive ranks
+    for rank in doubled:
+        ways = np.concatenate([ways, np.zeros(rank)]) / 2 + np.concatenate([np.zeros(rank), ways]) / 2
+    sums = 2 * np.arange(ways.size) - int(doubled.sum())
+    return min(1.0, float(ways[np.abs(sums) >= observed].sum()))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p as it counts beside the others. Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure"
+    (1979)."""
+    adjusted = [1.0] * len(ps)
+    largest = 0.0
+    for place, index in enumerate(np.argsort(ps, kind="stable")):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def power_law(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, resamples: int) -> Interval:
@@ -51,6 +133,15 @@ def bootstrap_medians(values: Samples, resamples: int) -> Samples:
     drawn = values[generator.integers(values.size, size=(resamples, values.size))]
     medians: Samples = np.median(drawn, axis=1)
     return medians
+
+
+def _ratios(pairs: Pairs) -> Samples:
+    return np.asarray(pairs.baseline, dtype=np.float64) / np.asarray(pairs.ours, dtype=np.float64)
+
+
+def _blocks(pairs: Pairs) -> list[NDArray[np.intp]]:
+    blocks = np.asarray(pairs.blocks)
+    return [np.flatnonzero(blocks == block) for block in np.unique(blocks)]
 
 
 def _slope(logs: Samples, log_figures: Samples) -> Samples:

@@ -1,11 +1,9 @@
-"""Runs the sections and writes report.json after each, so that nothing measured is lost.
+"""Runs gates and sections cell by cell, and writes report.json after each, so that nothing measured is lost.
 
 A second call with the same settings on the same machine and code keeps what was measured and goes on with what was not.
 """
 
-import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,40 +11,56 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
-from resnet_bk.bench.contestants import Subject, contestant_configs, describe_contestant
-from resnet_bk.bench.convergence import measure_convergence
-from resnet_bk.bench.flops import measure_flops
-from resnet_bk.bench.memory import measure_memory
+from resnet_bk.bench import convergence, flops, gates, memory, scaling, stability, timing
+from resnet_bk.bench.cells import Cell, NotANumberError, Outcome, Section
+from resnet_bk.bench.contestants import describe_contestant
+from resnet_bk.bench.process import Ended, run_apart
 from resnet_bk.bench.profiles import Profile
-from resnet_bk.bench.scaling import measure_scaling
-from resnet_bk.bench.stability import measure_stability, run_gates
-from resnet_bk.bench.timing import measure_timing
+from resnet_bk.bench.setup import Setup
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import check_writable, make_directory, write_json
-from resnet_bk.models import ResNetBKConfig
-from resnet_bk.schema import KIND, SECTIONS, VERSION, Report, Results, SectionStatus, Workload, read_report, to_json
+from resnet_bk.files import check_writable, make_directory, read_json, write_json
+from resnet_bk.memory.limits import is_out_of_memory
+from resnet_bk.schema import (
+    KIND,
+    SECTIONS,
+    VERSION,
+    CellStatus,
+    Failure,
+    FailureKind,
+    Report,
+    Results,
+    Workload,
+    read_report,
+    to_json,
+)
 from resnet_bk.training.config import DataConfig, TrainingConfig
-from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
+from resnet_bk.training.data import TokenDataset, prepare_dataset
 from resnet_bk.training.data.batches import check_long_enough
 from resnet_bk.training.data.tokenizer import check_tokenizer
 from resnet_bk.training.start import check_memory
 from resnet_bk.training.step import choose_device
 
-REPORT_FILE = "report.json"
+REPORT_FILE, CELLS_FOLDER = "report.json", "cells"
+MODULES: dict[str, Section] = {
+    module.NAME: module for module in (gates, flops, timing, memory, convergence, scaling, stability)
+}
+# Figures that a wrong model must not have.
+WITHHELD_FROM = ("timing", "convergence", "scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """What to compare, on what. ``overrides`` are fields of the model that differ from the preset's."""
+    """What to compare, on what. ``overrides`` are fields of the model that differ from the preset's; ``baseline`` is a
+    preset, ``hf:`` and a configuration, ``module:function``, or None for the same model with attention."""
 
     profile: Profile
     preset: str
     overrides: dict[str, Any]
     data: DataConfig
     training: TrainingConfig
+    baseline: str | None = None
     sections: tuple[str, ...] = SECTIONS
 
     def __post_init__(self) -> None:
@@ -62,46 +76,17 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """Everything that sections read."""
+class Progress:
+    """A cell that begins, or with ``status`` one that has ended; ``seconds_left`` is None until one has ended."""
 
-    config: BenchmarkConfig
-    models: dict[str, ResNetBKConfig]
-    dataset: TokenDataset
-    device: torch.device
-    on_progress: Callable[[str], None]
+    cell: str
+    done: int
+    total: int
+    seconds_left: float | None
+    status: CellStatus | None
 
-    def subjects(self) -> dict[str, Subject]:
-        """Every contestant with the same batch of the text."""
-        return {key: Subject.build(model, self.config.training, self._batch()) for key, model in self.models.items()}
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        training = self.config.training
-        input_ids, targets = training_batch(
-            self.dataset.train.tokens,
-            batch_size=training.batch_size,
-            sequence_length=training.sequence_length,
-            seed=training.seed,
-            step=0,
-        )
-        return input_ids.to(self.device), targets.to(self.device)
-
-    def measure(self, section: str) -> Any:
-        """The result of one section."""
-        config, profile, training = self.config, self.config.profile, self.config.training
-        match section:
-            case "flops":
-                return measure_flops(self.subjects())
-            case "timing":
-                return measure_timing(self.subjects(), profile)
-            case "memory":
-                return measure_memory(self.subjects())
-            case "convergence":
-                return measure_convergence(self.models, training, self.dataset, profile, self.device, self.on_progress)
-            case "scaling":
-                return measure_scaling(self.models, config.training, profile, self.device, self.on_progress)
-            case _:
-                return measure_stability(self.models, training, profile, self.device, self.on_progress)
+Watch = Callable[[Progress], None]
 
 
 def run_benchmark(
@@ -109,7 +94,8 @@ def run_benchmark(
     out: Path,
     *,
     command: list[str],
-    on_progress: Callable[[str], None] = lambda _: None,
+    on_remark: Callable[[str], None] = lambda _: None,
+    on_progress: Watch = lambda _: None,
 ) -> Report:
     """Measures what is not measured yet and returns the report, which is also in ``out/report.json``.
 
@@ -120,55 +106,34 @@ def run_benchmark(
         torch.set_num_threads(config.training.num_threads)
     check_writable(out)
     path = out / REPORT_FILE
-    previous = _previous(path)
-    bench, report = _begin(config, command, on_progress)
+    previous = read_report(path) if path.exists() else None
+    setup, report = _begin(config, command, on_remark)
     if previous is not None:
-        report = _continue(previous, report, path)
-    missing = [name for name in config.sections if getattr(report.results, name) is None]
-    if not missing:
-        on_progress(f"{path} has every section already")
-        return report
-    make_directory(out)
-    if not report.gates:
-        on_progress("gates: exactness and causality before anything is timed")
-        report = replace(report, gates=run_gates(bench.models, bench.device))
-        _write(path, report)
-    if failed := [gate.name for gate in report.gates if not gate.passed]:
-        on_progress(f"not measured, because a gate failed: {'; '.join(failed)}")
-        return report
-    for section in missing:
-        report = _measure(bench, report, section)
-        _write(path, report)
-    return report
+        report = _continued(previous, report, path)
+    make_directory(out / CELLS_FOLDER)
+    if previous is None:  # cells without their report could be of anything
+        for left in (out / CELLS_FOLDER).glob("*.json"):
+            left.unlink()
+    run = _Run(out=out, on_progress=on_progress, sections=config.sections)
+    return run.whole(setup, report)
 
 
-def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[str], None]) -> tuple[_Bench, Report]:
-    training, device = config.training, choose_device(config.training.device)
+def _begin(config: BenchmarkConfig, command: list[str], on_remark: Callable[[str], None]) -> tuple[Setup, Report]:
+    device = choose_device(config.training.device)
+    training = replace(config.training, device=device.type)
     check_tokenizer(config.data.tokenizer)
-    dataset = prepare_dataset(config.data, on_progress=on_progress)
+    dataset = prepare_dataset(config.data, on_progress=on_remark)
     check_long_enough(dataset.train.tokens, training.sequence_length)
-    overrides = {"vocab_size": dataset.tokenizer.vocab_size, **config.overrides}
-    try:
-        models = contestant_configs(config.preset, overrides)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    _check_models(models, training, device)
-    workload = Workload(
+    setup = Setup(
         preset=config.preset,
-        data=config.data.data,
-        description=dataset.record["description"],
-        tokenizer=config.data.tokenizer,
+        overrides=config.overrides,
+        baseline=config.baseline,
         vocab_size=dataset.tokenizer.vocab_size,
-        train_tokens=len(dataset.train.tokens),
-        validation_tokens=len(dataset.validation.tokens),
-        split=dataset.record["split"],
-        batch_size=training.batch_size,
-        sequence_length=training.sequence_length,
-        precision=training.precision,
-        device=device.type,
-        threads=torch.get_num_threads(),
-        seed=training.seed,
+        data=config.data,
+        training=training,
+        profile=config.profile,
     )
+    _check_models(setup)
     report = Report(
         kind=KIND,
         version=VERSION,
@@ -176,54 +141,55 @@ def _begin(config: BenchmarkConfig, command: list[str], on_progress: Callable[[s
         command=command,
         profile=msgspec.json.decode(msgspec.json.encode(config.profile)),
         environment=describe_environment(),
-        workload=workload,
-        contestants=[describe_contestant(key, model) for key, model in models.items()],
+        workload=_workload(setup, dataset),
+        contestants=[describe_contestant(contender) for contender in setup.all_contenders.values()],
         gates=[],
-        status={},
+        cells={},
         results=Results(),
     )
-    bench = _Bench(config=config, models=models, dataset=dataset, device=device, on_progress=on_progress)
-    return bench, report
+    return setup, report
 
 
-def _check_models(models: dict[str, ResNetBKConfig], training: TrainingConfig, device: torch.device) -> None:
-    for model in models.values():
+def _workload(setup: Setup, dataset: TokenDataset) -> Workload:
+    training = setup.training
+    validation, test = convergence.held_out(dataset)
+    return Workload(
+        preset=setup.preset,
+        data=setup.data.data,
+        description=dataset.record["description"],
+        tokenizer=setup.data.tokenizer,
+        vocab_size=setup.vocab_size,
+        train_tokens=len(dataset.train.tokens),
+        validation_tokens=len(validation),
+        test_tokens=len(test),
+        split=dataset.record["split"],
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        precision=training.precision,
+        device=setup.device.type,
+        threads=torch.get_num_threads(),
+        seed=training.seed,
+    )
+
+
+def _check_models(setup: Setup) -> None:
+    length = setup.training.sequence_length
+    for model in setup.configs.values():
         limit = model.max_position_embeddings
-        if limit is not None and training.sequence_length > limit:
+        if limit is not None and length > limit:
             raise UserError(
-                f"sequence_length {training.sequence_length} is more than the position table of {limit}; shorten it, "
-                "or choose a preset without a table"
+                f"sequence_length {length} is more than the position table of {limit}; shorten it, or choose a preset "
+                "without a table"
             )
         if not model.causal:
             raise UserError(
                 "causal=False would compare a model that reads its targets; leave it out (the convergence section "
                 "shows that variant beside the others)"
             )
-        check_memory(model, training, device)
+        check_memory(model, setup.training, setup.device)
 
 
-def _measure(bench: _Bench, report: Report, section: str) -> Report:
-    bench.on_progress(section)
-    began = time.perf_counter()
-    result, failure = None, None
-    try:
-        result = bench.measure(section)
-    except Exception as error:  # a section that fails is a result; the others are still worth having
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        bench.on_progress(f"  failed: {failure}\n{traceback.format_exc()}")
-    seconds = time.perf_counter() - began
-    return replace(
-        report,
-        results=replace(report.results, **{section: result}),
-        status={**report.status, section: SectionStatus(seconds=seconds, failure=failure)},
-    )
-
-
-def _previous(path: Path) -> Report | None:
-    return read_report(path) if path.exists() else None
-
-
-def _continue(previous: Report, fresh: Report, path: Path) -> Report:
+def _continued(previous: Report, fresh: Report, path: Path) -> Report:
     """The earlier report if it is of the same benchmark; a different one is not overwritten."""
     for what, key in (("settings", "profile"), ("workload", "workload"), ("models", "contestants")):
         if msgspec.json.encode(getattr(previous, key)) != msgspec.json.encode(getattr(fresh, key)):
@@ -235,5 +201,113 @@ def _continue(previous: Report, fresh: Report, path: Path) -> Report:
     return previous
 
 
-def _write(path: Path, report: Report) -> None:
-    write_json(path, to_json(report))
+def measure_cell(setup: Setup, cell: Cell) -> Any:
+    """What runs in a process of its own."""
+    if setup.training.num_threads is not None:
+        torch.set_num_threads(setup.training.num_threads)
+    return MODULES[cell.section].measure(setup, cell)
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """What a report calls an exception."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return "not a number" if isinstance(error, NotANumberError) else "error"
+
+
+class _Run:
+    """Cells of one folder: each outcome is a file, and report.json is made of all of them anew after each."""
+
+    def __init__(self, *, out: Path, on_progress: Watch, sections: tuple[str, ...]) -> None:
+        self._out, self._on_progress, self._sections = out, on_progress, sections
+        self._outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in MODULES}
+        self._spent = 0.0
+        self._weight_spent = 0.0
+
+    def whole(self, setup: Setup, report: Report) -> Report:
+        """Gates, then the sections that were asked for."""
+        write_json(self._out / REPORT_FILE, to_json(report))
+        report = self._section(gates, setup, report, later=setup)
+        report = replace(report, gates=gates.assemble(setup, self._outcomes[gates.NAME]))
+        broken, wrong = gates.reasons_to_withhold(setup, self._outcomes[gates.NAME])
+        for name in self._sections:
+            reasons = {**(wrong if name in WITHHELD_FROM else {}), **broken}
+            report = replace(report, cells={**report.cells, **_withheld(name, reasons)})
+            report = self._section(MODULES[name], setup.without(reasons), report, later=setup)
+        write_json(self._out / REPORT_FILE, to_json(report))
+        return report
+
+    def _section(self, module: Section, setup: Setup, report: Report, *, later: Setup) -> Report:
+        name = module.NAME
+        outcomes = self._outcomes[name]
+        while todo := [cell for cell in module.cells(setup, outcomes) if cell.name not in outcomes]:
+            cell = todo[0]
+            outcome = self._kept(module, cell)
+            if outcome is None:
+                left = sum(cell.weight for cell in todo) + self._weight_of_sections_after(name, later)
+                outcome = self._measured(setup, cell, left, len(todo), report)
+            outcomes[cell.name] = outcome
+            report = replace(report, cells={**report.cells, cell.path: outcome.status})
+            report = _with_result(report, name, module.assemble(setup, outcomes))
+            write_json(self._out / REPORT_FILE, to_json(report))
+        return report
+
+    def _measured(self, setup: Setup, cell: Cell, weight_left: float, cells_left: int, report: Report) -> Outcome:
+        done = len(report.cells)
+        rate = self._spent / self._weight_spent if self._weight_spent else None
+        left = None if rate is None else rate * weight_left
+        self._on_progress(Progress(cell=cell.path, done=done, total=done + cells_left, seconds_left=left, status=None))
+        ended = run_apart(measure_cell, (setup, cell), timeout=setup.profile.cell_seconds, kind_of=failure_kind)
+        self._spent, self._weight_spent = self._spent + ended.seconds, self._weight_spent + cell.weight
+        outcome = self._keep(cell, ended)
+        self._on_progress(
+            Progress(cell=cell.path, done=done + 1, total=done + cells_left, seconds_left=left, status=outcome.status)
+        )
+        return outcome
+
+    def _weight_of_sections_after(self, name: str, setup: Setup) -> float:
+        names = [gates.NAME, *self._sections]
+        return sum(
+            cell.weight
+            for later in names[names.index(name) + 1 :]
+            for cell in MODULES[later].cells(setup, {})
+            if not self._path(cell).exists()
+        )
+
+    def _path(self, cell: Cell) -> Path:
+        return self._out / CELLS_FOLDER / f"{cell.section}--{cell.name.replace('/', '--')}.json"
+
+    def _keep(self, cell: Cell, ended: Ended) -> Outcome:
+        status = CellStatus(seconds=ended.seconds, failure=ended.failure, waited=ended.waited)
+        raw = None if ended.result is None else msgspec.json.decode(ended.result)
+        write_json(self._path(cell), {"cell": cell.path, "status": msgspec.to_builtins(status), "result": raw})
+        return Outcome(status=status, result=_decoded(MODULES[cell.section], raw))
+
+    def _kept(self, module: Section, cell: Cell) -> Outcome | None:
+        """What an earlier call measured. Failures are tried again."""
+        if not self._path(cell).exists():
+            return None
+        document = read_json(self._path(cell))
+        try:
+            status = msgspec.convert(document["status"], CellStatus)
+            result = _decoded(module, document["result"])
+        except (msgspec.ValidationError, KeyError, TypeError):
+            return None
+        return None if status.failure is not None else Outcome(status=status, result=result)
+
+
+def _decoded(module: Section, raw: Any) -> Any:
+    return None if raw is None else msgspec.convert(raw, module.RESULT)
+
+
+def _with_result(report: Report, name: str, result: Any) -> Report:
+    if name == gates.NAME:
+        return replace(report, gates=result)
+    return replace(report, results=replace(report.results, **{name: result}))
+
+
+def _withheld(section: str, reasons: Mapping[str, str]) -> dict[str, CellStatus]:
+    return {
+        f"{section}/{key}": CellStatus(seconds=0.0, failure=Failure(kind="withheld", message=reason))
+        for key, reason in reasons.items()
+    }

@@ -1,1 +1,1 @@
-"""From report.json to a PDF. Reads JSON only: a report can be made anywhere, long after the measurement."""
+"""From report.json to a PDF and an HTML page. Reads JSON only: reports can be made anywhere, long after measuring."""

@@ -1,4 +1,5 @@
-"""What a section is made of. The template knows how each kind looks; text is shown as it is, never as markup."""
+"""What a section is made of. The PDF's template and the HTML page know how each kind looks; text is shown as it is,
+never as markup."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +17,10 @@ class Paragraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Bullets:
-    """A list of sentences."""
+    """A list of sentences; ``grave`` as in :class:`Note`."""
 
     items: list[str]
+    grave: bool = False
     kind: Literal["bullets"] = "bullets"
 
 
@@ -52,7 +54,8 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing as SVG; ``alternative`` says in words what it shows."""
+    """A drawing as SVG, with marks to read it by (:mod:`resnet_bk.report.marks`); ``alternative`` says in words what it
+    shows."""
 
     caption: str
     alternative: str

@@ -2,14 +2,15 @@
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
 from resnet_bk.report.figures import BASELINE, OURS, THIRD, drawing
-from resnet_bk.report.wording import quantity
+from resnet_bk.report.wording import listing, quantity
 from resnet_bk.schema import FlopsResult, ModelFlops, Report
+
+AGREEMENT = 0.001  # a difference of count and formula that is a mistake in one of them
 
 
 def build(report: Report, result: FlopsResult) -> Section:
-    """Counts and components of both models."""
-    labels = {contestant.key: contestant.label for contestant in report.contestants}
-    work = report.workload
+    """Counts, components, and what the formulas say."""
+    work, labels = report.workload, report.labels
     blocks: list[Block] = [
         Paragraph(
             text="A FLOP is one addition or multiplication, so a multiply-add is two. The operators count while one "
@@ -17,67 +18,117 @@ def build(report: Report, result: FlopsResult) -> Section:
             "their shapes, the chains by their own formula (complex arithmetic in real operations), the carry as the "
             "matrix products of its chunks, causal attention as the N (N + 1) / 2 pairs that it needs, its backward "
             "with the recomputation that fused kernels do. AdamW and clipping are 16 operations a parameter, by "
-            "formula."
+            "formula. An operator that has no formula, and is not on a reviewed list of operators without products, "
+            "stops the count."
         ),
-        _totals(result, labels),
+        _totals(report, result),
         _plot(result, labels),
-        _components(result, labels),
     ]
-    for model in result.models:
-        counted, formula = model.forward + model.backward, model.formula_forward + model.formula_backward
-        if counted != formula:
-            blocks.append(
-                Note(
-                    text=f"{labels[model.contestant]}: counted {counted:,} and by formula {formula:,} FLOPs differ by "
-                    f"{abs(counted - formula) / formula:.1%}. The device ran other operators than the formula assumes.",
-                    grave=True,
-                )
-            )
+    if any(model.components for model in result.models):
+        blocks.append(_components(result, labels))
+    blocks += [*_disagreements(result, labels), *_seed_formulas(result, labels)]
     names = sorted({name.removeprefix("aten.") for model in result.models for name in model.counted_as_zero})
-    blocks.append(
-        Note(
-            text="Not counted, because torch has no formula for them: elementwise work, norms, softmax, sums, sorts, "
-            f"gathers and copies. These operators ran: {', '.join(names)}."
+    if names:
+        blocks.append(
+            Note(
+                text="Counted as nothing, by the reviewed list: elementwise work, norms, softmax, sums, sorts, gathers "
+                f"and copies. These operators ran: {', '.join(names)}."
+            )
         )
-    )
-    return Section(title="Floating-point operations", blocks=blocks)
+    return Section(title="Floating-point operations", blocks=[*blocks, *_failures(report)])
 
 
-def _totals(result: FlopsResult, labels: dict[str, str]) -> Table:
+def _totals(report: Report, result: FlopsResult) -> Table:
     rows = [
         [
-            labels[model.contestant],
+            report.labels[model.contestant],
             *(quantity(value) for value in (model.forward, model.backward, model.optimizer, model.step)),
             quantity(model.forward_per_token),
-            "the same" if _agrees(model) else "differs",
+            quantity(model.step_per_token),
+            _beside_formula(model),
         ]
         for model in result.models
     ]
-    rows.append(["Transformer / ResNet-BK", "", "", "", f"{result.ratio:.2f}", "", ""])
+    if result.forward_ratio is not None and result.ratio is not None:
+        ratio = f"{report.baseline.label} / {report.ours.label}"
+        rows.append([ratio, f"{result.forward_ratio:.2f}", "", "", f"{result.ratio:.2f}", "", "", ""])
     return Table(
         caption="FLOPs of one training step, counted",
-        header=["", "forward", "backward", "optimizer", "step", "forward a token", "by formula"],
+        header=["", "forward", "backward", "optimizer", "step", "forward a token", "step a token", "by formula"],
         rows=rows,
     )
 
 
-def _agrees(model: ModelFlops) -> bool:
-    return (model.forward, model.backward) == (model.formula_forward, model.formula_backward)
+def _beside_formula(model: ModelFlops) -> str:
+    difference = _difference(model)
+    return "none" if difference is None else "the same" if difference == 0 else f"{difference:+.2%}"
+
+
+def _difference(model: ModelFlops) -> float | None:
+    """Of the formula to the count, of the pass where it is larger; None without a formula."""
+    if model.formula_forward is None or model.formula_backward is None:
+        return None
+    passes = ((model.formula_forward, model.forward), (model.formula_backward, model.backward))
+    return max((formula / counted - 1 for formula, counted in passes), key=abs)
+
+
+def _disagreements(result: FlopsResult, labels: dict[str, str]) -> list[Block]:
+    blocks: list[Block] = []
+    for model in result.models:
+        difference = _difference(model)
+        if difference is not None and abs(difference) > AGREEMENT:
+            blocks.append(
+                Note(
+                    text=f"{labels[model.contestant]}: count and formula differ. Forward: {model.forward:,} counted, "
+                    f"{model.formula_forward:,} by formula; backward: {model.backward:,} and "
+                    f"{model.formula_backward:,}. The device ran other operators than the formula assumes.",
+                    grave=True,
+                )
+            )
+    return blocks
+
+
+def _seed_formulas(result: FlopsResult, labels: dict[str, str]) -> list[Block]:
+    """What the earlier document would have said, and why that is another number."""
+    blocks: list[Block] = []
+    for model in result.models:
+        if model.seed_forward is None:
+            continue
+        head = sum(part.forward for part in model.components if part.component == "head")
+        blocks.append(
+            Note(
+                text="For comparison only: the document that this project began with has formulas of its own. By them "
+                f"a forward pass of {labels[model.contestant]} is {quantity(model.seed_forward)}FLOP instead of "
+                f"{quantity(model.forward)}FLOP. They count a multiply-add once and not twice, the recursions of one "
+                "row and not of the batch, and experts of twice the hidden size whatever their width; they add ten "
+                "operations for each token and expert of the routing, and leave out the potential's projection and "
+                f"the head ({quantity(head)}FLOP here, with the gradients that are computed in the forward pass)."
+            )
+        )
+    return blocks
+
+
+def _failures(report: Report) -> list[Block]:
+    told = [
+        f"{report.labels.get(name.partition('/')[2], name)} ({status.failure.kind}: {status.failure.message})"
+        for name, status in report.failures_of("flops").items()
+        if status.failure
+    ]
+    return [Note(text=f"Not counted: {'; '.join(told)}.", grave=True)] if told else []
 
 
 def _components(result: FlopsResult, labels: dict[str, str]) -> Table:
     rows = []
     for model in result.models:
-        total = model.formula_forward + model.formula_backward
+        total = sum(part.forward + part.backward for part in model.components)
         for part in model.components:
-            share = (part.forward + part.backward) / total
             rows.append(
                 [
                     labels[model.contestant],
                     part.component,
                     quantity(part.forward),
                     quantity(part.backward),
-                    f"{share:.1%}",
+                    f"{(part.forward + part.backward) / total:.1%}",
                 ]
             )
     return Table(
@@ -89,7 +140,7 @@ def _components(result: FlopsResult, labels: dict[str, str]) -> Table:
 
 
 def _plot(result: FlopsResult, labels: dict[str, str]) -> Plot:
-    with drawing(height=1.7) as canvas:
+    with drawing(height=1.9) as canvas:
         (axes,) = canvas.axes
         names = [labels[model.contestant] for model in result.models]
         left = [0.0] * len(names)
@@ -100,6 +151,6 @@ def _plot(result: FlopsResult, labels: dict[str, str]) -> Plot:
         axes.invert_yaxis()
         axes.set_xlabel("GFLOP a training step")
         axes.grid(visible=False, axis="y")
-        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    totals = "; ".join(f"{labels[model.contestant]} {quantity(model.step)}FLOP" for model in result.models)
+        canvas.legend_above()
+    totals = listing([f"{labels[model.contestant]} {quantity(model.step)}FLOP" for model in result.models])
     return Plot(caption="FLOPs of one training step", alternative=f"Stacked bars: {totals}", svg=canvas.svg)

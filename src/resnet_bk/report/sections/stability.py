@@ -1,50 +1,48 @@
-"""Numerical stability, causality, determinism."""
+"""Numerical stability, causality, determinism, float16."""
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
 from resnet_bk.report.figures import BASELINE, FOURTH, OURS, THIRD, drawing
-from resnet_bk.report.wording import error
-from resnet_bk.schema import AccuracyPoint, Report, StabilityResult
+from resnet_bk.report.wording import error, listing
+from resnet_bk.schema import AccuracyPoint, CausalityMeasurement, Report, StabilityResult
 
 COLOURS = (OURS, BASELINE, THIRD, FOURTH)
 
 
 def build(report: Report, result: StabilityResult) -> Section:
-    """Errors against complex128, extremes, causality, determinism."""
-    failed = [check.name for check in (*result.extremes, *result.determinism) if not check.passed]
-    blocks: list[Block] = [
-        Paragraph(
-            text="bk_core in float32 against its definition by determinants in complex128, on the same random "
-            f"potential, on {report.workload.device}. The error is the largest one, relative to the largest exact "
-            "magnitude, of the values and of the gradient of the potential. The worst over all strengths of the "
-            "potential is shown for each length and eta."
-        ),
-        _errors(result),
-        _plot(result),
-        Table(
-            caption="Does a later token change an earlier logit? Largest change, in float64",
-            header=["model", "meant to be causal", "largest change", "verdict"],
-            rows=[
-                [
-                    row.label,
-                    "yes" if row.causal else "no",
-                    f"{row.largest_change:.1e}",
-                    _causality_verdict(row.causal, row.largest_change),
-                ]
-                for row in result.causality
-            ],
-            align=["left", "left", "right", "left"],
-        ),
-        Table(
-            caption="Extremes and determinism",
-            header=["check", "measured", "passed"],
-            rows=[
-                [check.name, error_count(check.measured), "yes" if check.passed else "NO"]
-                for check in (*result.extremes, *result.determinism)
-            ],
-        ),
-    ]
-    if failed:
+    """Errors against complex128, extremes, causality, determinism, float16."""
+    blocks: list[Block] = []
+    if result.accuracy:
+        blocks += [
+            Paragraph(
+                text="bk_core in float32 against its definition by determinants in complex128, on the same random "
+                f"potential, on {report.workload.device}. The error is the largest one, relative to the largest exact "
+                "magnitude, of the values and of the gradient of the potential. The worst over all strengths of the "
+                "potential is shown for each length and eta."
+            ),
+            _errors(result),
+            _plot(result),
+        ]
+    if result.causality:
+        blocks += [_causality(result), *_leaks(result)]
+    if checks := [*result.extremes, *result.determinism]:
+        blocks.append(
+            Table(
+                caption="Extremes and determinism",
+                header=["check", "measured", "passed"],
+                rows=[[found.name, error_count(found.measured), "yes" if found.passed else "NO"] for found in checks],
+            )
+        )
+    if failed := [found.name for found in checks if not found.passed]:
         blocks.append(Note(text=f"Failed: {'; '.join(failed)}.", grave=True))
+    if result.half_precision:
+        blocks += [_half_precision(report, result), *_half_notes(report, result)]
+    if failures := report.failures_of("stability"):
+        told = "; ".join(
+            f"{name.partition('/')[2]} ({status.failure.kind}: {status.failure.message})"
+            for name, status in failures.items()
+            if status.failure
+        )
+        blocks.append(Note(text=f"Not measured: {told}.", grave=True))
     return Section(title="Numerical stability", blocks=blocks)
 
 
@@ -54,16 +52,79 @@ def error_count(measured: float | None) -> str:
 
 
 def worst(points: list[AccuracyPoint]) -> float | None:
-    """Largest error of values and gradients; None if one is not finite."""
-    errors = [found for point in points for found in (point.value_error, point.gradient_error)]
-    finite = [found for found in errors if found is not None]
-    return max(finite) if len(finite) == len(errors) else None
+    """Largest error of values and gradients; None if one is not finite, or there is none."""
+    return _largest([found for point in points for found in (point.value_error, point.gradient_error)])
 
 
-def _causality_verdict(causal: bool, change: float) -> str:
-    if not causal:
-        return "reads its targets, as it must" if change > 0 else "unexpectedly causal"
-    return "causal" if change <= 1e-10 else "LEAKS"
+def _causality(result: StabilityResult) -> Table:
+    rows = [
+        [
+            row.label,
+            "yes" if row.causal else "no",
+            error(row.largest_change),
+            f"{row.limit:.0e}",
+            _causality_verdict(row),
+        ]
+        for row in result.causality
+    ]
+    return Table(
+        caption="Does a later token change an earlier logit? Largest change, in float64 (in float32 where the limit is "
+        "larger)",
+        header=["model", "meant to be causal", "largest change", "limit", "verdict"],
+        rows=rows,
+        align=["left", "left", "right", "right", "left"],
+    )
+
+
+def _causality_verdict(row: CausalityMeasurement) -> str:
+    if row.largest_change is None:
+        return "not a number"
+    leaks = row.largest_change > row.limit
+    if not row.causal:
+        return "reads its targets, as it must" if leaks else "unexpectedly causal"
+    return "LEAKS" if leaks else "causal"
+
+
+def _leaks(result: StabilityResult) -> list[Block]:
+    leaking = [row.label for row in result.causality if row.causal and _causality_verdict(row) != "causal"]
+    if not leaking:
+        return []
+    text = f"Not shown to be causal: {listing(leaking)}. A loss of a model that reads ahead is no measure of anything."
+    return [Note(text=text, grave=True)]
+
+
+def _half_precision(report: Report, result: StabilityResult) -> Table:
+    labels = report.labels
+    rows = [
+        [
+            labels.get(row.contestant, row.contestant),
+            f"{row.steps:,}",
+            f"{row.skipped:,}",
+            f"{row.skipped / row.steps:.1%}",
+            f"{row.scale:,.10g}",
+            "not a number" if row.loss is None else f"{row.loss:.3f}",
+        ]
+        for row in result.half_precision
+    ]
+    return Table(
+        caption="Training in float16 with dynamic loss scaling",
+        header=["model", "steps", "skipped for an overflow", "share", "scale at the end", "last training loss"],
+        rows=rows,
+    )
+
+
+def _half_notes(report: Report, result: StabilityResult) -> list[Block]:
+    blocks: list[Block] = [
+        Note(
+            text="A step whose scaled gradients leave float16's range is skipped and the scale halved; it begins at "
+            "65,536. A few skipped steps at the beginning are how the scale is found."
+        )
+    ]
+    broken = [report.labels.get(row.contestant, row.contestant) for row in result.half_precision if row.loss is None]
+    if broken:
+        text = f"Not trainable in float16, as the loss is not a number at the end: {listing(broken)}."
+        blocks.append(Note(text=text, grave=True))
+    return blocks
 
 
 def _groups(result: StabilityResult) -> dict[tuple[str, int, float], list[AccuracyPoint]]:
@@ -89,7 +150,7 @@ def _errors(result: StabilityResult) -> Table:
 
 def _largest(errors: list[float | None]) -> float | None:
     finite = [found for found in errors if found is not None]
-    return max(finite) if len(finite) == len(errors) else None
+    return max(finite) if finite and len(finite) == len(errors) else None
 
 
 def _plot(result: StabilityResult) -> Plot:

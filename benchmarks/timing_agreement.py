@@ -1,0 +1,132 @@
+"""Times of the benchmark beside those of others' tools, of the same callables: do the clocks agree?
+
+    python benchmarks/timing_agreement.py --device cpu
+    python benchmarks/timing_agreement.py --device cuda --preset 100m --precision bf16
+
+On a CPU the other is torch.utils.benchmark.Timer, on a GPU triton.testing.do_bench, which empties the cache before
+each call; there the callable of ours is timed after the cache was emptied too. Tools take turns, since a machine's
+speed drifts, and medians of all turns are compared: below 5% is agreement. Prints JSON.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs
+from resnet_bk.bench.machine import CacheFlush
+from resnet_bk.bench.subject import Subject, random_batch, synchronizer
+from resnet_bk.bench.timing import seconds_of, without_garbage_collection
+from resnet_bk.environment import describe_environment
+from resnet_bk.training.config import Precision, TrainingConfig
+
+WARMUP, AGREEMENT, VOCABULARY = 5, 0.05, 4096
+CALLS_BEFORE = 2  # that torch.utils.benchmark.Timer.timeit makes
+Work = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--preset", default="seed")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    works = callables(arguments.preset, arguments.precision, arguments.batch_size, arguments.sequence_length, device)
+    rows = {name: compare(work, device, arguments.turns) for name, work in works.items()}
+    document = {
+        "environment": describe_environment(),
+        "settings": vars(arguments),
+        "tool": "torch.utils.benchmark.Timer" if device.type == "cpu" else "triton.testing.do_bench",
+        "callables": rows,
+        "agree": all(abs(row["difference"]) < AGREEMENT for row in rows.values()),
+    }
+    print(json.dumps(document, indent=2))
+
+
+def callables(
+    preset: str, precision: Precision, batch_size: int, sequence_length: int, device: torch.device
+) -> dict[str, Work]:
+    """A matrix product, and forward passes and steps of both models."""
+    training = TrainingConfig(batch_size=batch_size, sequence_length=sequence_length, precision=precision)
+    width = 4096 if device.type == "cuda" else 512
+    left, right = (torch.randn(width, width, device=device) for _ in range(2))
+    works: dict[str, Work] = {"matrix product": lambda: left @ right}
+    configs = contestant_configs(preset, {"vocab_size": VOCABULARY})
+    for key in (OURS, BASELINE):
+        batch = random_batch(configs[key], batch_size, sequence_length, device)
+        subject = Subject.build(configs[key], training, batch)
+        works[f"{key}, forward"] = subject.forward
+        works[f"{key}, step"] = subject.step
+    return works
+
+
+def compare(work: Work, device: torch.device, turns: int) -> dict[str, Any]:
+    """Medians of both in seconds, and by which share ours is longer."""
+    ours, theirs = (ours_on_gpu, theirs_on_gpu) if device.type == "cuda" else (ours_on_cpu, theirs_on_cpu)
+    for _ in range(WARMUP):
+        work()
+    own: list[float] = []
+    others: list[float] = []
+    for number in range(turns):
+        for samples, tool in [(own, ours), (others, theirs)][:: 1 if number % 2 == 0 else -1]:
+            samples.append(tool(work, device))
+    medians = statistics.median(own), statistics.median(others)
+    return {
+        "ours": medians[0],
+        "theirs": medians[1],
+        "difference": medians[0] / medians[1] - 1,
+        "samples": {"ours": own, "theirs": others},
+    }
+
+
+def ours_on_cpu(work: Work, device: torch.device) -> float:
+    """Behind as many calls as Timer makes before it measures."""
+    with without_garbage_collection():
+        for _ in range(CALLS_BEFORE):
+            work()
+        return seconds_of(work, synchronizer(device))
+
+
+def theirs_on_cpu(work: Work, _: torch.device) -> float:
+    """Timer would use one thread by itself."""
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return float(timer.timeit(1).median)
+
+
+def ours_on_gpu(work: Work, device: torch.device) -> float:
+    """The benchmark's phase with a cold cache."""
+    flush = cache_flush(device)
+    with without_garbage_collection():
+        work()
+        flush()
+        return seconds_of(work, synchronizer(device))
+
+
+@functools.cache
+def cache_flush(device: torch.device) -> CacheFlush:
+    """One buffer for all turns."""
+    return CacheFlush(device)
+
+
+def theirs_on_gpu(work: Work, _: torch.device) -> float:
+    """In milliseconds, says the tool."""
+    from triton.testing import do_bench
+
+    return 1e-3 * float(do_bench(work, warmup=5, rep=20, return_mode="median"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Work in a process of its own: one that hangs, dies or takes all memory is a result and not the end of everything.
+
+Processes are forked from a server that has loaded libraries and nothing else, where the system can do that.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from resnet_bk.schema import Failure, FailureKind
+
+# What nearly every cell loads, in seconds; none of it starts threads or a GPU.
+PRELOADED = ["resnet_bk.bench.suite", "torch._dynamo", "numba"]
+LONGEST_MESSAGE = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What came of it: JSON, or a failure; ``waited`` as in ``CellStatus``."""
+
+    seconds: float
+    result: bytes | None = None
+    failure: Failure | None = None
+    waited: float | None = None
+
+
+class _Message(msgspec.Struct):
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    kind: FailureKind = "error"
+    failure: str | None = None
+    waited: float | None = None
+
+
+def run_apart(
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    timeout: float,
+    kind_of: Callable[[BaseException], FailureKind],
+) -> Ended:
+    """Calls ``work(*arguments)`` in another process; its result goes through JSON. ``kind_of`` names its exceptions."""
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, work, arguments, kind_of), daemon=False)
+    began = time.perf_counter()
+    process.start()
+    sender.close()
+    try:
+        message = _receive(receiver, timeout)
+    finally:
+        seconds = time.perf_counter() - began
+        _stop(process)
+        receiver.close()
+    if message == "timeout":
+        return Ended(seconds=seconds, failure=Failure(kind="timeout", message=f"no end after {timeout:.0f} s"))
+    if message is None:
+        return Ended(seconds=seconds, failure=_death(process.exitcode))
+    found = msgspec.json.decode(message, type=_Message)
+    if found.failure is not None:
+        return Ended(seconds=seconds, failure=Failure(kind=found.kind, message=found.failure), waited=found.waited)
+    return Ended(seconds=seconds, result=bytes(found.result), waited=found.waited)
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _receive(receiver: Connection, timeout: float) -> bytes | str | None:
+    """None if the other side has gone without a word."""
+    try:
+        return receiver.recv_bytes() if receiver.poll(timeout) else "timeout"
+    except EOFError:
+        return None
+
+
+def _stop(process: Any) -> None:
+    """With all that it has started, which is in its group."""
+    process.join(0.5)
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _death(exitcode: int | None) -> Failure:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        if name == "SIGKILL":
+            return Failure(kind="out of memory", message="killed by the system (SIGKILL), as it does without memory")
+        return Failure(kind="crash", message=f"died of {name}")
+    return Failure(kind="crash", message=f"ended with exit code {exitcode} and without a result")
+
+
+def _child(
+    sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], kind_of: Callable[[BaseException], Any]
+) -> None:
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    # Ctrl-C is the parent's business, which stops this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    waiting, running = _waiting_and_running()
+    try:
+        message = _Message(result=msgspec.Raw(msgspec.json.encode(work(*arguments))))
+    except BaseException as error:  # whatever it is, it is what this cell came to
+        text = " ".join(str(error).split())[:LONGEST_MESSAGE]
+        message = _Message(kind=kind_of(error), failure=f"{type(error).__name__}: {text}")
+        if os.environ.get("RESNET_BK_TRACEBACKS"):
+            traceback.print_exc(file=sys.stderr)
+    message.waited = _share_waited(waiting, running)
+    sender.send_bytes(msgspec.json.encode(message))
+    sender.close()
+
+
+def _share_waited(waiting: float, running: float) -> float | None:
+    later_waiting, later_running = _waiting_and_running()
+    waited, ran = later_waiting - waiting, later_running - running
+    return waited / (waited + ran) if ran > 0 and waited >= 0 else None
+
+
+def _waiting_and_running() -> tuple[float, float]:
+    """Nanoseconds in which threads of this process had a processor, and waited for one. Linux tells; others do not."""
+    running = waiting = 0.0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):
+            ran, waited, _ = task.read_text(encoding="ascii").split()
+            running, waiting = running + float(ran), waiting + float(waited)
+    return waiting, running

@@ -1,0 +1,134 @@
+"""Whether two runs differ, from what each of them wrote. Every generator is a fixed one."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnet_bk.schema import Interval
+
+Samples = NDArray[np.float64]
+RELABELLINGS, RESAMPLES, AT_ONCE = 10_000, 2000, 1000
+NORMAL_QUANTILE = 1.959964
+
+
+def permutation_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """Probability that medians differ as much if it were chance which sample is of which run.
+
+    The share of 10,000 random relabellings with a difference of the medians of the logarithms at least as large, the
+    labels as they are counted among them. Source: R. A. Fisher, "The Design of Experiments" (1935).
+    """
+    logs = np.log(np.concatenate([first, second]))
+    size = len(first)
+    # Equal up to rounding is equal: the same samples in another order give the same difference but for that.
+    least = abs(np.median(logs[:size]) - np.median(logs[size:])) - 1e-12
+    generator = np.random.default_rng(0)
+    as_far = 1
+    for _ in range(RELABELLINGS // AT_ONCE):
+        drawn = generator.permuted(np.tile(logs, (AT_ONCE, 1)), axis=1)
+        differences = np.median(drawn[:, :size], axis=1) - np.median(drawn[:, size:], axis=1)
+        as_far += int((np.abs(differences) >= least).sum())
+    return as_far / (RELABELLINGS + 1)
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The second's median over the first's, with a percentile bootstrap of both."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    generator = np.random.default_rng(0)
+    medians = [
+        np.median(values[generator.integers(values.size, size=(RESAMPLES, values.size))], axis=1) for values in (a, b)
+    ]
+    low, high = np.percentile(medians[1] / medians[0], [2.5, 97.5])
+    return Interval(value=float(np.median(b) / np.median(a)), low=float(low), high=float(high))
+
+
+def normal_p(difference: float, standard_error: float) -> float:
+    """Two-sided; of figures whose error is known."""
+    if standard_error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return math.erfc(abs(difference) / standard_error / math.sqrt(2))
+
+
+def standard_error(low: float, high: float) -> float:
+    """Of a figure with that 95% interval."""
+    return (high - low) / (2 * NORMAL_QUANTILE)
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[Interval, float]:
+    """The second's mean less the first's with Student's interval, and its p; each needs two or more.
+
+    Source: Student, "The Probable Error of a Mean" (1908).
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    difference = float(b.mean() - a.mean())
+    if paired:
+        degrees = a.size - 1
+        error = float((b - a).std(ddof=1)) / math.sqrt(a.size)
+    else:
+        degrees = a.size + b.size - 2
+        pooled = float(((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / degrees
+        error = math.sqrt(pooled * (1 / a.size + 1 / b.size))
+    return _students(difference, error, degrees)
+
+
+def slope_difference(
+    values: Sequence[float], first: Sequence[float], second: Sequence[float]
+) -> tuple[Interval, float]:
+    """By how much the second's exponent over three or more ``values`` is larger, with Student's interval, and its p.
+
+    The slope of log(second / first) over log(value). Its error is of what is left over, so that it knows how much a
+    point differs from one run to another, which samples of one run do not tell.
+    """
+    x = np.log(np.asarray(values, dtype=np.float64))
+    y = np.log(np.asarray(second, dtype=np.float64) / np.asarray(first, dtype=np.float64))
+    centred, degrees = x - x.mean(), x.size - 2
+    slope = float(centred @ y / (centred @ centred))
+    left = y - y.mean() - slope * centred
+    error = math.sqrt(float(left @ left) / degrees / float(centred @ centred))
+    return _students(slope, error, degrees)
+
+
+def student_cover(t: float, degrees: int) -> float:
+    """Probability that Student's t is between -t and t. Source: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2 == 1
+    total, term = 0.0, cosine if odd else 1.0
+    for factor in range(2 if odd else 1, degrees, 2):
+        total += term
+        term *= cosine * cosine * factor / (factor + 1)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def _students(value: float, error: float, degrees: int) -> tuple[Interval, float]:
+    """A figure with its interval, and the p of its being 0."""
+    reach = _quantile(degrees) * error
+    figure = Interval(value=value, low=value - reach, high=value + reach)
+    if error == 0:
+        return figure, 1.0 if value == 0 else 0.0
+    return figure, 1 - student_cover(abs(value) / error, degrees)
+
+
+def _quantile(degrees: int) -> float:
+    """The t that covers 95%."""
+    return _root(lambda t: student_cover(t, degrees) - 0.95)
+
+
+def _root(rising: Callable[[float], float]) -> float:
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return high
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p as it counts beside the others. Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure"
+    (1979)."""
+    adjusted = [1.0] * len(ps)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -1,0 +1,199 @@
+"""The page of findings: what is claimed, what is not, what went wrong."""
+
+from dataclasses import replace
+
+import pytest
+from shown import texts
+from synthetic import report_of, with_result
+
+from resnet_bk.report import findings, summary
+from resnet_bk.report.blocks import Bullets, Note, Table
+from resnet_bk.schema import Check, Comparison, Failure, GpuSample
+
+
+def page(report):
+    return "\n".join(texts(summary.build(report)))
+
+
+def grave(report):
+    return "\n".join(found.text for found in findings.findings_of(report) if found.grave)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return report_of()
+
+
+@pytest.fixture(scope="module")
+def failing():
+    return report_of(failing=True)
+
+
+def with_ratio(report, value, low, high, claimed):
+    ratio = Comparison(value=value, low=low, high=high, p=0.001 if claimed else 0.5, claimed=claimed)
+    ratios = [replace(row, ratio=ratio) for row in report.results.timing.ratios]
+    return with_result(report, "timing", ratios=ratios)
+
+
+@pytest.mark.parametrize(
+    ("figures", "table", "sentence"),
+    [
+        (
+            (1.3, 1.2, 1.4, True),
+            "ResNet-BK is 1.30 times as fast",
+            "ResNet-BK is faster: it is 1.30 (1.20 to 1.40) times",
+        ),
+        (
+            (0.5, 0.4, 0.625, True),
+            "Transformer is 2.00 times as fast",
+            "slower: Transformer is 2.00 (1.60 to 2.50) times",
+        ),
+        ((1.1, 1.05, 1.2, False), "no difference can be claimed", "No difference in time can be claimed for"),
+    ],
+)
+def test_a_difference_of_time_is_claimed_only_where_it_may_be(report, figures, table, sentence):
+    value, low, high, claimed = figures
+    changed = with_ratio(report, value, low, high, claimed)
+    said = page(changed)
+    assert f"time of a step | {value:.2f} ({low:.2f} to {high:.2f}) | {table}" in said
+    assert sentence in said
+    assert ("is faster: " in said) == (claimed and value > 1)
+    assert ("is slower: " in said) == (claimed and value < 1)
+
+
+@pytest.mark.parametrize("sections", [("flops", "timing", "memory"), ("stability",), ()])
+def test_the_ratios_that_every_report_names_are_there_measured_or_not(sections):
+    shown = summary.build(report_of(sections=sections))
+    (table,) = (block for block in shown.blocks if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == [
+        "FLOPs of a step",
+        "forward time",
+        "backward time",
+        "time of a step",
+        "peak memory of a step",
+    ]
+    assert all((row[2] == "not measured") == (not sections or sections == ("stability",)) for row in table.rows)
+
+
+def test_a_ratio_that_no_model_could_give_is_not_measured(report):
+    changed = with_result(with_result(report, "flops", ratio=None), "memory", ratio=None)
+    assert "FLOPs of a step |  | not measured" in page(changed)
+    assert "peak memory of a step |  | not measured" in page(changed)
+
+
+def test_a_claim_about_learning_has_its_interval_either_way(report):
+    assert "ResNet-BK learns more from the same tokens than Transformer, by 0.320 (0.270 to 0.370)" in page(report)
+    (row, *_) = report.results.convergence.differences
+    worse = replace(row, difference=Comparison(value=-0.2, low=-0.3, high=-0.1, p=0.001, claimed=True))
+    said = page(with_result(report, "convergence", differences=[worse]))
+    assert "Transformer learns more from the same tokens than ResNet-BK, by 0.200 (0.100 to 0.300)" in said
+    none = replace(row, difference=Comparison(value=0.1, low=-0.1, high=0.3, p=0.2, claimed=False))
+    said = page(with_result(report, "convergence", differences=[none]))
+    assert "no difference to Transformer can be claimed: its loss less this one is +0.100 (-0.100 to +0.300)" in said
+    assert "learns more" not in said
+
+
+def test_one_seed_claims_nothing_about_learning():
+    said = page(report_of(seeds=1))
+    assert "One seed and rates that are not tuned: this says nothing about which model learns better." in said
+    assert "learns more" not in said
+
+
+def test_a_diverged_run_is_said_and_has_no_part_in_a_mean(failing):
+    said = page(failing)
+    assert "Training diverged: Transformer in 1 of 3 runs." in said
+    assert "4.950 (Transformer)" in said  # of the two seeds that ended
+    arms = [replace(arm, test_loss=None) for arm in failing.results.convergence.arms]
+    assert "There are no test losses of both" in page(with_result(failing, "convergence", arms=arms))
+
+
+def test_cells_without_a_figure_are_named_with_what_happened(failing):
+    said = grave(failing)
+    assert "5 of 18 measurements gave no figure" in said
+    for words in (
+        "scaling/sequence_length-transformer-16384 ran out of memory",
+        "scaling/num_experts took longer than a cell may",
+        "convergence/transformer-2 crashed",
+        "no FLOP formula for resnet_bk::bk_causal",
+        "had to be withheld",
+    ):
+        assert words in said
+
+
+def test_many_failures_are_counted_and_not_all_named(report):
+    lost = replace(report.cells["gates/operators"], failure=Failure(kind="not a number", message="loss"))
+    changed = replace(report, cells={f"timing/{number}": lost for number in range(50)})
+    assert "timing/0, timing/1, timing/2 and 47 more gave what is not a number" in grave(changed)
+
+
+def test_foreign_load_and_throttling_are_said(failing, report):
+    assert "at worst 21% of the time, in timing/build-1" in grave(failing)
+    assert "busy" not in grave(report)
+    sample = GpuSample(seconds=1.0, sm_clock_mhz=1980.0, temperature=70.0, power_watts=600.0, throttled=False)
+    hot = with_result(report, "timing", gpu=[sample, replace(sample, throttled=True)])
+    assert "lowered its own clock in 1 of 2 samples" in grave(hot)
+    assert "clock" not in grave(with_result(report, "timing", gpu=[sample]))
+
+
+def test_a_leak_of_memory_and_a_planner_that_promised_too_little_are_defects(failing, report):
+    assert "Memory grows from step to step: ResNet-BK (1.3 MB a step)" in grave(failing)
+    assert "It promised too little for Transformer." in grave(failing)
+    assert "leak" not in grave(report) and "promised" not in grave(report)
+    assert "with an error of +0.7% (ResNet-BK), +0.7% (Transformer)" in page(report)
+
+
+def test_checks_that_failed_and_models_that_read_ahead_are_said(failing, report):
+    assert "Checks that failed: bk_core: numbers that are not finite at eta = 1e-6; Seed's mixer reads later" in grave(
+        failing
+    )
+    assert not grave(report)
+
+
+def test_counts_that_disagree_with_the_formula_are_said(report):
+    first, *others = report.results.flops.models
+    changed = with_result(report, "flops", models=[replace(first, formula_forward=first.forward // 2), *others])
+    assert "Counted FLOPs differ from those by formula: ResNet-BK by" in grave(changed)
+
+
+def test_a_model_that_is_not_ours_has_no_formula_and_no_mixer_to_tell():
+    said = page(report_of(foreign=True))
+    assert "FLOPs of gpt2 are counted alone: there is no formula to check them by." in said
+    assert "against gpt2 (from hf:/data/models" in said
+    assert "gpt2's figure over ResNet-BK's" in said
+
+
+def test_the_seeds_variants_are_told_with_what_may_be_claimed(report):
+    said = page(report)
+    assert (
+        "The test loss of Seed's mixer is 5.010 (mean of 3 seeds); no difference to Transformer can be claimed" in said
+    )
+    assert "is a leak and no result" in said
+    gradient = Comparison(value=1.2, low=1.0, high=1.4, p=0.001, claimed=True)
+    changed = with_result(report, "convergence", gradient_difference=gradient)
+    assert (
+        "the exact gradient learns more from the same tokens than the analytic one, by 1.200 (1.000 to 1.400)"
+        in page(changed)
+    )
+
+
+def test_a_failed_gate_is_the_first_thing_said(report):
+    gates = [Check(name="ResNet-BK: no logit depends on a later token", measured=0.1, limit=1e-10, passed=False)]
+    shown = summary.build(replace(report, gates=gates))
+    note = next(block for block in shown.blocks if isinstance(block, Note))
+    assert note.grave and "A gate failed: ResNet-BK: no logit depends on a later token." in note.text
+    assert "did not run" in page(replace(report, gates=[]))
+
+
+def test_the_most_important_findings_are_the_ones_that_are_kept(failing):
+    everything = findings.findings_of(failing)
+    assert [found.rank for found in everything] == sorted(found.rank for found in everything)
+    kept, left = findings.within(everything, lines=8, letters=100)
+    assert kept[0] == everything[0] and left == len(everything) - len(kept) > 0
+    assert max(found.rank for found in kept) < max(found.rank for found in everything)
+
+
+def test_what_does_not_fit_on_the_page_is_counted(failing):
+    cell = replace(failing.cells["gates/operators"], failure=Failure(kind="error", message="x" * 1500))
+    shown = summary.build(replace(failing, cells={**failing.cells, "memory/transformer": cell}))
+    said = [item for block in shown.blocks if isinstance(block, Bullets) for item in block.items]
+    assert any("findings that do not fit on this page" in item for item in said)
