@@ -10,6 +10,7 @@ from resnet_bk.report.wording import listing, signed_interval
 from resnet_bk.schema import Arm, Comparison, ConvergenceResult, CurvePoint, Report, SweepPoint
 
 BAND = 0.18
+LEGIBLE = 1e5
 T = TypeVar("T")
 
 
@@ -236,7 +237,7 @@ def _spikes(result: ConvergenceResult) -> Table:
             [
                 _name(arms[0]),
                 _largest([arm.largest_jump for arm in arms]),
-                f"{fmean(norms):.2f}" if norms else "not a number",
+                _figure(fmean(norms)) if norms else "not a number",
                 _largest([arm.largest_gradient_norm for arm in arms]),
             ]
         )
@@ -250,7 +251,12 @@ def _spikes(result: ConvergenceResult) -> Table:
 
 def _largest(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{max(known):.2f}" if len(known) == len(values) else "not known"
+    return _figure(max(known)) if len(known) == len(values) else "not known"
+
+
+def _figure(value: float) -> str:
+    """What diverges has a norm of many digits, none of which matters."""
+    return f"{value:.2f}" if abs(value) < LEGIBLE else f"{value:.1e}"
 
 
 def _losses_plot(result: ConvergenceResult) -> Plot:
