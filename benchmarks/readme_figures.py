@@ -29,7 +29,8 @@ THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
 DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
 FRUGAL, FRUGAL_GPU = (ROOT / "benchmarks" / "results" / kind / "frugal.json" for kind in ("cpu", "gpu"))
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
-PLANNER = ROOT / "benchmarks" / "results" / "cpu" / "planner.json"
+PLANNER, PLANNER_GPU = (ROOT / "benchmarks" / "results" / kind / "planner.json" for kind in ("cpu", "gpu"))
+BUDGETS = ROOT / "benchmarks" / "results" / "gpu" / "planner-budgets.json"
 PHASES = {
     "forward": "forward time",
     "backward": "backward time",
@@ -144,15 +145,16 @@ def speeds_table() -> str:
 
 def planner_table() -> str:
     """Predicted against measured, by where it was measured."""
-    document = read_json(PLANNER)
-    cells = [row for row in document["cells"] if "error" in row]
-    allocated = [row["error"] for row in document["recorded"]]
-    reserved = [row["reserved_error"] for row in document["recorded"] if "reserved_error" in row]
+    document, on_gpu, budgets = (read_json(path) for path in (PLANNER, PLANNER_GPU, BUDGETS))
+    trials = [row for row in budgets["trials"] if "errors" in row]
     rows = [
-        ("tensors of ResNet-BK, every strategy, CPU", _tensor_errors(cells, "ours")),
-        ("tensors of GPT-2, Llama, GPT-NeoX, CPU", _tensor_errors(cells, "foreign")),
-        ("allocated on an H100, as recorded", allocated),
-        ("reserved on an H100, as recorded", reserved),
+        ("CPU: tensors of ResNet-BK, every strategy", _errors(document, "tensor_bytes", "ours")),
+        ("CPU: tensors of GPT-2, Llama, GPT-NeoX", _errors(document, "tensor_bytes", "foreign")),
+        ("GPU: the same 72 steps, allocated", _errors(on_gpu, "allocated_bytes")),
+        ("GPU: the same, reserved", _errors(on_gpu, "reserved_bytes")),
+        ("GPU: `100m` and `1b` in budgets, allocated", [row["errors"]["allocated_bytes"] for row in trials]),
+        ("GPU: the same, reserved", [row["errors"]["reserved_bytes"] for row in trials]),
+        ("GPU: the same, host memory over a bare process", [row["errors"]["host_bytes"] for row in trials]),
     ]
     lines = [
         "| predicted peak against the measured one | runs | median of the error's size | least | largest |",
@@ -161,13 +163,24 @@ def planner_table() -> str:
     for name, errors in rows:
         size = median(abs(error) for error in errors)
         lines.append(f"| {name} | {len(errors)} | {size:.2%} | {min(errors):+.2%} | {max(errors):+.2%} |")
-    gpu = "[recorded runs](benchmarks/results/gpu/step.json), [and these](benchmarks/results/gpu/frugal.json)"
-    where = f"[all cells](benchmarks/results/cpu/planner.json): {source(document)}; {gpu}: NVIDIA H100 80GB HBM3"
-    return "\n".join([*lines, "", f"<sub>{where}</sub>"])
+    counts = budgets["summary"]["counts"]
+    edges = (
+        f"With exactly the predicted budget {counts['fits']['as_planned']} of {counts['fits']['trials']} ways to train "
+        f"ran; with one that the prediction misses by 10% {counts['misses']['as_planned']} of "
+        f"{counts['misses']['trials']} ran out of memory; in round budgets, by the way that the search chose, "
+        f"{counts['chosen']['as_planned']} of {counts['chosen']['trials']} ran."
+    )
+    where = (
+        f"[CPU](benchmarks/results/cpu/planner.json): {source(document)}; "
+        f"[GPU](benchmarks/results/gpu/planner.json), [budgets](benchmarks/results/gpu/planner-budgets.json): "
+        f"{source(on_gpu)}"
+    )
+    return "\n".join([*lines, "", edges, "", f"<sub>{where}</sub>"])
 
 
-def _tensor_errors(cells: list[dict[str, Any]], kind: str) -> list[float]:
-    return [row["error"]["tensor_bytes"] for row in cells if row["kind"] == kind]
+def _errors(document: dict[str, Any], figure: str, kind: str | None = None) -> list[float]:
+    rows = [row for row in document["cells"] if "error" in row]
+    return [row["error"][figure] for row in rows if kind in (None, row["kind"])]
 
 
 def frugal_table() -> str:

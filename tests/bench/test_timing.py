@@ -13,6 +13,7 @@ from resnet_bk.bench import machine, timing
 from resnet_bk.bench.cells import Outcome
 from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs
 from resnet_bk.bench.machine import CacheFlush, GpuWatch, cache_bytes, measure_peaks, parse_answer
+from resnet_bk.bench.process import Waiting
 from resnet_bk.bench.profiles import PROFILES
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import Subject, language_model_loss, random_batch, random_tokens
@@ -24,6 +25,7 @@ from resnet_bk.training.config import DataConfig, TrainingConfig
 CPU = torch.device("cpu")
 TRAINING = TrainingConfig(batch_size=2, sequence_length=16)
 SMOKE = PROFILES["smoke"]
+BUSY = 0.03  # share of the time that a process waits for a processor
 TRAINED = ("forward", "backward", "optimizer", "step", "forward, cold cache")
 
 
@@ -234,25 +236,27 @@ def test_a_call_is_timed_with_the_devices_work():
     assert timing.seconds_of(lambda: None, synchronize) >= 0.02
 
 
+def repetitions(baseline, is_found):
+    """How many of twenty runs claim something; none are asked of a machine that others keep busy."""
+    watch, found = Waiting(), 0
+    for _ in range(20):
+        result = against(baseline, rounds=150, builds=3, warmup_rounds=3)
+        found += any(row.ratio.claimed for row in result.ratios if is_found(row))
+    if (watch.share() or 0) > BUSY:
+        pytest.skip(f"other programs had the processor for {watch.share():.0%} of the time")
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_machine", "one_thread")
 def test_a_model_against_itself_differs_in_one_of_twenty_repetitions_at_most():
-    claims = 0
-    for _ in range(20):
-        result = against(small, rounds=150, builds=3, warmup_rounds=3)
-        claims += any(row.ratio.claimed for row in result.ratios)
-    assert claims <= 1
+    assert repetitions(small, lambda _: True) <= 1
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_machine", "one_thread")
 def test_a_model_that_is_five_percent_slower_is_found_in_nineteen_of_twenty_repetitions():
-    found = 0
-    for _ in range(20):
-        result = against(small_and_slower, rounds=150, builds=3, warmup_rounds=3)
-        (ratio,) = (row.ratio for row in result.ratios if row.phase == "forward")
-        found += ratio.claimed and ratio.value > 1
-    assert found >= 19
+    assert repetitions(small_and_slower, lambda row: row.phase == "forward" and row.ratio.value > 1) >= 19
 
 
 @pytest.mark.usefixtures("quick_machine", "one_thread")

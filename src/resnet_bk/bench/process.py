@@ -119,7 +119,7 @@ def _child(
     gc.freeze()
     # Ctrl-C is the parent's business, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    waiting, running = _waiting_and_running()
+    watch = Waiting()
     try:
         message = _Message(result=msgspec.Raw(msgspec.json.encode(work(*arguments))))
     except BaseException as error:  # whatever it is, it is what this cell came to
@@ -127,16 +127,23 @@ def _child(
         message = _Message(kind=kind_of(error), failure=f"{type(error).__name__}: {text}")
         if os.environ.get("RESNET_BK_TRACEBACKS"):
             traceback.print_exc(file=sys.stderr)
-    message.waited = _share_waited(waiting, running)
+    message.waited = watch.share()
     with contextlib.suppress(BrokenPipeError):  # nobody is there to hear of it any more
         sender.send_bytes(msgspec.json.encode(message))
     sender.close()
 
 
-def _share_waited(waiting: float, running: float) -> float | None:
-    later_waiting, later_running = _waiting_and_running()
-    waited, ran = later_waiting - waiting, later_running - running
-    return waited / (waited + ran) if ran > 0 and waited >= 0 else None
+class Waiting:
+    """How much of its time this process waits for a processor, from here on."""
+
+    def __init__(self) -> None:
+        self._waiting, self._running = _waiting_and_running()
+
+    def share(self) -> float | None:
+        """Of the time in which its threads were ready; None where the system does not tell."""
+        waiting, running = _waiting_and_running()
+        waited, ran = waiting - self._waiting, running - self._running
+        return waited / (waited + ran) if ran > 0 and waited >= 0 else None
 
 
 def _waiting_and_running() -> tuple[float, float]:
