@@ -89,8 +89,8 @@ def test_an_operator_without_a_formula_is_no_zero(measured):
     assert report.results.flops.ratio is None
 
 
-def test_of_equal_models_no_difference_is_claimed(measured):
-    report = measured("equal", "flops", "timing", "memory", rounds=10)
+def test_of_equal_models_no_difference_is_seen_where_there_is_no_noise(measured):
+    """What noise does to times is for test_timing.py and benchmarks/claims.py, which repeat it."""
+    report = measured("equal", "flops", "memory")
     assert report.results.flops.ratio == 1
     assert report.results.memory.ratio == 1
-    assert not [row.phase for row in report.results.timing.ratios if row.ratio.claimed]

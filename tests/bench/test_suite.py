@@ -77,10 +77,12 @@ def test_every_phase_was_measured_for_all_in_every_round(smoke_report):
 
 
 def test_memory_grows_through_the_step_and_the_planner_does_not_promise_less(smoke_report):
-    for model in smoke_report[0].results.memory.models:
+    report, _ = smoke_report
+    for contestant, model in zip(report.contestants, report.results.memory.models, strict=True):
         assert model.after_load < model.after_forward <= model.peak_forward <= model.peak_step
         assert model.peak_backward <= model.peak_step <= model.predicted_peak
-        assert model.optimizer >= 2 * model.after_load
+        assert model.after_load >= 4 * contestant.parameters
+        assert model.optimizer >= 8 * contestant.parameters
         assert model.grown_per_step == 0
 
 
@@ -186,6 +188,31 @@ def test_the_time_left_falls_and_every_cell_is_told_of(tmp_path, smoke_config, m
     assert [event.cell for event in ended] == [f"gates/{name}" for name in ("operators", *KEYS)]
     assert [event.done for event in ended] == [1, 2, 3, 4]
     assert all(event.total >= event.done for event in events)
+
+
+def test_whom_a_gate_lets_in_later_is_measured_beside_the_others(tmp_path, smoke_config, monkeypatch):
+    config = replace(smoke_config, sections=("timing",))
+
+    def hangs():
+        return Ended(seconds=1.0, failure=Failure(kind="timeout", message="no end after 1 s"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "run_apart", with_cell("gates/transformer", hangs))
+        report = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert report.cells["timing/transformer"].failure.kind == "withheld"
+    assert report.results.timing.ratios == []
+    again = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert not [name for name, cell in again.cells.items() if cell.failure]
+    assert {row.contestant for row in again.results.timing.phases} == set(KEYS)
+    assert again.results.timing.ratios
+
+
+def test_a_damaged_cell_is_measured_again(tmp_path, smoke_config):
+    config = replace(smoke_config, sections=("flops",))
+    report = suite.run_benchmark(config, tmp_path, command=["bench"])
+    (tmp_path / "cells" / "flops--transformer.json").write_text('{"cell": ', encoding="utf-8")
+    again = suite.run_benchmark(config, tmp_path, command=["bench"])
+    assert again.results == report.results
 
 
 def test_cells_of_another_benchmark_are_not_taken_for_these(tmp_path, smoke_config):

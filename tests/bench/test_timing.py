@@ -240,7 +240,7 @@ def repetitions(baseline, is_found):
     """How many of twenty runs claim something; none are asked of a machine that others keep busy."""
     watch, found = Waiting(), 0
     for _ in range(20):
-        result = against(baseline, rounds=150, builds=3, warmup_rounds=3)
+        result = against(baseline, rounds=320, builds=16, warmup_rounds=2)
         found += any(row.ratio.claimed for row in result.ratios if is_found(row))
     if (watch.share() or 0) > BUSY:
         pytest.skip(f"other programs had the processor for {watch.share():.0%} of the time")

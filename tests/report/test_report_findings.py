@@ -8,7 +8,7 @@ from synthetic import report_of, with_result
 
 from resnet_bk.report import findings, summary
 from resnet_bk.report.blocks import Bullets, Note, Table
-from resnet_bk.schema import Check, Comparison, Failure, GpuSample
+from resnet_bk.schema import CellStatus, Check, Comparison, Failure, GpuSample
 
 
 def page(report):
@@ -197,3 +197,10 @@ def test_what_does_not_fit_on_the_page_is_counted(failing):
     shown = summary.build(replace(failing, cells={**failing.cells, "memory/transformer": cell}))
     said = [item for block in shown.blocks if isinstance(block, Bullets) for item in block.items]
     assert any("findings that do not fit on this page" in item for item in said)
+
+
+def test_a_gate_that_did_not_end_is_not_said_to_have_held(report):
+    hung = CellStatus(seconds=1.0, failure=Failure(kind="timeout", message="no end after 1 s"))
+    told = page(replace(report, cells={**report.cells, "gates/operators": hung}))
+    assert "gates held" not in told
+    assert "No end of gates/operators" in told

@@ -2,7 +2,6 @@
 every other figure worthless."""
 
 import math
-from typing import Any
 
 import torch
 
@@ -82,10 +81,3 @@ def reasons_to_withhold(setup: Setup, outcomes: Outcomes) -> tuple[dict[str, str
     if outcomes[OPERATORS].status.failure is not None:
         wrong = dict.fromkeys(setup.all_contenders, "the operators' gate did not end") | wrong
     return broken, wrong
-
-
-def failed(checks: list[Check], outcomes: Any) -> list[str]:
-    """Names of what did not hold, for one line."""
-    return [found.name for found in checks if not found.passed] + [
-        f"{name} did not end" for name, outcome in outcomes.items() if outcome.status.failure is not None
-    ]

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -92,9 +93,9 @@ def _receive(receiver: Connection, timeout: float) -> bytes | str | None:
 def _stop(process: Any) -> None:
     """With all that it has started, which is in its group."""
     process.join(0.5)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
     if process.is_alive():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         process.join(5)
         if process.is_alive():
             process.kill()
@@ -117,6 +118,7 @@ def _child(
         os.setpgid(0, 0)
     # What libraries have made is not to be looked at whenever a measurement collects its garbage: 0.3 s each time.
     gc.freeze()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C is the parent's business, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     watch = Waiting()
@@ -131,6 +133,14 @@ def _child(
     with contextlib.suppress(BrokenPipeError):  # nobody is there to hear of it any more
         sender.send_bytes(msgspec.json.encode(message))
     sender.close()
+
+
+def _end_with_parent() -> None:
+    """A benchmark that was killed leaves nothing running."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Waiting:

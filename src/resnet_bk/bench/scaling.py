@@ -162,8 +162,13 @@ def crossover_of(points: Sequence[ScalingPoint]) -> int | None:
             return apart and point.seconds.median < (1 - MARGIN) * other.seconds.median
         return any(first <= value for first in gave_up)
 
+    def can_be_told(value: int) -> bool:
+        """Not where the baseline has no figure for another reason, as beyond a table of its positions."""
+        other = theirs.get(value)
+        return (other is not None and other.seconds is not None) or any(first <= value for first in gave_up)
+
     crossover = None
-    for value in sorted({*ours, *theirs}, reverse=True):
+    for value in sorted(filter(can_be_told, {*ours, *theirs}), reverse=True):
         if not is_ahead(value):
             break
         crossover = value

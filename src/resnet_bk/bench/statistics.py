@@ -121,15 +121,16 @@ def holm(ps: Sequence[float]) -> list[float]:
 def power_law(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, resamples: int) -> Interval:
     """Slope of log(median) over log(length), by least squares; the interval is the noise of the samples."""
     logs = np.log(np.asarray(lengths, dtype=np.float64))
-    medians = np.stack([bootstrap_medians(np.asarray(row, dtype=np.float64), resamples) for row in samples])
+    generator = np.random.default_rng(0)  # one for all rows, whose noises have nothing to do with each other
+    medians = np.stack([bootstrap_medians(np.asarray(row, dtype=np.float64), resamples, generator) for row in samples])
     value = _slope(logs, np.log([[np.median(row)] for row in samples]))[0]
     low, high = _bounds(_slope(logs, np.log(medians)))
     return Interval(value=float(value), low=low, high=high)
 
 
-def bootstrap_medians(values: Samples, resamples: int) -> Samples:
+def bootstrap_medians(values: Samples, resamples: int, generator: np.random.Generator | None = None) -> Samples:
     """Medians of ``resamples`` draws with replacement."""
-    generator = np.random.default_rng(0)
+    generator = generator or np.random.default_rng(0)
     drawn = values[generator.integers(values.size, size=(resamples, values.size))]
     medians: Samples = np.median(drawn, axis=1)
     return medians

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from resnet_bk.bench.contestants import build_model
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
@@ -34,7 +35,9 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     if isinstance(model, ResNetBKForCausalLM):
         output = model(input_ids, use_cache=False, return_logits=True)
     else:
-        output = model(input_ids, use_cache=False) if hasattr(model, "generate") else model(input_ids)
+        output = model(input_ids, use_cache=False) if isinstance(model, PreTrainedModel) else model(input_ids)
+    if isinstance(output, tuple):
+        output = output[0]
     logits = output if isinstance(output, Tensor) else output.logits
     assert isinstance(logits, Tensor)
     return logits
@@ -84,7 +87,8 @@ class Subject:
     @property
     def generates(self) -> bool:
         """Whether it reads a prompt and goes on from a cache."""
-        return hasattr(self.model, "generate") and self.inputs.ndim == 2 and not self.inputs.is_floating_point()
+        is_text = self.inputs.ndim == 2 and not self.inputs.is_floating_point()
+        return isinstance(self.model, PreTrainedModel) and self.model.can_generate() and is_text
 
     def forward(self) -> Tensor:
         """The loss of the batch."""

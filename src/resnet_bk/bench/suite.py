@@ -46,6 +46,7 @@ REPORT_FILE, CELLS_FOLDER = "report.json", "cells"
 MODULES: dict[str, Section] = {
     module.NAME: module for module in (gates, flops, timing, memory, convergence, scaling, stability)
 }
+ASKED = ("cell", "arguments", "contestants")
 # Figures that a wrong model must not have.
 WITHHELD_FROM = ("timing", "convergence", "scaling")
 
@@ -226,6 +227,9 @@ class _Run:
 
     def whole(self, setup: Setup, report: Report) -> Report:
         """Gates, then the sections that were asked for."""
+        asked = (gates.NAME, *self._sections)
+        others = {name: status for name, status in report.cells.items() if name.partition("/")[0] not in asked}
+        report = replace(report, cells=others)  # the rest is made anew, of what is kept and what is measured
         write_json(self._out / REPORT_FILE, to_json(report))
         report = self._section(gates, setup, report, later=setup)
         report = replace(report, gates=gates.assemble(setup, self._outcomes[gates.NAME]))
@@ -242,7 +246,7 @@ class _Run:
         outcomes = self._outcomes[name]
         while todo := [cell for cell in module.cells(setup, outcomes) if cell.name not in outcomes]:
             cell = todo[0]
-            outcome = self._kept(module, cell)
+            outcome = self._kept(module, cell, setup)
             if outcome is None:
                 left = sum(cell.weight for cell in todo) + self._weight_of_sections_after(name, later)
                 outcome = self._measured(setup, cell, left, len(todo), report)
@@ -259,7 +263,7 @@ class _Run:
         self._on_progress(Progress(cell=cell.path, done=done, total=done + cells_left, seconds_left=left, status=None))
         ended = run_apart(measure_cell, (setup, cell), timeout=setup.profile.cell_seconds, kind_of=failure_kind)
         self._spent, self._weight_spent = self._spent + ended.seconds, self._weight_spent + cell.weight
-        outcome = self._keep(cell, ended)
+        outcome = self._keep(cell, ended, setup)
         self._on_progress(
             Progress(cell=cell.path, done=done + 1, total=done + cells_left, seconds_left=left, status=outcome.status)
         )
@@ -277,23 +281,38 @@ class _Run:
     def _path(self, cell: Cell) -> Path:
         return self._out / CELLS_FOLDER / f"{cell.section}--{cell.name.replace('/', '--')}.json"
 
-    def _keep(self, cell: Cell, ended: Ended) -> Outcome:
+    def _keep(self, cell: Cell, ended: Ended, setup: Setup) -> Outcome:
         status = CellStatus(seconds=ended.seconds, failure=ended.failure, waited=ended.waited)
         raw = None if ended.result is None else msgspec.json.decode(ended.result)
-        write_json(self._path(cell), {"cell": cell.path, "status": msgspec.to_builtins(status), "result": raw})
-        return Outcome(status=status, result=_decoded(MODULES[cell.section], raw))
+        try:
+            result = _decoded(MODULES[cell.section], raw)
+        except msgspec.ValidationError as error:
+            failure = Failure(kind="error", message=f"a figure is out of all bounds: {error}")
+            status, raw, result = replace(status, failure=failure), None, None
+        document = {**_asked(cell, setup), "status": msgspec.to_builtins(status), "result": raw}
+        write_json(self._path(cell), document)
+        return Outcome(status=status, result=result)
 
-    def _kept(self, module: Section, cell: Cell) -> Outcome | None:
-        """What an earlier call measured. Failures are tried again."""
+    def _kept(self, module: Section, cell: Cell, setup: Setup) -> Outcome | None:
+        """What an earlier call measured, of the same contestants. Failures are tried again."""
         if not self._path(cell).exists():
             return None
-        document = read_json(self._path(cell))
         try:
+            document = read_json(self._path(cell))
+            if {name: document[name] for name in ASKED} != _asked(cell, setup):
+                return None
             status = msgspec.convert(document["status"], CellStatus)
             result = _decoded(module, document["result"])
-        except (msgspec.ValidationError, KeyError, TypeError):
+        except (UserError, msgspec.ValidationError, KeyError, TypeError):
             return None
         return None if status.failure is not None else Outcome(status=status, result=result)
+
+
+def _asked(cell: Cell, setup: Setup) -> dict[str, Any]:
+    """What a cell was asked: whom a gate has let in since was not measured in it."""
+    asked = (cell.path, dict(cell.arguments), list(setup.contenders))
+    found: dict[str, Any] = msgspec.to_builtins(dict(zip(ASKED, asked, strict=True)))
+    return found
 
 
 def _decoded(module: Section, raw: Any) -> Any:

@@ -288,7 +288,10 @@ def _losses(first: Report, second: Report, labels: dict[str, str]) -> Iterator[C
 
 
 def _by_seed(arms: list[Arm], key: str) -> dict[int, float]:
-    return {arm.seed: arm.test_loss for arm in arms if arm.key == key and arm.test_loss is not None}
+    """Empty if one of them diverged: what is left would be a choice of the good ones."""
+    losses = {arm.seed: arm.test_loss for arm in arms if arm.key == key}
+    known = {seed: loss for seed, loss in losses.items() if loss is not None}
+    return known if len(known) == len(losses) else {}
 
 
 def _exponents(first: Report, second: Report, labels: dict[str, str]) -> Iterator[Change]:

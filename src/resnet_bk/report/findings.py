@@ -159,7 +159,9 @@ def _learning(report: Report) -> Iterator[Finding]:
         said = f"{lead}; its seeds carry no comparison. {unigram}"
     else:
         claim = _compared(difference.difference, ours.label, baseline.label)
-        said = f"{lead}, means of {len(result.seeds)} seeds: {claim}. {unigram}"
+        whole = all(len(found) == len(result.seeds) for found in losses.values())
+        seeds = f"{len(result.seeds)} seeds" if whole else "the seeds that have one"
+        said = f"{lead}, means of {seeds}: {claim}. {unigram}"
     yield Finding(rank=10, text=said)
 
 

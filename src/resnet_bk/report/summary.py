@@ -60,6 +60,12 @@ def _gates(report: Report) -> Note | Paragraph:
         return Note(
             text=f"A gate failed: {'; '.join(failed)}. Speed and losses of what failed are withheld.", grave=True
         )
+    if missing := report.failures_of("gates"):
+        return Note(
+            text=f"No end of {', '.join(missing)}: what they would have shown is not known, and figures of their "
+            "models are withheld.",
+            grave=True,
+        )
     if not report.gates:
         return Note(text="The gates did not run: nothing here is known to be right.", grave=True)
     return Paragraph(

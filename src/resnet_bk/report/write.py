@@ -12,6 +12,7 @@ from resnet_bk.report.document import Document
 from resnet_bk.schema import Report, read_report
 
 T = TypeVar("T")
+Rendered = tuple[bytes, bytes | None]
 
 
 def write_pdf(report: Path, out: Path) -> Path:
@@ -32,7 +33,8 @@ def write_report(report: Path, *, pdf_path: Path, html_path: Path | None) -> Non
     """
     _check_names(pdf_path, html_path)
     read = read_report(report)
-    _write(_composed(report, lambda: document.compose(read)), pdf_path, html_path)
+    made = _composed(report, lambda: _rendered(document.compose(read), with_page=html_path is not None))
+    _write(made, pdf_path, html_path)
 
 
 def write_comparison(first: Path, second: Path, *, pdf_path: Path, html_path: Path | None) -> RunComparison:
@@ -43,14 +45,20 @@ def write_comparison(first: Path, second: Path, *, pdf_path: Path, html_path: Pa
     """
     _check_names(pdf_path, html_path)
     reports = read_report(first), read_report(second)
-    found, composed = _composed(second, lambda: _compared(*reports))
-    _write(composed, pdf_path, html_path)
+    with_page = html_path is not None
+    found, made = _composed(second, lambda: _compared(*reports, with_page=with_page))
+    _write(made, pdf_path, html_path)
     return found
 
 
-def _compared(first: Report, second: Report) -> tuple[RunComparison, Document]:
+def _compared(first: Report, second: Report, *, with_page: bool) -> tuple[RunComparison, Rendered]:
     found = compare_runs(first, second)
-    return found, comparison.compose(first, second, found)
+    return found, _rendered(comparison.compose(first, second, found), with_page=with_page)
+
+
+def _rendered(composed: Document, *, with_page: bool) -> Rendered:
+    """The PDF, and the HTML page if there is to be one: all that can fail before anything is written."""
+    return pdf.typeset(composed), html.page(composed).encode() if with_page else None
 
 
 def _check_names(pdf_path: Path, html_path: Path | None) -> None:
@@ -63,16 +71,17 @@ def _check_names(pdf_path: Path, html_path: Path | None) -> None:
 def _composed(path: Path, compose: Callable[[], T]) -> T:
     try:
         return compose()
-    except (KeyError, TypeError, IndexError, ValueError, ArithmeticError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, ArithmeticError, AttributeError, SyntaxError) as error:
         raise UserError(
             f"{path} lacks what the report needs ({type(error).__name__}: {error}); make it again with "
             "`resnet-bk bench`"
         ) from error
 
 
-def _write(composed: Document, pdf_path: Path, html_path: Path | None) -> None:
+def _write(made: Rendered, pdf_path: Path, html_path: Path | None) -> None:
+    of_pdf, of_page = made
     make_directory(pdf_path.parent)
-    write_bytes(pdf_path, pdf.typeset(composed))
-    if html_path is not None:
+    write_bytes(pdf_path, of_pdf)
+    if html_path is not None and of_page is not None:
         make_directory(html_path.parent)
-        write_bytes(html_path, html.page(composed).encode())
+        write_bytes(html_path, of_page)

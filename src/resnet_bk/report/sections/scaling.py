@@ -126,6 +126,8 @@ def _who_is_faster_at(report: Report, axis: AxisScaling, value: int) -> str:
     told = _times_at(report, axis, value)
     if ours.low > theirs.high:
         return f"{report.baseline.label} is faster there, {told}"
+    if ours.high < theirs.low:
+        return f"{report.ours.label} is faster there by too little to count, {told}"
     return f"the difference is too small or too noisy there, {told}"
 
 

@@ -158,7 +158,8 @@ def _plot(result: StabilityResult) -> Plot:
     series = sorted({(form, length) for form, length, _ in groups})
     with drawing(height=2.4) as canvas:
         (axes,) = canvas.axes
-        for (form, length), colour in zip(series, COLOURS * len(series), strict=False):
+        lengths = sorted({length for _, length in series})
+        for form, length in series:
             etas = sorted(
                 eta for known_form, known_length, eta in groups if (known_form, known_length) == (form, length)
             )
@@ -167,8 +168,9 @@ def _plot(result: StabilityResult) -> Plot:
                 [eta for eta, found in zip(etas, errors, strict=True) if found is not None],
                 [found for found in errors if found is not None],
                 marker="o" if form == "causal" else "s",
+                linestyle="-" if form == "causal" else "--",
                 markersize=4,
-                color=colour,
+                color=COLOURS[lengths.index(length) % len(COLOURS)],
                 label=f"{form}, N = {length:,}",
             )
         axes.axhline(2**-24, color="#666666", linestyle=":", linewidth=1, label="rounding of float32")
