@@ -39,7 +39,7 @@ def findings(report):
 
 
 def test_a_model_that_sleeps_is_found_slower(measured):
-    report = measured("Sleeping", "timing", rounds=12)
+    report = measured("Sleeping", "timing", rounds=10)
     (forward,) = (row.ratio for row in report.results.timing.ratios if row.phase == "forward")
     assert forward.claimed
     assert forward.low > 1.05
@@ -74,7 +74,7 @@ def test_a_model_of_no_numbers_is_found(measured):
     ("name", "kind"), [("TooLarge", "out of memory"), ("Hanging", "timeout"), ("Dying", "crash")], ids=str
 )
 def test_what_takes_the_process_with_it_is_a_result(measured, name, kind):
-    report = measured(name, "flops", cell_seconds=20.0)
+    report = measured(name, "flops", cell_seconds=12.0)
     assert failure(report, "gates/transformer").kind == kind
     assert failure(report, "flops/transformer").kind == "withheld"
     (ours,) = report.results.flops.models

@@ -236,11 +236,11 @@ def test_a_call_is_timed_with_the_devices_work():
     assert timing.seconds_of(lambda: None, synchronize) >= 0.02
 
 
-def repetitions(baseline, is_found):
+def repetitions(baseline, is_found, **sizes):
     """How many of twenty runs claim something; none are asked of a machine that others keep busy."""
     watch, found = Waiting(), 0
     for _ in range(20):
-        result = against(baseline, rounds=320, builds=16, warmup_rounds=2)
+        result = against(baseline, warmup_rounds=2, **sizes)
         found += any(row.ratio.claimed for row in result.ratios if is_found(row))
     if (watch.share() or 0) > BUSY:
         pytest.skip(f"other programs had the processor for {watch.share():.0%} of the time")
@@ -250,13 +250,16 @@ def repetitions(baseline, is_found):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_machine", "one_thread")
 def test_a_model_against_itself_differs_in_one_of_twenty_repetitions_at_most():
-    assert repetitions(small, lambda _: True) <= 1
+    assert repetitions(small, lambda _: True, rounds=96, builds=8) <= 1
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_machine", "one_thread")
 def test_a_model_that_is_five_percent_slower_is_found_in_nineteen_of_twenty_repetitions():
-    assert repetitions(small_and_slower, lambda row: row.phase == "forward" and row.ratio.value > 1) >= 19
+    found = repetitions(
+        small_and_slower, lambda row: row.phase == "forward" and row.ratio.value > 1, rounds=320, builds=16
+    )
+    assert found >= 19
 
 
 @pytest.mark.usefixtures("quick_machine", "one_thread")
