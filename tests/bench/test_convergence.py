@@ -13,8 +13,9 @@ from resnet_bk.bench import convergence
 from resnet_bk.bench.cells import Outcome
 from resnet_bk.bench.contestants import Contender
 from resnet_bk.bench.profiles import PROFILES, fixed_rate, rates_to_try
-from resnet_bk.bench.seeds import compare, incomplete_beta, t_probability, t_quantile
+from resnet_bk.bench.seeds import compare
 from resnet_bk.bench.setup import Setup
+from resnet_bk.chance import incomplete_beta, t_probability, t_quantile
 from resnet_bk.errors import UserError
 from resnet_bk.report.sections import convergence as section
 from resnet_bk.schema import Arm, CellStatus, Comparison, CurvePoint, Failure

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_bk.bench.statistics import Pairs, compare, holm, paired_ratio, power_law, sign_flip_p, summarize
+from resnet_bk.bench.statistics import Pairs, compare, paired_ratio, power_law, sign_flip_p, summarize
+from resnet_bk.chance import holm
 
 positive = st.floats(1e-6, 1e6)
 

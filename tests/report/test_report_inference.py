@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 
+from resnet_bk.chance import holm, t_probability
 from resnet_bk.report.inference import (
-    holm,
     mean_difference,
     median_ratio,
     normal_p,
     permutation_p,
     slope_difference,
     standard_error,
-    student_cover,
 )
 
 
@@ -19,7 +18,7 @@ from resnet_bk.report.inference import (
     ("degrees", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042)]
 )
 def test_students_t_covers_what_tables_say(degrees, t):
-    assert student_cover(t, degrees) == pytest.approx(0.95, abs=1e-4)
+    assert 1 - t_probability(t, degrees) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_a_paired_difference_has_students_interval():

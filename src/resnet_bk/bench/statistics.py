@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from resnet_bk.chance import holm
 from resnet_bk.schema import Comparison, Interval, Summary
 
 Samples = NDArray[np.float64]
@@ -105,17 +106,6 @@ def sign_flip_p(pairs: Pairs) -> float:
         ways = np.concatenate([ways, np.zeros(rank)]) / 2 + np.concatenate([np.zeros(rank), ways]) / 2
     sums = 2 * np.arange(ways.size) - int(doubled.sum())
     return min(1.0, float(ways[np.abs(sums) >= observed].sum()))
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """Each p as it counts beside the others. Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure"
-    (1979)."""
-    adjusted = [1.0] * len(ps)
-    largest = 0.0
-    for place, index in enumerate(np.argsort(ps, kind="stable")):
-        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def power_law(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, resamples: int) -> Interval:

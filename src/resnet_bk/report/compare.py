@@ -5,9 +5,9 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from resnet_bk.chance import holm
 from resnet_bk.report.findings import busy_cells
 from resnet_bk.report.inference import (
-    holm,
     mean_difference,
     median_ratio,
     normal_p,

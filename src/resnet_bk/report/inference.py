@@ -1,11 +1,12 @@
 """Whether two runs differ, from what each of them wrote. Every generator is a fixed one."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resnet_bk.chance import t_probability, t_quantile
 from resnet_bk.schema import Interval
 
 Samples = NDArray[np.float64]
@@ -89,46 +90,10 @@ def slope_difference(
     return _students(slope, error, degrees)
 
 
-def student_cover(t: float, degrees: int) -> float:
-    """Probability that Student's t is between -t and t. Source: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2 == 1
-    total, term = 0.0, cosine if odd else 1.0
-    for factor in range(2 if odd else 1, degrees, 2):
-        total += term
-        term *= cosine * cosine * factor / (factor + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
 def _students(value: float, error: float, degrees: int) -> tuple[Interval, float]:
     """A figure with its interval, and the p of its being 0."""
-    reach = _quantile(degrees) * error
+    reach = t_quantile(0.95, degrees) * error
     figure = Interval(value=value, low=value - reach, high=value + reach)
     if error == 0:
         return figure, 1.0 if value == 0 else 0.0
-    return figure, 1 - student_cover(abs(value) / error, degrees)
-
-
-def _quantile(degrees: int) -> float:
-    """The t that covers 95%."""
-    return _root(lambda t: student_cover(t, degrees) - 0.95)
-
-
-def _root(rising: Callable[[float], float]) -> float:
-    low, high = 0.0, 1e4
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return high
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """Each p as it counts beside the others. Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure"
-    (1979)."""
-    adjusted = [1.0] * len(ps)
-    largest = 0.0
-    for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
-        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
-        adjusted[index] = largest
-    return adjusted
+    return figure, t_probability(value / error, degrees)
