@@ -97,6 +97,8 @@ class ModelFlags:
     """Length of a learned position table, which bounds the sequence; none (or 0) for no table and no bound."""
     tie_word_embeddings: Annotated[bool | None, preset("True|False")] = None
     """The head reuses the embedding."""
+    dropout: Annotated[float | None, preset("FLOAT")] = None
+    """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None
     """Temperature of the Gumbel-softmax in training."""
     router_aux_loss_coef: Annotated[float | None, preset("FLOAT")] = None

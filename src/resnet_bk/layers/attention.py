@@ -12,12 +12,12 @@ from resnet_bk.ops.rotation import rotate
 class CausalAttention(nn.Module):
     """Multi-head attention through ``scaled_dot_product_attention``; keys and queries carry rotary positions.
 
-    With a ``conv_size``, queries, keys and values go through a short convolution first.
+    With a ``conv_size``, queries, keys and values go through a short convolution first. ``dropout`` is of the weights.
     """
 
-    def __init__(self, *, hidden_size: int, num_heads: int, causal: bool, conv_size: int) -> None:
+    def __init__(self, *, hidden_size: int, num_heads: int, causal: bool, conv_size: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads, self.causal = num_heads, causal
+        self.num_heads, self.causal, self.dropout = num_heads, causal, dropout
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -39,7 +39,8 @@ class CausalAttention(nn.Module):
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         mask = self._mask(length, k.shape[2], context, x_BND.device)
         plain_causal = self.causal and mask is None and length == k.shape[2]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain_causal)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal)
         after["keys"], after["values"] = k, v
         return self.output(mixed.transpose(1, 2).reshape(batch_size, length, hidden_size)), after
 

@@ -8,10 +8,16 @@ from resnet_bk.layers.mixture import MixtureOfExperts, Routing
 
 
 class BKBlock(nn.Module):
-    """The seed's block: h = LN(x), m = MoE(h), v = w . m, x <- x + m + W_o [Re G(v), Im G(v)]."""
+    """The seed's block: h = LN(x), m = MoE(h), v = w . m, x <- x + m + W_o [Re G(v), Im G(v)].
 
-    def __init__(self, *, hidden_size: int, layer_norm_eps: float, mixer: BKMixer, moe: MixtureOfExperts) -> None:
+    In training ``dropout`` sets that share of both sums' numbers to 0.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, layer_norm_eps: float, mixer: BKMixer, moe: MixtureOfExperts, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.moe = moe
         self.mixer = mixer
@@ -22,14 +28,17 @@ class BKBlock(nn.Module):
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
         m_BND, routing = self.moe(self.norm(x_BND), real_tokens(context), context.batch_rows)
         mixed_BND, state = self.mixer(m_BND, context, state)
-        return x_BND + m_BND + mixed_BND, state, routing
+        return x_BND + self.dropout(m_BND) + self.dropout(mixed_BND), state, routing
 
 
 class MixerBlock(nn.Module):
-    """A block with any other mixer: x <- x + mixer(LN1 x), x <- x + MoE(LN2 x)."""
+    """A block with any other mixer: x <- x + mixer(LN1 x), x <- x + MoE(LN2 x), either with ``dropout``."""
 
-    def __init__(self, *, hidden_size: int, layer_norm_eps: float, mixer: nn.Module, moe: MixtureOfExperts) -> None:
+    def __init__(
+        self, *, hidden_size: int, layer_norm_eps: float, mixer: nn.Module, moe: MixtureOfExperts, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.mixer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.mixer = mixer
         self.moe_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
@@ -40,9 +49,9 @@ class MixerBlock(nn.Module):
     ) -> tuple[Tensor, MixerState, Routing]:
         """The residual stream after the block, the mixer's state, and how the tokens were routed."""
         mixed_BND, state = self.mixer(self.mixer_norm(x_BND), context, state)
-        x_BND = x_BND + mixed_BND
+        x_BND = x_BND + self.dropout(mixed_BND)
         m_BND, routing = self.moe(self.moe_norm(x_BND), real_tokens(context), context.batch_rows)
-        return x_BND + m_BND, state, routing
+        return x_BND + self.dropout(m_BND), state, routing
 
 
 def real_tokens(context: SequenceContext) -> Tensor | None:

@@ -49,6 +49,8 @@ class ResNetBKConfig(PreTrainedConfig):
             model.
         max_position_embeddings: length of a learned position table; None for no table and no limit.
         tie_word_embeddings: the head reuses the embedding.
+        dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
+            experts adds to the residual stream, and of attention's weights. Pieces of a batch draw their own.
         router_temperature: of the Gumbel-softmax in training.
         router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
         router_bias_update_rate: how far each expert's bias in the choice moves towards an even load after each
@@ -86,6 +88,7 @@ class ResNetBKConfig(PreTrainedConfig):
     causal: bool = True
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
+    dropout: float = 0.0
     router_temperature: float = 1.0
     router_aux_loss_coef: float = 0.01
     router_bias_update_rate: float = 0.0
@@ -132,6 +135,8 @@ class ResNetBKConfig(PreTrainedConfig):
         for name in (*not_negative, "layer_norm_eps", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it is a share, give a number from 0 to below 1")
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
         self._check_largest()

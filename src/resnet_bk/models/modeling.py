@@ -135,6 +135,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -220,7 +221,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             self._check_positions(past_length + length)
             x_BND = x_BND + self.embed_positions(position_ids)
         padding = _padding(key_mask_BK, length)
-        return x_BND, SequenceContext(
+        return self.dropout(x_BND), SequenceContext(
             rotary=self._rotary(position_ids, x_BND.dtype),
             padding=padding,
             key_mask_BK=key_mask_BK,
@@ -407,10 +408,19 @@ def _block(config: ResNetBKConfig) -> nn.Module:
     )
     if config.mixer == "bk":
         return BKBlock(
-            hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=_bk_mixer(config), moe=moe
+            hidden_size=config.hidden_size,
+            layer_norm_eps=config.layer_norm_eps,
+            mixer=_bk_mixer(config),
+            moe=moe,
+            dropout=config.dropout,
         )
-    mixer = _attention(config) if config.mixer == "attention" else _resolvent_mixer(config)
-    return MixerBlock(hidden_size=config.hidden_size, layer_norm_eps=config.layer_norm_eps, mixer=mixer, moe=moe)
+    return MixerBlock(
+        hidden_size=config.hidden_size,
+        layer_norm_eps=config.layer_norm_eps,
+        mixer=_attention(config) if config.mixer == "attention" else _resolvent_mixer(config),
+        moe=moe,
+        dropout=config.dropout,
+    )
 
 
 def _bk_mixer(config: ResNetBKConfig) -> BKMixer:
@@ -434,6 +444,7 @@ def _attention(config: ResNetBKConfig) -> CausalAttention:
         num_heads=config.num_attention_heads,
         causal=config.causal,
         conv_size=config.conv_size,
+        dropout=config.dropout,
     )
 
 

@@ -1,0 +1,203 @@
+"""The settings in which contestants meet."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from quality_study.tasks import Copying, Needle, Recall, Synthetic
+from resnet_bk.training.config import Precision
+
+Corpus = Literal["characters", "embedded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """``rows`` of ``length`` tokens a step. Every contestant tries all ``rates`` with the first seed; the best one, by
+    what chooses, is then trained with the other seeds. With a ``tests`` dictionary what is learned is ``task``, and the
+    tests are what it is asked after training. ``evaluated_tokens`` of each half of the held-out text are read."""
+
+    name: str
+    label: str
+    shape: dict[str, Any]
+    contestants: tuple[str, ...]
+    rates: tuple[float, ...]
+    steps: int
+    rows: int
+    length: int
+    corpus: Corpus | None = None
+    task: Synthetic | None = None
+    tests: dict[str, Synthetic] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    precision: Precision = "fp32"
+    evaluations: int = 10
+    warmup_steps: int = 100
+    evaluated_tokens: int = 60_000
+    published_loss: float | None = None
+
+
+SMALL = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "resolvent_longest_memory": 128.0}
+LARGE = {"hidden_size": 512, "num_layers": 9, "num_attention_heads": 8, "resolvent_longest_memory": 256.0}
+NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
+MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
+MAIN = ("resolvent", "attention", "gated", "deltanet")
+RIVALS = (*MAIN, "hybrid", "delta", "input-gate")
+ABLATIONS = (
+    *("no-rotation", "constant-rotation", "token-rotation", "constant-gap", "own-gap", "no-convolution"),
+    *("half-state", "double-state", "vector", "scattering", "diagonal", "moe", "attention-plain"),
+    *("hybrid-half", "bk", "bk-blend"),
+)
+MEMORIES = ("resolvent", "attention", "gated", "deltanet", "delta", "hybrid-half")
+RECALL_LENGTH, PAIRS = 128, 32
+
+
+def _recall(times: int) -> Recall:
+    """Questions at so many times the training length: what lies between is filler."""
+    return Recall(pairs=PAIRS, filler=(times - 1) * RECALL_LENGTH)
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            name="nanogpt",
+            label="Tiny Shakespeare by characters, nanoGPT's setting for a GPU",
+            corpus="characters",
+            shape={**NANOGPT, "dropout": 0.2},
+            contestants=MAIN,
+            rates=(1e-3, 2e-3),
+            steps=5000,
+            rows=64,
+            length=256,
+            precision="bf16",
+            evaluations=20,
+            published_loss=1.4697,
+        ),
+        Study(
+            name="embedded-30m",
+            label="Python's source, about 30M parameters",
+            corpus="embedded",
+            shape={**LARGE, "dropout": 0.1},
+            contestants=MAIN,
+            rates=(5e-4, 1e-3, 2e-3),
+            steps=1000,
+            rows=64,
+            length=256,
+            precision="bf16",
+        ),
+        Study(
+            name="shakespeare-30m",
+            label="Tiny Shakespeare by characters, about 30M parameters",
+            corpus="characters",
+            shape={**LARGE, "dropout": 0.3},
+            contestants=MAIN,
+            rates=(5e-4, 1e-3, 2e-3),
+            steps=1000,
+            rows=64,
+            length=256,
+            precision="bf16",
+        ),
+        Study(
+            name="shakespeare-1m",
+            label="Tiny Shakespeare by characters, about 0.8M parameters",
+            corpus="characters",
+            shape=SMALL,
+            contestants=RIVALS,
+            rates=(2e-3, 4e-3, 8e-3),
+            steps=1000,
+            rows=24,
+            length=128,
+        ),
+        Study(
+            name="embedded-1m",
+            label="Python's source, about 1.1M parameters",
+            corpus="embedded",
+            shape=SMALL,
+            contestants=RIVALS,
+            rates=(2e-3, 4e-3, 8e-3),
+            steps=1000,
+            rows=24,
+            length=128,
+        ),
+        Study(
+            name="recall",
+            label=f"associative recall: {PAIRS} pairs, trained at {RECALL_LENGTH} tokens",
+            task=_recall(1),
+            tests={
+                **{f"{times}x the length": _recall(times) for times in (1, 2, 4)},
+                "2x the pairs": Recall(pairs=2 * PAIRS),
+                "4x the pairs": Recall(pairs=4 * PAIRS),
+            },
+            shape=MEMORY,
+            contestants=MEMORIES,
+            rates=(1e-3, 3e-3),
+            steps=3000,
+            rows=64,
+            length=RECALL_LENGTH,
+        ),
+        Study(
+            name="copying",
+            label="copying 64 symbols",
+            task=Copying(length=64),
+            tests={f"{times}x the length": Copying(length=64 * times) for times in (1, 2, 4)},
+            shape=MEMORY,
+            contestants=MEMORIES,
+            rates=(1e-3, 3e-3),
+            steps=2000,
+            rows=64,
+            length=129,
+        ),
+        Study(
+            name="needle",
+            label="a needle in random filler, trained at 512 tokens",
+            task=Needle(length=512),
+            tests={f"{length:,} tokens": Needle(length=length) for length in (512, 1024, 4096, 16_384, 65_536)},
+            shape=MEMORY,
+            contestants=MEMORIES,
+            rates=(1e-3, 3e-3),
+            steps=1500,
+            rows=64,
+            length=512,
+        ),
+        Study(
+            name="ablations",
+            label="one thing changed; Python's source, about 1.1M parameters",
+            corpus="embedded",
+            shape=SMALL,
+            contestants=ABLATIONS,
+            rates=(4e-3, 8e-3),
+            steps=1000,
+            rows=24,
+            length=128,
+        ),
+        # For tests and a first look: it says nothing.
+        Study(
+            name="smoke",
+            label="that it runs",
+            corpus="embedded",
+            shape={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "resolvent_longest_memory": 32.0},
+            contestants=("resolvent", "attention"),
+            rates=(4e-3,),
+            steps=4,
+            rows=2,
+            length=32,
+            evaluations=2,
+            warmup_steps=1,
+            evaluated_tokens=600,
+        ),
+        Study(
+            name="smoke-recall",
+            label="that it runs",
+            task=Recall(pairs=4),
+            tests={"1x": Recall(pairs=4), "4x": Recall(pairs=4, filler=48)},
+            shape={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2},
+            contestants=("resolvent", "attention"),
+            rates=(4e-3,),
+            steps=4,
+            rows=2,
+            length=16,
+            evaluations=2,
+            warmup_steps=1,
+            evaluated_tokens=600,
+        ),
+    )
+}
+PUBLISHED = tuple(name for name in STUDIES if not name.startswith("smoke"))
