@@ -4,7 +4,7 @@
 
 In bfloat16 on a GPU, values and keys 64 wide, as many heads as presets 100m and 1b have. Theirs is
 `chunk_simple_gla`, S_i = l_i S_{i-1} + k_i v_i^T; with keys times l_i it is ours. Both are compared with the quadratic
-form in double precision on a shorter text, then timed in turns, forward and forward with backward, at 131,072 tokens.
+form in double precision on a shorter text (ours must agree), then timed in turns, forward and forward with backward, at 131,072 tokens.
 Memory is what a forward and backward pass needs beside its arguments at the most.
 """
 
@@ -75,13 +75,13 @@ def inputs(rows: int, length: int, heads: int) -> list[Tensor]:
 
 
 def error(carry: Carry) -> dict[str, float]:
-    """Norm-wise, of the output and of each gradient; too large a one stops it all."""
+    """Norm-wise, of the output and of each gradient; too large a one of ours stops it all."""
     found, wanted = (_with_gradients(form) for form in (carry, _quadratic))
     errors = {
         name: float((mine.double() - exact).norm() / exact.norm())
         for name, mine, exact in zip(("o", "q", "k", "v", "log_l"), found, wanted, strict=True)
     }
-    if max(errors.values()) > LIMIT:
+    if carry is ours and max(errors.values()) > LIMIT:
         raise SystemExit(f"wrong: {errors}")
     return errors
 

@@ -46,7 +46,9 @@ def main() -> None:
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--jobs", type=int, default=1, help="processes on each device")
     running.add_argument("--threads", type=int, default=1, help="CPU threads of a process")
-    running.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no cell begins")
+    running.add_argument(
+        "--stop-after", type=float, default=float("inf"), help="seconds; no cell begins that would end later"
+    )
     document = commands.add_parser("document", help="write docs/quality.md's tables and figures")
     document.add_argument("--check", action="store_true", help="only say whether they are those of the results")
     arguments = parser.parse_args()
@@ -72,6 +74,7 @@ class Runner:
         self.lock = threading.RLock()
         self.waiting: queue.PriorityQueue[tuple[float, int, Cell | None, Callable[[], None]]] = queue.PriorityQueue()
         self.counter, self.outstanding = itertools.count(), 0
+        self.longest: dict[str, float] = {}  # seconds of a study's cells
 
     def run(self) -> None:
         self.time_steps()
@@ -111,10 +114,13 @@ class Runner:
         self.submit_all(study, 0, cells, lambda: self.other_seeds(study, cells))
 
     def other_seeds(self, study: Study, swept: list[Cell]) -> None:
-        measured = [cell for cell in swept if "choosing" in self.results["cells"].get(cell.name, {})]
+        results = self.results["cells"]
+        if not all(cell.name in results for cell in swept):
+            return
+        measured = [cell for cell in swept if "choosing" in results[cell.name]]
         if not measured:
             return
-        best = min(measured, key=lambda cell: self.results["cells"][cell.name]["choosing"])
+        best = min(measured, key=lambda cell: float(results[cell.name]["choosing"]))
         cells = [msgspec.structs.replace(best, seed=seed) for seed in study.seeds[1:]]
         longer = self.as_long_as_the_slower(study, best.contestant)
         if longer is not None:
@@ -153,10 +159,12 @@ class Runner:
             _, _, cell, then = self.waiting.get()
             if cell is None:
                 return
-            if time.monotonic() - self.began < self.arguments.stop_after:
+            longest = self.longest.get(cell.study, 0.0) * max(1.0, cell.share)
+            if time.monotonic() - self.began + longest < self.arguments.stop_after:
                 arguments = (cell, self.arguments.data, device, self.arguments.threads)
                 ended = run_apart(run, arguments, timeout=LONGEST_CELL, kind_of=kind_of)
                 self.keep("cells", cell.name, ended)
+                self.longest[cell.study] = max(self.longest.get(cell.study, 0.0), ended.seconds / max(1.0, cell.share))
             with self.lock:
                 then()
                 self.outstanding -= 1

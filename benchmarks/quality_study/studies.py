@@ -45,7 +45,7 @@ ABLATIONS = (
     *("half-state", "double-state", "vector", "scattering", "diagonal", "moe", "attention-plain"),
     *("hybrid-half", "bk", "bk-blend"),
 )
-MEMORIES = ("resolvent", "attention", "gated", "deltanet", "delta", "hybrid-half")
+MEMORIES = ("resolvent", "attention", "deltanet", "hybrid-half")
 RECALL_LENGTH, PAIRS = 128, 32
 
 
@@ -62,7 +62,7 @@ STUDIES = {
             label="Tiny Shakespeare by characters, nanoGPT's setting for a GPU",
             corpus="characters",
             shape={**NANOGPT, "dropout": 0.2},
-            contestants=MAIN,
+            contestants=("resolvent", "attention"),
             rates=(1e-3, 2e-3),
             steps=5000,
             rows=64,
@@ -77,7 +77,7 @@ STUDIES = {
             corpus="embedded",
             shape={**LARGE, "dropout": 0.1},
             contestants=MAIN,
-            rates=(5e-4, 1e-3, 2e-3),
+            rates=(1e-3, 2e-3),
             steps=1000,
             rows=64,
             length=256,
@@ -89,7 +89,7 @@ STUDIES = {
             corpus="characters",
             shape={**LARGE, "dropout": 0.3},
             contestants=MAIN,
-            rates=(5e-4, 1e-3, 2e-3),
+            rates=(1e-3, 2e-3),
             steps=1000,
             rows=64,
             length=256,
@@ -127,10 +127,10 @@ STUDIES = {
                 "4x the pairs": Recall(pairs=4 * PAIRS),
             },
             shape=MEMORY,
-            contestants=MEMORIES,
+            contestants=(*MEMORIES, "gated", "delta"),
             rates=(1e-3, 3e-3),
-            steps=3000,
-            rows=64,
+            steps=4000,
+            rows=256,
             length=RECALL_LENGTH,
         ),
         Study(
@@ -141,8 +141,8 @@ STUDIES = {
             shape=MEMORY,
             contestants=MEMORIES,
             rates=(1e-3, 3e-3),
-            steps=2000,
-            rows=64,
+            steps=3000,
+            rows=128,
             length=129,
         ),
         Study(
@@ -153,7 +153,7 @@ STUDIES = {
             shape=MEMORY,
             contestants=MEMORIES,
             rates=(1e-3, 3e-3),
-            steps=1500,
+            steps=3000,
             rows=64,
             length=512,
         ),

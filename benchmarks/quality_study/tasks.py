@@ -70,7 +70,7 @@ class Recall:
         return self.keys + self.values + self.fillers
 
     def batch(self, rows: int, generator: np.random.Generator) -> Batch:
-        keys = np.stack([generator.choice(self.keys, self.pairs, replace=False) for _ in range(rows)])
+        keys = np.argsort(generator.random((rows, self.keys)), axis=1)[:, : self.pairs]
         values = self.keys + generator.integers(self.values, size=(rows, self.pairs))
         order = np.argsort(generator.random((rows, self.pairs)), axis=1)
         filler = self.keys + self.values + generator.integers(self.fillers, size=(rows, self.filler))
