@@ -4,8 +4,8 @@
 
 In bfloat16 on a GPU, values and keys 64 wide, as many heads as presets 100m and 1b have. Theirs is
 `chunk_simple_gla`, S_i = l_i S_{i-1} + k_i v_i^T; with keys times l_i it is ours. Both are compared with the quadratic
-form in double precision on a shorter text (ours must agree), then timed in turns, forward and forward with backward, at 131,072 tokens.
-Memory is what a forward and backward pass needs beside its arguments at the most.
+form in double precision on a shorter text (ours must agree), then timed in turns, forward and forward with backward, at
+131,072 tokens. Memory is what a forward and backward pass needs beside its arguments at the most.
 """
 
 import argparse
