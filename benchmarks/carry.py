@@ -5,7 +5,8 @@
 In bfloat16 on a GPU, values and keys 64 wide, as many heads as presets 100m and 1b have. Theirs is
 `chunk_simple_gla`, S_i = l_i S_{i-1} + k_i v_i^T; with keys times l_i it is ours. Both are compared with the quadratic
 form in double precision on a shorter text (ours must agree), then timed in turns, forward and forward with backward, at
-131,072 tokens. Memory is what a forward and backward pass needs beside its arguments at the most.
+131,072 tokens. Memory is what a forward and backward pass needs beside its arguments at the most. Where their backward
+refuses (as it does on Hopper GPUs with Triton 3.4 to 3.7.0, which compiles it wrongly), its words are recorded instead.
 """
 
 import argparse
@@ -38,9 +39,14 @@ def main() -> None:
     document: dict[str, Any] = {
         "environment": describe_environment(),
         "flash_linear_attention": fla.__version__,
-        "errors": {name: error(carry) for name, carry in CARRIES.items()},
-        "points": [measure(heads, length) for heads in HEADS for length in LENGTHS],
+        "errors": {"ours": error(ours)},
     }
+    refusal = None
+    try:
+        document["errors"]["flash_linear_attention"] = error(theirs)
+    except RuntimeError as reason:
+        document["refusal"] = refusal = str(reason)
+    document["points"] = [measure(heads, length, refusal) for heads in HEADS for length in LENGTHS]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, document)
 
@@ -98,24 +104,25 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor, log_l: Tensor) -> Tensor:
     return o
 
 
-def measure(heads: int, length: int) -> dict[str, Any]:
+def measure(heads: int, length: int, refusal: str | None) -> dict[str, Any]:
+    """Both, but for the backward pass of the one that refuses."""
     arguments = inputs(TOKENS // length, length, heads)
     gradient = torch.randn_like(arguments[2])
     point: dict[str, Any] = {"heads": heads, "length": length, "rows": TOKENS // length}
-    seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in CARRIES}
+    kinds = {"ours": WORK, "flash_linear_attention": WORK if refusal is None else {"forward": _forward}}
+    seconds: dict[str, dict[str, list[float]]] = {name: {what: [] for what in kinds[name]} for name in CARRIES}
     for turn in range(-1, TURNS):
         for name, carry in CARRIES.items():
-            for what, work in (("forward", _forward), ("both", _both)):
+            for what, work in kinds[name].items():
                 took = _seconds(work, carry, arguments, gradient)
                 if turn >= 0:
                     seconds[name][what].append(took)
     for name, carry in CARRIES.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _both(carry, arguments, gradient)
-        peak = torch.cuda.max_memory_allocated() - before
-        medians = {what: statistics.median(found) for what, found in seconds[name].items()}
-        point[name] = {"seconds": medians, "samples": seconds[name], "peak_bytes": peak}
+        point[name] = {
+            "seconds": {what: statistics.median(found) for what, found in seconds[name].items()},
+            "samples": seconds[name],
+            "peak_bytes": _peak(kinds[name], carry, arguments, gradient),
+        }
     print(point["heads"], point["length"], {name: point[name]["seconds"] for name in CARRIES}, flush=True)
     return point
 
@@ -127,6 +134,21 @@ def _forward(carry: Carry, arguments: list[Tensor], _: Tensor) -> None:
 
 def _both(carry: Carry, arguments: list[Tensor], gradient: Tensor) -> None:
     torch.autograd.grad(carry(*arguments), arguments, gradient)
+
+
+WORK: dict[str, Callable[..., None]] = {"forward": _forward, "both": _both}
+
+
+def _peak(
+    kinds: dict[str, Callable[..., None]], carry: Carry, arguments: list[Tensor], gradient: Tensor
+) -> dict[str, int]:
+    found = {}
+    for what, work in kinds.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work(carry, arguments, gradient)
+        found[what] = torch.cuda.max_memory_allocated() - before
+    return found
 
 
 def _seconds(work: Callable[..., None], carry: Carry, arguments: list[Tensor], gradient: Tensor) -> float:

@@ -63,8 +63,26 @@ CONTESTANTS = {
         _changed("own-gap", "l = f(w): no memory of earlier gaps", decay="own gap"),
         _changed("diagonal", "with the seed's diagonal features", diagonal=True),
         # What may be better.
-        _changed("input-gate", "with an input gate", input_gate=True),
+        _changed("input-gate", "with an input gate", write="gate"),
+        _changed("gap-write", "writes as much as it forgets", write="gap"),
+        _changed("mamba2", "Mamba-2's decays and writes, no rotation", decay="gated", write="gap", rotation="none"),
         _changed("delta", "with delta-rule writes", delta=True),
+        _changed(
+            "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
+        ),
+        _changed("linear-keys", "no silu on queries and keys", linear_keys=True),
+        _changed("linear-keys-no-rotation", "neither silu on them nor rotation", linear_keys=True, rotation="none"),
+        _changed("linear-delta", "delta-rule writes, no silu on keys", linear_keys=True, delta=True),
+        _changed("long", "memories from 16 tokens on", shortest_memory=16.0),
+        _changed("long-gate", "memories from 16 tokens on, input gate", shortest_memory=16.0, write="gate"),
+        _changed("lost-writes", "a tenth of the writes lost in training", lost_writes=0.1),
+        Contestant(name="few-heads", label="half as many heads, twice as wide", fields={"num_resolvent_heads": "half"}),
+        Contestant(
+            name="few-heads-delta",
+            label="half as many heads, delta-rule writes",
+            fields={"num_resolvent_heads": "half"},
+            change=Change(delta=True),
+        ),
         Contestant(name="hybrid", label="hybrid: attention in every fourth block", attention_every=4),
         Contestant(name="hybrid-half", label="hybrid: attention in every second block", attention_every=2),
         # The seed's mixer and its gradient rules.
@@ -81,8 +99,10 @@ CONTESTANTS = {
 def config_of(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKConfig:
     """The configuration but for the experts' width."""
     fields = {**BASE, "conv_size": 4, **shape, **contestant.fields}
-    heads = fields["num_resolvent_heads"] = fields["num_attention_heads"]
-    fields["num_bk_heads"] = heads
+    heads = fields["num_bk_heads"] = fields["num_attention_heads"]
+    if fields.get("num_resolvent_heads") == "half":
+        heads //= 2
+    fields["num_resolvent_heads"] = heads
     size = fields["hidden_size"] // heads
     key_size = fields.get("resolvent_key_size")
     fields["resolvent_key_size"] = {"half": size // 2, "double": 2 * size}.get(key_size, key_size)

@@ -17,9 +17,11 @@ from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.projections import queries_keys_values
+from resnet_bk.ops.rotation import rotate
 
 Decay = Literal["chain", "own gap", "gated"]
 Rotation = Literal["positions", "none", "constant", "tokens"]
+Write = Literal["all", "gate", "gap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +30,21 @@ class Change:
 
     ``decay``: l of the chain, 1 / (1 + w_i + m_{i-1}), which knows of the gaps before; of a chain with this token's gap
     everywhere; or exp(-w), Mamba-2's kind. ``rotation`` of keys and queries: by positions at fixed rates, none, by an
-    angle per head, or by an angle that tokens choose. ``constant_gap``: the decay does not depend on tokens.
-    ``input_gate``: each token says how much of it is written. ``delta``: a write first takes away what is read under
-    its key. ``diagonal``: the seed's features, Re G and Im G, are added to the output.
+    angle per head, or by an angle that tokens choose. ``constant_gap``: the decay does not depend on tokens. ``write``:
+    all of each token; as much as it says itself (a gate); or as much as it makes the head forget, w of this token,
+    Mamba-2's way. ``delta``: a write first takes away what is read under its key. ``linear_keys``: no silu on queries
+    and keys. ``shortest_memory``: of the first head at the start, in tokens. ``lost_writes``: share of tokens, of each
+    head, that are not written in training. ``diagonal``: the seed's features, Re G and Im G, are added to the output.
     """
 
     decay: Decay = "chain"
     rotation: Rotation = "positions"
     constant_gap: bool = False
-    input_gate: bool = False
+    write: Write = "all"
     delta: bool = False
+    linear_keys: bool = False
+    shortest_memory: float = SHORTEST_MEMORY
+    lost_writes: float = 0.0
     diagonal: bool = False
 
 
@@ -62,7 +69,7 @@ class ChangedResolvent(nn.Module):
             self.angle = nn.Parameter(torch.empty(heads))
         if change.rotation == "tokens":
             self.turn = nn.Linear(hidden, heads, bias=False)
-        if change.input_gate or change.delta:
+        if change.write == "gate" or change.delta:
             self.write = nn.Linear(hidden, heads, bias=False)
         if change.diagonal:
             self.diagonal_potential = nn.Linear(hidden, heads, bias=False)
@@ -74,7 +81,8 @@ class ChangedResolvent(nn.Module):
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
         share = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.full((1,), 0.5)
-        memory = SHORTEST_MEMORY * (self.longest_memory / SHORTEST_MEMORY) ** share
+        shortest = self.change.shortest_memory
+        memory = shortest * (self.longest_memory / shortest) ** share
         gap = 1 / memory if self.change.decay == "gated" else 4 * torch.sinh(0.5 / memory) ** 2
         self.log_gap.copy_(torch.log(gap / math.log(2)))
         self.output.weight.normal_(std=self.output.in_features**-0.5 * self.residual)
@@ -91,38 +99,60 @@ class ChangedResolvent(nn.Module):
         assert context.padding is None and context.front_starts_BN is None and not state
         device = x_BND.device.type
         rounded_BND = x_BND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BND
-        q, k, v = queries_keys_values(
-            self.qkv(rounded_BND),
-            self.num_heads,
-            self.key_size,
-            weight=None if self.convolution is None else self.convolution.weight,
-            rotary=context.rotary if self.change.rotation == "positions" else None,
-        )
+        q, k, v = self._queries_keys_values(self.qkv(rounded_BND), context)
         with torch.autocast(device, enabled=False):
             o_BNHV = self._carried(q, k, v, x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
         assert self.norm.eps is not None
         mixed_BND = self.output(gated_norm(o_BNHV, self.norm.weight, self.gate(rounded_BND), self.norm.eps))
         return mixed_BND + self._diagonal(x_BND) if self.change.diagonal else mixed_BND, {}
 
+    def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        rotary = context.rotary if self.change.rotation == "positions" else None
+        weight = None if self.convolution is None else self.convolution.weight
+        if not self.change.linear_keys:
+            return queries_keys_values(qkv_BNC, self.num_heads, self.key_size, weight=weight, rotary=rotary)
+        if self.convolution is not None:
+            qkv_BNC, _ = self.convolution(qkv_BNC, None, None, None)
+        size = self.key_size
+        q, k, v = qkv_BNC.unflatten(-1, (self.num_heads, -1)).split(
+            [size, size, qkv_BNC.shape[-1] // self.num_heads - 2 * size], -1
+        )
+        q, k = (F.rms_norm(part.float(), (size,), eps=1e-6).to(qkv_BNC.dtype) for part in (q, k))
+        if rotary is not None:
+            cos_BN1C, sin_BN1C = (table.unsqueeze(2) for table in rotary)
+            q, k = (rotate(part, cos_BN1C, sin_BN1C) for part in (q, k))
+        return q, k, F.silu(v)
+
     def _carried(self, q: Tensor, k: Tensor, v: Tensor, x_BND: Tensor) -> Tensor:
-        log_l_BNH, skip_H = self._log_l(x_BND), self.key_size * self.skip
+        w_BNH = self._gap(x_BND)
+        log_l_BNH, skip_H = self._log_l(w_BNH), self.key_size * self.skip
         if self.change.delta:
             # Keys and queries have length K^(1/2); the rule wants 1, and what it reads is scaled back.
             beta_BNH = torch.sigmoid(F.linear(x_BND, self.write.weight))
             unit = self.key_size**-0.5
             o_BNHV = delta_chunked(q * unit, k * unit, v, log_l_BNH, beta_BNH)
             return (o_BNHV + self.skip[:, None] * v).to(v.dtype)
-        if self.change.input_gate:
-            k = k * (2 * torch.sigmoid(F.linear(x_BND, self.write.weight))).unsqueeze(-1).to(k.dtype)
+        strength_BNH: Tensor | None = None
+        if self.change.write == "gate":
+            strength_BNH = 2 * torch.sigmoid(F.linear(x_BND, self.write.weight))
+        if self.change.write == "gap":
+            strength_BNH = w_BNH / self.log_gap.exp()
+        if self.change.lost_writes and self.training:
+            strength_BNH = torch.ones_like(w_BNH) if strength_BNH is None else strength_BNH
+            strength_BNH = F.dropout(strength_BNH, self.change.lost_writes)
+        if strength_BNH is not None:
+            k = k * strength_BNH.unsqueeze(-1).to(k.dtype)
         carried = bk_carry(q, k, v, log_l_BNH, angle=self._angle(x_BND), skip=skip_H)
         assert isinstance(carried, Tensor)
         return carried
 
-    def _log_l(self, x_BND: Tensor) -> Tensor:
+    def _gap(self, x_BND: Tensor) -> Tensor:
         potential_BNH = F.linear(x_BND, self.potential.weight)
         if self.change.constant_gap:
             potential_BNH = torch.zeros_like(potential_BNH)
-        w_BNH = F.softplus(potential_BNH) * self.log_gap.exp()
+        return F.softplus(potential_BNH) * self.log_gap.exp()
+
+    def _log_l(self, w_BNH: Tensor) -> Tensor:
         if self.change.decay == "gated":
             return -w_BNH
         if self.change.decay == "own gap":

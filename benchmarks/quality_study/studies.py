@@ -38,14 +38,18 @@ SMALL = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "resolve
 LARGE = {"hidden_size": 512, "num_layers": 9, "num_attention_heads": 8, "resolvent_longest_memory": 256.0}
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
-MAIN = ("resolvent", "attention", "gated", "deltanet")
-RIVALS = (*MAIN, "hybrid", "delta", "input-gate")
+MAIN = ("resolvent", "attention", "gated", "gated-delta", "deltanet")
+RIVALS = (*MAIN, "hybrid", "delta")
 ABLATIONS = (
     *("no-rotation", "constant-rotation", "token-rotation", "constant-gap", "own-gap", "no-convolution"),
     *("half-state", "double-state", "vector", "scattering", "diagonal", "moe", "attention-plain"),
-    *("hybrid-half", "bk", "bk-blend"),
+    *("hybrid-half", "bk", "bk-blend", "lost-writes"),
 )
-MEMORIES = ("resolvent", "attention", "deltanet", "hybrid-half")
+IMPROVEMENTS = (
+    *("input-gate", "gap-write", "mamba2", "linear-keys", "linear-keys-no-rotation", "linear-delta"),
+    *("long", "long-gate", "few-heads", "few-heads-delta"),
+)
+MEMORIES = ("resolvent", "attention", "gated-delta", "hybrid-half")
 RECALL_LENGTH, PAIRS = 128, 32
 
 
@@ -69,6 +73,19 @@ STUDIES = {
             length=256,
             precision="bf16",
             evaluations=20,
+            published_loss=1.4697,
+        ),
+        Study(
+            name="nanogpt-short",
+            label="the same in 1,500 steps, with dropout 0.4",
+            corpus="characters",
+            shape={**NANOGPT, "dropout": 0.4},
+            contestants=("resolvent", "attention", "lost-writes", "hybrid"),
+            rates=(1e-3, 2e-3),
+            steps=1500,
+            rows=64,
+            length=256,
+            precision="bf16",
             published_loss=1.4697,
         ),
         Study(
@@ -162,7 +179,7 @@ STUDIES = {
             label="one thing changed; Python's source, about 1.1M parameters",
             corpus="embedded",
             shape=SMALL,
-            contestants=ABLATIONS,
+            contestants=(*IMPROVEMENTS, *ABLATIONS),
             rates=(4e-3, 8e-3),
             steps=1000,
             rows=24,

@@ -114,7 +114,7 @@ def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | No
             "choosing": best["choosing"],
             "test": best["test"],
             "held_out": best["held_out"],
-            "best": best["step"],
+            "best_step": best["step"],
         }
         found["by_position"] = loss_by_position(
             model, text.test[: study.evaluated_tokens], length=long, buckets=BUCKETS, rows=16, precision=study.precision
