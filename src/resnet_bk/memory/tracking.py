@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.host import is_host_memory
+from resnet_bk.frugal.optimizer import local_tensor
 from resnet_bk.ops.operator import body_of
 
 
@@ -45,7 +47,7 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def include(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that exist already: a model's parameters, an optimizer's moments."""
         for tensor in tensors:
-            self._track(tensor)
+            self._track(local_tensor(tensor))
 
     def reset_peak(self) -> None:
         """Starts new peaks from what is live now."""
@@ -54,6 +56,8 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it does with this rank's part comes here again
         result = self._call(func, args, kwargs or {})
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and not isinstance(

@@ -3,10 +3,12 @@
     device  = 1.9 x FLOPs / rate of matrix products + 10 x kept bytes / copy bandwidth + time of launches
     bus     = bytes each way / bandwidth of the bus, the longer way
     host    = parameters / rate of the update
+    link    = bytes that ranks exchange, one way / bandwidth between GPUs
 
 The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
 1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within 15% of all of them.
-What runs side by side counts as the longest, and a twentieth of the rest.
+What runs side by side counts as the longest, and a twentieth of the rest. Of several ranks each computes its share of
+the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
 
 from dataclasses import dataclass
@@ -35,11 +37,17 @@ class Cost:
     host_seconds: float
     seconds: float
     tokens_per_second: float
+    link_seconds: float = 0.0
 
     @property
     def bound_by(self) -> str:
         """What the step waits for."""
-        times = {"the GPU": self.device_seconds, "the bus": self.bus_seconds, "the host's update": self.host_seconds}
+        times = {
+            "the GPU": self.device_seconds,
+            "the bus": self.bus_seconds,
+            "the host's update": self.host_seconds,
+            "the link between GPUs": self.link_seconds,
+        }
         return max(times, key=lambda name: times[name])
 
 
@@ -51,14 +59,19 @@ def step_cost(
     device: Device,
     *,
     clips: bool = True,
+    ranks: int = 1,
 ) -> Cost:
-    """The cost of a step of ``shape.micro_batches`` micro-batches; ``clips`` forbids updates during backward."""
+    """The cost of a step of ``shape.micro_batches`` micro-batches; ``clips`` forbids updates during backward.
+
+    With several ``ranks``, which share weights, gradients and moments, ``shape`` is one rank's.
+    """
+    link_seconds = _link_seconds(shape, counts, config.num_layers, device, ranks)
     device_seconds = _device_seconds(strategy, config, shape, device)
     bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
     host_seconds = _host_seconds(strategy, shape, counts, device)
     if not strategy.offload_optimizer:
-        device_seconds += _update_seconds(counts, device)
-        seconds = device_seconds + bus_seconds
+        device_seconds += _update_seconds(counts, device) / ranks
+        seconds = _side_by_side(device_seconds, link_seconds) + bus_seconds
     elif device.machine.kind == "cpu":
         seconds = device_seconds + bus_seconds + host_seconds  # one processor does all of it
     elif clips:
@@ -71,7 +84,8 @@ def step_cost(
         bus_seconds=bus_seconds,
         host_seconds=host_seconds,
         seconds=seconds,
-        tokens_per_second=shape.tokens * shape.micro_batches / seconds,
+        tokens_per_second=ranks * shape.tokens * shape.micro_batches / seconds,
+        link_seconds=link_seconds,
     )
 
 
@@ -109,6 +123,15 @@ def _bus_seconds(
     fetches = 2 * times if strategy.stream_weights else 0
     weights = strategy.weight_bytes * counts.total * (1 + fetches)
     return (max(gradients, weights) + waiting) / device.rates.bus
+
+
+def _link_seconds(shape: TrainingShape, counts: ParameterCounts, layers: int, device: Device, ranks: int) -> float:
+    """Of every micro-batch blocks are gathered twice, what is outside of them once, and all gradients added up: of each
+    a rank receives the others' shares, in float32."""
+    if ranks == 1:
+        return 0.0
+    numbers = 2 * layers * counts.block.total + counts.outside.total + counts.total
+    return shape.micro_batches * 4 * numbers * (ranks - 1) / ranks / device.link
 
 
 def _host_seconds(strategy: Strategy, shape: TrainingShape, counts: ParameterCounts, device: Device) -> float:
