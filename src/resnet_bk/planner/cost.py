@@ -11,9 +11,9 @@ What runs side by side counts as the longest, and a twentieth of the rest. Of se
 the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from resnet_bk.memory.activations import TrainingShape, block_activations
+from resnet_bk.memory.activations import TrainingShape, block_activations, tokens_with_logits
 from resnet_bk.memory.parameters import ParameterCounts
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.models import ResNetBKConfig
@@ -94,14 +94,25 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     again = {"none": 0.0, "selective": SELECTIVE_SHARE}.get(strategy.checkpointing, 1.0)
     parts = formula_flops(config, shape.batch_size, shape.sequence_length)
     flops = sum((1 + (0 if part.component == "head" else again)) * part.forward + part.backward for part in parts)
+    moved_for_logits = _chunk_bytes(config, shape, half=half)
     kept = config.num_layers * sum(part.num_bytes for part in block_activations(config, shape, half=half))
     # A second forward pass is a third of what there is besides.
     moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
-    computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops) + moved / rates.memory
+    computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
+    computing += (moved + moved_for_logits) / rates.memory
     launches = LAUNCH_SECONDS * config.num_layers * (2 + again)
     if strategy.goes_by_block or device.machine.kind == "cpu":
         return shape.micro_batches * (computing + launches)
     return shape.micro_batches * _side_by_side(computing, launches)  # kernels are launched while others run
+
+
+def _chunk_bytes(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> int:
+    """What more chunks of logits move than the loss's rule would have: each reads and writes the head's gradient in
+    float32 once more, and under autocast also the product that is added to it."""
+    rule = tokens_with_logits(config, replace(shape, loss_chunk_tokens=None), half=half)
+    chunk = tokens_with_logits(config, shape, half=half)
+    more = -(-shape.tokens // chunk) - -(-shape.tokens // rule)
+    return max(0, more) * (16 if half else 8) * config.vocab_size * config.hidden_size
 
 
 def _side_by_side(*seconds: float) -> float:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resnet_bk.errors import UserError
-from resnet_bk.memory.activations import TrainingShape
+from resnet_bk.memory.activations import TrainingShape, tokens_with_logits
 from resnet_bk.memory.limits import available_bytes
 from resnet_bk.memory.parameters import ParameterCounts, count_parameters
-from resnet_bk.memory.plan import Budget
+from resnet_bk.memory.plan import AT_THE_LOSS, Budget
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
@@ -19,7 +19,7 @@ from resnet_bk.planner.cost import Cost, step_cost
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.predict import Prediction, host_parts, nccl_bytes, predict
 from resnet_bk.planner.ranks import of_one_rank
-from resnet_bk.planner.sharded import tensors_of_a_rank
+from resnet_bk.planner.sharded import moment_sizes_of_a_rank, tensors_of_a_rank
 from resnet_bk.training.config import Checkpointing, Precision, TrainingConfig
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
@@ -31,6 +31,10 @@ LEAST_WASTE = 0.01
 USUAL_WASTE = 1.15
 # Of a step that several ranks share, before one is traced: their formula is up to a seventh above the trace.
 FIRST_OF_RANKS = 0.9
+# Of the loss's chunk: an eighth, and below so many tokens products no longer fill a GPU.
+MOST_HALVINGS, FEWEST_OF_CHUNK = 3, 256
+# Of the ways that formulas refuse, so many that miss least are traced before it is said that nothing fits.
+CLOSEST_TRACED = 3
 # GPUs of one host that are tried, if a number is searched.
 MOST_GPUS = 64
 
@@ -47,6 +51,15 @@ class Candidate:
     device_bytes: int
     host_bytes: int
     cost: Cost
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A way that misses the budget by so many bytes, as a trace says or only the formulas."""
+
+    missing: int
+    way: Candidate
+    traced: bool
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,9 @@ def candidates(
     """
     counts = count_parameters(config)
     found = [
-        _candidate(config, ways, device, counts, ranks)
+        _candidate(config, chunked, device, counts, ranks)
         for ways in _ways(training, device, fixed, ranks)
+        for chunked in _chunks(config, ways, counts, ranks, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]
     return sorted(found, key=lambda way: order(way, device, ranks))
@@ -116,21 +130,31 @@ def choose_training(
     searched = _Searched(config, budget, device, ranks)
     held = budget.gpu_bytes is not None
     corrections: dict[Strategy, float] = {}
-    closest: tuple[int, Candidate] | None = None
+    refused: list[_Refused] = []
     for way in ways:
         strategy = _nameless(way.training)
         correction = corrections.get(strategy, _first_correction(searched, corrections))
         missing = _missing(way, searched, correction)
-        if missing <= 0:
+        traced = missing <= 0
+        if traced:
             prediction = predict(config, way.training, device, held=held, ranks=ranks)
             missing = prediction.missing(budget)
             if missing <= 0:
                 return prediction
             corrections[strategy] = _on_device(prediction) / way.device_bytes
-        if closest is None or missing < closest[0]:
-            closest = missing, way
-    assert closest is not None
-    raise NothingFitsError(_refusal(*closest, searched))
+        refused.append(_Refused(missing, way, traced))
+    for _ in range(CLOSEST_TRACED):
+        closest = min(refused, key=lambda refusal: refusal.missing)
+        if closest.traced:
+            break
+        prediction = predict(config, closest.way.training, device, held=held, ranks=ranks)
+        missing = prediction.missing(budget)
+        if missing <= 0:
+            return prediction
+        refused.remove(closest)
+        refused.append(_Refused(missing, closest.way, True))
+    closest = min(refused, key=lambda refusal: refusal.missing)
+    raise NothingFitsError(_refusal(closest.missing, closest.way, searched))
 
 
 def choose_ranks(
@@ -178,6 +202,27 @@ def _ways(training: TrainingConfig, device: Device, fixed: Collection[str], rank
         fields: dict[str, Any] = training_fields(strategy, half)
         for rows in _micro_batches(own, fixed):
             yield replace(training, **fields, micro_batch_size=rows if rows < own.batch_size else None)
+
+
+def _chunks(
+    config: ResNetBKConfig, training: TrainingConfig, counts: ParameterCounts, ranks: int, fixed: Collection[str]
+) -> Iterator[TrainingConfig]:
+    """The same with fewer logits at once, by halves, as long as a step has most at the loss and it would have less."""
+    yield training
+    if "loss_chunk_tokens" in fixed:
+        return
+    strategy, shape = strategy_of(training), _shape(training, ranks)
+    chunk = tokens_with_logits(config, shape, half=strategy.half)
+    for _ in range(MOST_HALVINGS):
+        sizes = moment_sizes_of_a_rank(strategy, config, shape, counts, ranks)
+        chunk //= 2
+        if max(sizes, key=lambda name: sizes[name]) != AT_THE_LOSS or chunk < FEWEST_OF_CHUNK:
+            return
+        smaller = replace(shape, loss_chunk_tokens=chunk)
+        if moment_sizes_of_a_rank(strategy, config, smaller, counts, ranks)[AT_THE_LOSS] >= sizes[AT_THE_LOSS]:
+            return
+        shape = smaller
+        yield replace(training, loss_chunk_tokens=chunk)
 
 
 def _strategies(device: Device, ranks: int, *, in_fp32: bool) -> Iterator[Strategy]:

@@ -35,8 +35,16 @@ def tensors_of_a_rank(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, ranks: int
 ) -> int:
     """Bytes of the tensors of each of ``ranks``; ``shape`` is one rank's micro-batches."""
+    return max(moment_sizes_of_a_rank(strategy, config, shape, counts, ranks).values())
+
+
+def moment_sizes_of_a_rank(
+    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, ranks: int
+) -> dict[str, int]:
+    """The same at each moment of a step at which memory may be largest."""
+    moments = step_moments(strategy, config, shape, counts)
     if ranks == 1:
-        return plan_strategy(strategy, config, shape, counts, Budget()).tensor_bytes
+        return {name: sum(part.num_bytes for part in parts) for name, parts in moments.items()}
     resident = RESIDENT_BYTES * counts.total // ranks
     gradients = GRADIENT_BYTES * counts.total // ranks
     outside, block = 4 * counts.outside.total, 4 * counts.block.total
@@ -47,11 +55,12 @@ def tensors_of_a_rank(
         AT_THE_EMBEDDING: 3 * outside + block + gradients,
     }
     in_a_block = outside + int(BLOCKS_IN_BACKWARD * block) + head + gradients
-    moments = step_moments(strategy, config, shape, counts)
-    return resident + max(
-        gathered.get(name, in_a_block) + sum(part.num_bytes for part in parts if part.name not in STATES)
+    return {
+        name: resident
+        + gathered.get(name, in_a_block)
+        + sum(part.num_bytes for part in parts if part.name not in STATES)
         for name, parts in moments.items()
-    )
+    }
 
 
 def bytes_of_a_rank(
