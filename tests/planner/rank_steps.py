@@ -5,9 +5,9 @@ import sys
 
 import torch
 
+from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.planner.ranks import of_one_rank
-from resnet_bk.planner.recorder import StepRecorder
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.distributed import joined, shard_model
 from resnet_bk.training.step import train_step
@@ -18,17 +18,17 @@ CPU = torch.device("cpu")
 
 def peak_bytes(config, training, world):
     own = of_one_rank(training, world.size)
-    recorder = StepRecorder()
-    with recorder, recorder.hearing_of_resizes():
+    tracker = TensorTracker()
+    with tracker, tracker.hearing_of_resizes():
         model = ResNetBKForCausalLM(config).train()
         shard_model(model, world, CPU)
         prepared = prepare_training(model, own, CPU)
         size = (own.batch_size, own.sequence_length)
         batch = (torch.randint(config.vocab_size, size), torch.randint(config.vocab_size, size))
         for step in range(2):
-            recorder.reset_peak()
+            tracker.reset_peak()
             train_step(prepared.model, prepared.optimizer, prepared.scaler, [batch], own, step, world=world)
-    return recorder.peak_bytes
+    return tracker.peak_bytes
 
 
 def main(models_and_trainings):

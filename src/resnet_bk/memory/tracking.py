@@ -1,7 +1,8 @@
 """Bytes of live tensors, on any device, by watching every storage come and go."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -52,6 +53,33 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def reset_peak(self) -> None:
         """Starts new peaks from what is live now."""
         self.peak_bytes, self.peak_host_bytes = self.current_bytes, self.host_bytes
+
+    @contextmanager
+    def hearing_of_resizes(self) -> Iterator[None]:
+        """Meanwhile memory counts that is given back, or taken again, under a tensor that stays.
+
+        So FSDP2 does with gathered weights, by no operator that a mode would hear of.
+        """
+        resize = torch.UntypedStorage.resize_
+
+        def heard(storage: Any, num_bytes: int) -> Any:
+            result = resize(storage, num_bytes)
+            self._resized(storage._cdata, num_bytes)
+            return result
+
+        torch.UntypedStorage.resize_ = heard  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    def _resized(self, key: int, num_bytes: int) -> None:
+        known = self._live.get(key)
+        if known is None or known[0] == num_bytes:
+            return
+        before, on_host, reference = known
+        self._live[key] = (num_bytes, on_host, reference)
+        self._count(key, num_bytes - before, on_host)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

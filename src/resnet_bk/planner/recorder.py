@@ -74,33 +74,6 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         self._streams = [torch.cpu.current_stream()]
 
     @contextmanager
-    def hearing_of_resizes(self) -> Iterator[None]:
-        """Meanwhile memory counts that is given back, or taken again, under a tensor that stays.
-
-        So FSDP2 does with gathered weights, by no operator that a mode would hear of.
-        """
-        resize = torch.UntypedStorage.resize_
-
-        def heard(storage: Any, num_bytes: int) -> Any:
-            result = resize(storage, num_bytes)
-            self._resized(storage._cdata, num_bytes)
-            return result
-
-        torch.UntypedStorage.resize_ = heard  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-
-    def _resized(self, key: int, num_bytes: int) -> None:
-        known = self._live.get(key)
-        if known is None or known[0] == num_bytes:
-            return
-        before, on_host, reference = known
-        self._live[key] = (num_bytes, on_host, reference)
-        self._count(key, num_bytes - before, on_host)
-
-    @contextmanager
     def naming(self, model: nn.Module) -> Iterator[None]:
         """Meanwhile tensors are known by the module of ``model`` in which they were made."""
         self._paths = {id(module): path for path, module in model.named_modules()}
