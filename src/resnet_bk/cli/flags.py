@@ -191,6 +191,8 @@ class TrainingFlags:
     """Matrices on the device in --precision; their masters stay float32 on the host."""
     stream_weights: Annotated[bool | None, shown(TrainingConfig.stream_weights, "True|False")] = None
     """Blocks wait on the host: two of them are on the device, whatever the depth."""
+    loss_chunk_tokens: Annotated[int | None, shown("the loss's own rule", "INT")] = None
+    """Tokens that have logits at once; fewer take less memory, and change nothing but rounding."""
     seed: Annotated[int | None, shown(TrainingConfig.seed)] = None
     """Of the weights, the batches and the routing noise."""
     log_every: Annotated[int | None, shown(TrainingConfig.log_every)] = None

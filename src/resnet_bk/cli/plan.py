@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +33,7 @@ class PlanCommand:
       resnet-bk plan --preset seed
       resnet-bk plan --preset 1b --batch-size 128 --sequence-length 1024 --gpu-memory 12GB --host-memory 40GB
       resnet-bk plan --preset 100m --device colab-t4 --batch-size 32 --sequence-length 1024 --explain
+      resnet-bk plan --preset 7b --device h100 --num-gpus 8 --batch-size 64 --sequence-length 1024
       resnet-bk plan --model hf:gpt2 --batch-size 8 --sequence-length 1024 --device rtx-3060
       resnet-bk plan --preset tiny --verify
       resnet-bk plan --ladder --figure ladder.svg
@@ -53,10 +54,13 @@ class PlanCommand:
     device: str | None = None
     """The machine to plan for: auto (this one), cpu, or a card such as colab-t4, rtx-3060, a100-40gb, h100. Its memory
     is the budget, if none is given."""
+    num_gpus: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = 1
+    """GPUs of one host that share model and batch by FSDP2, under torchrun: then memory is each GPU's, and --batch-size
+    that of all. auto: the least power of two on which anything fits."""
     gpu_memory: str | None = None
     """What the GPU may hold, like 12GB or 11.9GiB; auto for all that the card at hand has."""
     host_memory: str | None = None
-    """What the host has, like 15GB."""
+    """What the host has, like 15GB, for all processes on it."""
     explain: bool = False
     """Show where every megabyte goes: the formulas' parts beside the traced ones."""
     verify: bool = False
@@ -71,6 +75,8 @@ class PlanCommand:
 
     def run(self) -> None:
         """Plans and prints."""
+        if self.num_gpus != 1:
+            self._check_several()
         if self.foreign is not None:
             from resnet_bk.cli.plan_foreign import plan_foreign
 
@@ -85,6 +91,18 @@ class PlanCommand:
         else:
             self._plan()
 
+    def _check_several(self) -> None:
+        others = {"--model": self.foreign is not None, "--ladder": self.ladder, "--verify": self.verify}
+        for name, wanted in others.items():
+            if wanted:
+                raise UserError(
+                    f"--num-gpus shares a preset's training out, and {name} does not; leave one of them out"
+                )
+        if self.planned_device().machine.kind != "cuda":
+            raise UserError(
+                "--num-gpus is for GPUs and the device is a CPU; name a card with --device, or leave --num-gpus out"
+            )
+
     def budget(self) -> "Budget":
         """What was said of memory; of a device that was named, all it has."""
         from resnet_bk.memory.plan import Budget
@@ -97,7 +115,7 @@ class PlanCommand:
             )
         amounts = Budget.parse(None if self.gpu_memory == "auto" else self.gpu_memory, self.host_memory)
         gpu_bytes, host_bytes = amounts.gpu_bytes, amounts.host_bytes
-        if self.device is not None or self.gpu_memory == "auto":
+        if self.device is not None or self.gpu_memory == "auto" or self.num_gpus != 1:
             if gpu_bytes is None and device.machine.kind == "cuda":
                 gpu_bytes = device.memory_bytes
             if host_bytes is None:
@@ -130,7 +148,7 @@ class PlanCommand:
 
         self._introduce(config, training, plan)
         if predictions:
-            tables.print_choice(predictions[0], budget, self._command(predictions[0].training, budget))
+            tables.print_choice(predictions[0], budget, self._command(predictions[0], budget))
         result_console.print(tables.parameter_table(plan))
         if self.preset == "seed" and not given(self.model):
             result_console.print(tables.seed_table(plan))
@@ -178,15 +196,24 @@ class PlanCommand:
         """The fastest way that fits the budget; without a budget, if asked to explain, mixed precision. Where nothing
         fits, why, and what would."""
         from resnet_bk.planner.predict import predict
-        from resnet_bk.planner.search import NothingFitsError, choose_training, what_would_fit
+        from resnet_bk.planner.search import (
+            NothingFitsError,
+            choose_ranks,
+            choose_training,
+            numbers_of_gpus,
+            what_would_fit,
+        )
 
         device = self.planned_device()
         if budget.gpu_bytes is not None or budget.host_bytes is not None:
             fixed = {"micro_batch_size"} if self.micro_batch_size is not None else set()
             try:
-                return [choose_training(config, training, budget, device, fixed=fixed)], {}
+                if self.num_gpus == "auto":
+                    return [choose_ranks(config, training, budget, device, fixed=fixed)], {}
+                return [choose_training(config, training, budget, device, fixed=fixed, ranks=self.num_gpus)], {}
             except NothingFitsError as error:
-                would_fit = what_would_fit(config, training, budget, device)
+                ranks = numbers_of_gpus(training)[-1] if self.num_gpus == "auto" else self.num_gpus
+                would_fit = what_would_fit(config, training, budget, device, ranks=ranks)
                 return [], {"refusal": str(error), "would_fit": would_fit}
         if not self.explain:
             return [], {}
@@ -219,11 +246,13 @@ class PlanCommand:
         if not config.causal:
             result_console.print("causal=False: tokens read the future; a loss of this model is a leak, not skill")
 
-    def _command(self, chosen: "TrainingConfig", budget: "Budget") -> str:
+    def _command(self, prediction: "Prediction", budget: "Budget") -> str:
         """What to type to train so; flags that are defaults are left out."""
         from resnet_bk.training.config import TrainingConfig
 
-        words = ["resnet-bk", "train", "--preset", self.preset]
+        chosen, ranks = prediction.training, prediction.ranks
+        program = ["resnet-bk"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "resnet_bk"]
+        words = [*program, "train", "--preset", self.preset]
         for name, value in given(self.model).items():
             words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         default = asdict(TrainingConfig())
@@ -232,6 +261,8 @@ class PlanCommand:
                 words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         if self.gpu_memory is not None and budget.gpu_bytes is not None:
             words += ["--gpu-memory", str(budget.gpu_bytes) if self.gpu_memory == "auto" else self.gpu_memory]
+            if ranks > 1:
+                words += ["--strategy", "given"]  # each of them would search ways for a single GPU
         return shlex.join([*words, "--out", f"runs/{self.preset}"])
 
     def _document(
@@ -253,6 +284,7 @@ class PlanCommand:
             "shape": asdict(training_shape(training)),
             "budget": asdict(budget),
             "device": self.planned_device().name,
+            "num_gpus": self.num_gpus,
             "parameters": asdict(plan.counts),
             "weight_bytes": plan.weight_bytes,
             "activations": [asdict(part) for part in plan.activations],
@@ -261,7 +293,7 @@ class PlanCommand:
             "fastest_that_fits": best.strategy.name if best else None,
             "chosen": None
             if chosen is None
-            else {**prediction_document(chosen), "command": self._command(chosen.training, budget)},
+            else {**prediction_document(chosen), "command": self._command(chosen, budget)},
         }
         if self.explain and chosen is not None:
             document["explanation"] = explanation_document(config, chosen)

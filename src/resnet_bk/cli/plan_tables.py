@@ -13,6 +13,8 @@ from resnet_bk.memory.plan import STATES, Budget, Plan, StrategyPlan, plan_strat
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.predict import Prediction
+from resnet_bk.planner.ranks import of_one_rank
+from resnet_bk.planner.sharded import tensors_of_a_rank
 from resnet_bk.planner.verify import Measured, rows
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_shape
 
@@ -105,18 +107,22 @@ def _room(need: int, there_is: int | None) -> str:
 
 def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
     """The chosen way, what it needs, and what to type."""
-    device, found, cost = prediction.device, prediction.footprint, prediction.cost
+    device, found, cost, ranks = prediction.device, prediction.footprint, prediction.cost, prediction.ranks
     words = describe_strategy(prediction.training) or "everything on the device"
     result_console.print(
-        f"\n[bold]Fastest that fits, on {device.name}:[/bold] {prediction.training.precision}, {words}",
+        f"\n[bold]Fastest that fits, on {'' if ranks == 1 else f'{ranks} x '}{device.name}:[/bold] "
+        f"{prediction.training.precision}, {words}",
         soft_wrap=True,
     )
+    if ranks > 1:
+        result_console.print(_shared_in_words(prediction), soft_wrap=True)
     if device.machine.kind == "cuda":
         room = "" if budget.gpu_bytes is None else f" of {format_bytes(budget.gpu_bytes)}"
+        nccl = f", NCCL {format_bytes(prediction.nccl_bytes)} (assumed)" if prediction.nccl_bytes else ""
         result_console.print(
-            f"GPU {format_bytes(prediction.gpu_bytes)}{room}: tensors {format_bytes(found.tensor_bytes)}, allocated "
-            f"{format_bytes(found.allocated_bytes)}, reserved {format_bytes(found.reserved_bytes)}, context "
-            f"{format_bytes(device.context_bytes)}",
+            f"{'GPU' if ranks == 1 else 'each GPU'} {format_bytes(prediction.gpu_bytes)}{room}: "
+            f"tensors {format_bytes(found.tensor_bytes)}, allocated {format_bytes(found.allocated_bytes)}, "
+            f"reserved {format_bytes(found.reserved_bytes)}, context {format_bytes(device.context_bytes)}{nccl}",
             soft_wrap=True,
         )
     room = "" if budget.host_bytes is None else f" of {format_bytes(budget.host_bytes)}"
@@ -130,6 +136,20 @@ def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
     result_console.print(f"\n  {command}\n", markup=False, soft_wrap=True)
 
 
+def _shared_in_words(prediction: Prediction) -> str:
+    """How the batch is split over ranks, and how it is known what one of them needs."""
+    training, ranks = prediction.training, prediction.ranks
+    own = of_one_rank(training, ranks)
+    shape = training_shape(own)
+    pieces = shape.micro_batches // training.gradient_accumulation_steps
+    in_pieces = "at once" if pieces == 1 else f"in {pieces} pieces of {shape.batch_size}"
+    link = format_bytes(int(prediction.device.link))
+    return (
+        f"FSDP2: of {training.batch_size} sequences each GPU has {own.batch_size}, {in_pieces}; memory is that of one "
+        f"rank's step, traced; between GPUs {link}/s each way, from a data sheet"
+    )
+
+
 def print_refusal(refusal: str, would_fit: dict[str, int]) -> None:
     """That nothing fits, by how much, and what would."""
     result_console.print(refusal[0].upper() + refusal[1:] + ".", soft_wrap=True)
@@ -140,6 +160,13 @@ def print_refusal(refusal: str, would_fit: dict[str, int]) -> None:
 
 def print_explanation(config: "ResNetBKConfig", prediction: Prediction) -> None:
     """Formulas and traced tensors at the worst moment of the step."""
+    if prediction.ranks > 1:
+        table, by_formula = _traced_table(prediction), _formula_of_rank(config, prediction)
+        table.caption = (
+            f"The formula of a rank is {by_formula / prediction.footprint.tensor_bytes - 1:+.2%} of the trace."
+        )
+        result_console.print(table)
+        return
     formulas = _formulas(config, prediction)
     words = describe_strategy(prediction.training) or prediction.training.precision
     table = new_table(f"By formula, {words}: {formulas.moment}", "part", "bytes", "formula", last="left")
@@ -147,15 +174,21 @@ def print_explanation(config: "ResNetBKConfig", prediction: Prediction) -> None:
         table.add_row(part.name, format_bytes(part.num_bytes), escape(part.formula))
     table.add_row("tensors", format_bytes(formulas.tensor_bytes), "", style="bold")
     result_console.print(table)
-    table = new_table("Traced, tensor by tensor, at the same step's worst moment", "kind", "where", "bytes")
-    for kind, where, size in _grouped(prediction):
-        table.add_row(kind, where, format_bytes(size))
-    traced = prediction.footprint.tensor_bytes
-    table.add_row("all", "", format_bytes(traced), style="bold")
-    table.caption = f"The formulas are {formulas.tensor_bytes / traced - 1:+.2%} of the trace."
+    table = _traced_table(prediction)
+    table.caption = (
+        f"The formulas are {formulas.tensor_bytes / prediction.footprint.tensor_bytes - 1:+.2%} of the trace."
+    )
     if prediction.device.machine.kind == "cpu":
         table.caption += " They are a GPU's: on a CPU the trace counts."
     result_console.print(table)
+
+
+def _traced_table(prediction: Prediction) -> Table:
+    table = new_table("Traced, tensor by tensor, at the same step's worst moment", "kind", "where", "bytes")
+    for kind, where, size in _grouped(prediction):
+        table.add_row(kind, where, format_bytes(size))
+    table.add_row("all", "", format_bytes(prediction.footprint.tensor_bytes), style="bold")
+    return table
 
 
 def print_verification(prediction: Prediction, measured: Measured) -> None:
@@ -171,11 +204,15 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
     """A prediction as JSON."""
     return {
         "device": prediction.device.name,
+        "num_gpus": prediction.ranks,
+        "rows_of_a_gpu": prediction.training.batch_size // prediction.ranks,
         "training": asdict(prediction.training),
         "strategy": describe_strategy(prediction.training),
         "footprint": asdict(prediction.footprint),
         "gpu_bytes": prediction.gpu_bytes,
         "context_bytes": prediction.device.context_bytes,
+        "nccl_bytes": prediction.nccl_bytes,
+        "memory_is": "traced",
         "host_bytes": prediction.host_bytes,
         "host_parts": prediction.host_parts,
         "cost": {**asdict(prediction.cost), "bound_by": prediction.cost.bound_by},
@@ -183,14 +220,19 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 
 def explanation_document(config: "ResNetBKConfig", prediction: Prediction) -> dict[str, Any]:
-    """Formulas and traced tensors as JSON."""
+    """Formulas and traced tensors as JSON; of several ranks there is one formula, of all tensors together."""
+    traced = {
+        "traced": [{"kind": kind, "where": where, "num_bytes": size} for kind, where, size in _grouped(prediction)],
+        "traced_bytes": prediction.footprint.tensor_bytes,
+    }
+    if prediction.ranks > 1:
+        return {"formula_bytes": _formula_of_rank(config, prediction), **traced}
     formulas = _formulas(config, prediction)
     return {
         "moment": formulas.moment,
         "formulas": [asdict(part) for part in formulas.gpu_parts],
         "formula_bytes": formulas.tensor_bytes,
-        "traced": [{"kind": kind, "where": where, "num_bytes": size} for kind, where, size in _grouped(prediction)],
-        "traced_bytes": prediction.footprint.tensor_bytes,
+        **traced,
     }
 
 
@@ -207,6 +249,14 @@ def _formulas(config: "ResNetBKConfig", prediction: Prediction) -> StrategyPlan:
 
     training = prediction.training
     return plan_strategy(strategy_of(training), config, training_shape(training), count_parameters(config), Budget())
+
+
+def _formula_of_rank(config: "ResNetBKConfig", prediction: Prediction) -> int:
+    from resnet_bk.memory.parameters import count_parameters
+
+    training, ranks = prediction.training, prediction.ranks
+    shape = training_shape(of_one_rank(training, ranks))
+    return tensors_of_a_rank(strategy_of(training), config, shape, count_parameters(config), ranks)
 
 
 def _grouped(prediction: Prediction) -> list[tuple[str, str, int]]:

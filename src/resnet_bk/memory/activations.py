@@ -28,16 +28,22 @@ ROWS_OF_PIECE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingShape:
-    """Sequences in a micro-batch, tokens in a sequence, and micro-batches in a step."""
+    """Sequences in a micro-batch, tokens in a sequence, and micro-batches in a step.
+
+    ``loss_chunk_tokens`` of a micro-batch have logits at once, None for the loss's own rule.
+    """
 
     batch_size: int
     sequence_length: int
     micro_batches: int = 1
+    loss_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "micro_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1")
+        if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
+            raise UserError(f"loss_chunk_tokens is {self.loss_chunk_tokens}; give a number of at least 1")
 
     @property
     def tokens(self) -> int:
@@ -202,6 +208,12 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     ]
 
 
+def tokens_with_logits(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> int:
+    """C."""
+    rule = chunk_rows(shape.tokens, config.vocab_size, config.hidden_size, bytes_per_logit=2 if half else 4)
+    return min(shape.loss_chunk_tokens or rule, shape.tokens)
+
+
 def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False) -> Part:
     """What a chunk of the loss needs for a moment, beside what it keeps: logits, and its tokens twice.
 
@@ -209,9 +221,8 @@ def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool,
     be added to the head's gradient.
     """
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
-    rows = chunk_rows(tokens, config.vocab_size, hidden, bytes_per_logit=c)
-    chunk, head = min(rows, tokens), config.vocab_size * hidden
-    of_head = (2 if half and not half_weights else 0) + (4 if half and rows < tokens else 0)
+    chunk, head = tokens_with_logits(config, shape, half=half), config.vocab_size * hidden
+    of_head = (2 if half and not half_weights else 0) + (4 if half and chunk < tokens else 0)
     copies = 4  # in fp32 one of its tokens without those that count for nothing, in halves one before that
     return Part(
         name="logits and loss",

@@ -39,6 +39,7 @@ CUBLAS_BYTES = 2 * 32 * 2**20
 STATES = ("weights", "gradients", "optimizer")  # names of parts
 CUBLAS, ON_THEIR_WAY = "cuBLAS", "copies on their way"
 BLOCK_INPUTS, GRADIENTS = "block inputs", "gradients"
+AT_THE_LOSS, WHERE_BACKWARD_BEGINS = "at the loss", "where backward begins"
 AT_THE_EMBEDDING = "at the embedding's gradient"
 
 
@@ -136,8 +137,8 @@ def plan_strategy(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, budget: Budget
 ) -> StrategyPlan:
     """What one strategy needs for micro-batches of ``shape``."""
-    step = (_StepByBlock if strategy.goes_by_block else _StepByPiece)(strategy, config, shape, counts)
-    moments = {name: [*step.all_along(), *parts] for name, parts in step.moments()}
+    step = _step(strategy, config, shape, counts)
+    moments = _moments(step)
     sizes = {name: _sum(parts) for name, parts in moments.items()}
     moment = max(sizes, key=lambda name: sizes[name])
     gpu_parts = _joined([*moments[moment], *step.of_libraries()])
@@ -153,6 +154,13 @@ def plan_strategy(
         gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - gpu_bytes,
         host_headroom=None if budget.host_bytes is None else budget.host_bytes - host_bytes,
     )
+
+
+def step_moments(
+    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts
+) -> dict[str, list[Part]]:
+    """What there is on the GPU at each moment of a step at which memory may be largest, but for CUDA's libraries."""
+    return _moments(_step(strategy, config, shape, counts))
 
 
 def _joined(parts: list[Part]) -> list[Part]:
@@ -232,9 +240,9 @@ class _Step:
         there = [*others, *(part for part in kept if part.name not in names)]
         working = (self.config, self.shape)
         logits = logits_and_loss(*working, half=strategy.half, half_weights=strategy.half_weights)
-        yield "at the loss", [*there, self._of_tokens("normed tokens", 4), logits]
+        yield AT_THE_LOSS, [*there, self._of_tokens("normed tokens", 4), logits]
         gradients = loss_backward(*working, half=strategy.half, half_weights=strategy.half_weights)
-        yield "where backward begins", [*there, gradients]
+        yield WHERE_BACKWARD_BEGINS, [*there, gradients]
 
     def _block_moments(self) -> list[BlockMoment]:
         strategy = self.strategy
@@ -306,6 +314,14 @@ class _Step:
     @property
     def _several(self) -> bool:
         return self.shape.micro_batches > 1
+
+
+def _step(strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts) -> _Step:
+    return (_StepByBlock if strategy.goes_by_block else _StepByPiece)(strategy, config, shape, counts)
+
+
+def _moments(step: _Step) -> dict[str, list[Part]]:
+    return {name: [*step.all_along(), *parts] for name, parts in step.moments()}
 
 
 class _StepByPiece(_Step):

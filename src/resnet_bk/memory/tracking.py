@@ -1,18 +1,21 @@
 """Bytes of live tensors, on any device, by watching every storage come and go."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.host import is_host_memory
+from resnet_bk.frugal.optimizer import local_tensor
 from resnet_bk.ops.operator import body_of
 
 
@@ -45,15 +48,44 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def include(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that exist already: a model's parameters, an optimizer's moments."""
         for tensor in tensors:
-            self._track(tensor)
+            self._track(local_tensor(tensor))
 
     def reset_peak(self) -> None:
         """Starts new peaks from what is live now."""
         self.peak_bytes, self.peak_host_bytes = self.current_bytes, self.host_bytes
 
+    @contextmanager
+    def hearing_of_resizes(self) -> Iterator[None]:
+        """Meanwhile memory counts that is given back, or taken again, under a tensor that stays.
+
+        So FSDP2 does with gathered weights, by no operator that a mode would hear of.
+        """
+        resize = torch.UntypedStorage.resize_
+
+        def heard(storage: Any, num_bytes: int) -> Any:
+            result = resize(storage, num_bytes)
+            self._resized(storage._cdata, num_bytes)
+            return result
+
+        torch.UntypedStorage.resize_ = heard  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    def _resized(self, key: int, num_bytes: int) -> None:
+        known = self._live.get(key)
+        if known is None or known[0] == num_bytes:
+            return
+        before, on_host, reference = known
+        self._live[key] = (num_bytes, on_host, reference)
+        self._count(key, num_bytes - before, on_host)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it does with this rank's part comes here again
         result = self._call(func, args, kwargs or {})
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and not isinstance(

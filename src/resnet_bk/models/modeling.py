@@ -280,6 +280,8 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ResNetBKModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Of a way to train, not of the model: see ``linear_cross_entropy``.
+        self.loss_chunk_tokens: int | None = None
         self.post_init()
         if not config.causal:
             self.generation_config.use_cache = False
@@ -371,7 +373,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         matrix, and there are never all logits at once.
         """
         nats = (
-            linear_cross_entropy(hidden_BND, self.lm_head.weight, targets_BN)
+            linear_cross_entropy(hidden_BND, self.lm_head.weight, targets_BN, chunk_tokens=self.loss_chunk_tokens)
             if logits_BNV is None
             else cross_entropy(logits_BNV, targets_BN)
         )

@@ -34,7 +34,9 @@ def cross_entropy(logits_BNV: Tensor, targets_BN: Tensor) -> Tensor:
     return F.cross_entropy(logits_TV, targets_BN.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def linear_cross_entropy(hidden_BND: Tensor, weight_VD: Tensor, targets_BN: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_BND: Tensor, weight_VD: Tensor, targets_BN: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
     """``cross_entropy(hidden weight^T, targets)``, a scalar, a chunk of tokens at a time.
 
     Where a gradient is asked for, it is computed with the loss, chunk by chunk, so that no logit is computed twice and
@@ -45,15 +47,20 @@ def linear_cross_entropy(hidden_BND: Tensor, weight_VD: Tensor, targets_BN: Tens
     Products are done in autocast's dtype where it is on, softmax and sums in float32 at least. There is no second
     derivative.
 
+    ``chunk_tokens`` is how many tokens have logits at once, None for the rule of ``chunk_rows``: fewer take less memory
+    and more time, and change nothing but rounding.
+
     Source: P.-L. Hsu et al., "Liger Kernel" (2024), for the order of the computation.
     """
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of at least 1, or None")
     hidden_TD, targets_T = hidden_BND.flatten(0, 1), targets_BN.flatten()
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         mean: Tensor = _LossWithGradients.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            hidden_TD, weight_VD, targets_T, hidden_TD.requires_grad, weight_VD.requires_grad
+            hidden_TD, weight_VD, targets_T, hidden_TD.requires_grad, weight_VD.requires_grad, chunk_tokens
         )
         return mean
-    sums = _sweep(hidden_TD, weight_VD, targets_T, want_hidden=False, want_weight=False)
+    sums = _sweep(hidden_TD, weight_VD, targets_T, want_hidden=False, want_weight=False, chunk_tokens=chunk_tokens)
     return sums.loss / sums.count
 
 
@@ -99,9 +106,22 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, want_hidden: bool, want_weight: bool
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        want_hidden: bool,
+        want_weight: bool,
+        chunk_tokens: int | None,
     ) -> Tensor:
-        sums = _sweep(hidden_TD, weight_VD, targets_T, want_hidden=want_hidden, want_weight=want_weight)
+        sums = _sweep(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            chunk_tokens=chunk_tokens,
+        )
         ctx.save_for_backward(sums.hidden_bar_TD, sums.weight_bar_VD, sums.count)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         return sums.loss / sums.count
@@ -121,7 +141,7 @@ class _LossWithGradients(torch.autograd.Function):
             # The largest tensor here: no copy of it, unless it may be asked for again.
             scaled_VD = weight_bar_VD * scale if _may_come_again() else weight_bar_VD.mul_(scale)
             weight_bar_VD = scaled_VD.to(weight_dtype)
-        return hidden_bar_TD, weight_bar_VD, None, None, None
+        return hidden_bar_TD, weight_bar_VD, None, None, None, None
 
 
 def _may_come_again() -> bool:
@@ -129,12 +149,20 @@ def _may_come_again() -> bool:
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _sweep(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, want_hidden: bool, want_weight: bool) -> _Sums:
+def _sweep(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    want_hidden: bool,
+    want_weight: bool,
+    chunk_tokens: int | None,
+) -> _Sums:
     tokens, device = hidden_TD.shape[0], hidden_TD.device
     dtype = _product_dtype(hidden_TD, weight_VD)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     backend = choose_loss_backend(device, dtype).name
-    rows = chunk_rows(tokens, *weight_VD.shape, bytes_per_logit=bytes_per_logit(backend, dtype))
+    rows = chunk_tokens or chunk_rows(tokens, *weight_VD.shape, bytes_per_logit=bytes_per_logit(backend, dtype))
     chunk_loss = _chunk_in_place if backend == "triton" else _chunk
     ignored_T1 = (targets_T == IGNORE_INDEX).unsqueeze(1)
     targets_T1 = targets_T.unsqueeze(1).masked_fill(ignored_T1, 0)

@@ -3,15 +3,17 @@
     device  = 1.9 x FLOPs / rate of matrix products + 10 x kept bytes / copy bandwidth + time of launches
     bus     = bytes each way / bandwidth of the bus, the longer way
     host    = parameters / rate of the update
+    link    = bytes that ranks exchange, one way / bandwidth between GPUs
 
 The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
 1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within 15% of all of them.
-What runs side by side counts as the longest, and a twentieth of the rest.
+What runs side by side counts as the longest, and a twentieth of the rest. Of several ranks each computes its share of
+the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from resnet_bk.memory.activations import TrainingShape, block_activations
+from resnet_bk.memory.activations import TrainingShape, block_activations, tokens_with_logits
 from resnet_bk.memory.parameters import ParameterCounts
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.models import ResNetBKConfig
@@ -35,11 +37,17 @@ class Cost:
     host_seconds: float
     seconds: float
     tokens_per_second: float
+    link_seconds: float = 0.0
 
     @property
     def bound_by(self) -> str:
         """What the step waits for."""
-        times = {"the GPU": self.device_seconds, "the bus": self.bus_seconds, "the host's update": self.host_seconds}
+        times = {
+            "the GPU": self.device_seconds,
+            "the bus": self.bus_seconds,
+            "the host's update": self.host_seconds,
+            "the link between GPUs": self.link_seconds,
+        }
         return max(times, key=lambda name: times[name])
 
 
@@ -51,14 +59,19 @@ def step_cost(
     device: Device,
     *,
     clips: bool = True,
+    ranks: int = 1,
 ) -> Cost:
-    """The cost of a step of ``shape.micro_batches`` micro-batches; ``clips`` forbids updates during backward."""
+    """The cost of a step of ``shape.micro_batches`` micro-batches; ``clips`` forbids updates during backward.
+
+    With several ``ranks``, which share weights, gradients and moments, ``shape`` is one rank's.
+    """
+    link_seconds = _link_seconds(shape, counts, config.num_layers, device, ranks)
     device_seconds = _device_seconds(strategy, config, shape, device)
     bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
     host_seconds = _host_seconds(strategy, shape, counts, device)
     if not strategy.offload_optimizer:
-        device_seconds += _update_seconds(counts, device)
-        seconds = device_seconds + bus_seconds
+        device_seconds += _update_seconds(counts, device) / ranks
+        seconds = _side_by_side(device_seconds, link_seconds) + bus_seconds
     elif device.machine.kind == "cpu":
         seconds = device_seconds + bus_seconds + host_seconds  # one processor does all of it
     elif clips:
@@ -71,7 +84,8 @@ def step_cost(
         bus_seconds=bus_seconds,
         host_seconds=host_seconds,
         seconds=seconds,
-        tokens_per_second=shape.tokens * shape.micro_batches / seconds,
+        tokens_per_second=ranks * shape.tokens * shape.micro_batches / seconds,
+        link_seconds=link_seconds,
     )
 
 
@@ -80,14 +94,25 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     again = {"none": 0.0, "selective": SELECTIVE_SHARE}.get(strategy.checkpointing, 1.0)
     parts = formula_flops(config, shape.batch_size, shape.sequence_length)
     flops = sum((1 + (0 if part.component == "head" else again)) * part.forward + part.backward for part in parts)
+    moved_for_logits = _chunk_bytes(config, shape, half=half)
     kept = config.num_layers * sum(part.num_bytes for part in block_activations(config, shape, half=half))
     # A second forward pass is a third of what there is besides.
     moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
-    computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops) + moved / rates.memory
+    computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
+    computing += (moved + moved_for_logits) / rates.memory
     launches = LAUNCH_SECONDS * config.num_layers * (2 + again)
     if strategy.goes_by_block or device.machine.kind == "cpu":
         return shape.micro_batches * (computing + launches)
     return shape.micro_batches * _side_by_side(computing, launches)  # kernels are launched while others run
+
+
+def _chunk_bytes(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> int:
+    """What more chunks of logits move than the loss's rule would have: each reads and writes the head's gradient in
+    float32 once more, and under autocast also the product that is added to it."""
+    rule = tokens_with_logits(config, replace(shape, loss_chunk_tokens=None), half=half)
+    chunk = tokens_with_logits(config, shape, half=half)
+    more = -(-shape.tokens // chunk) - -(-shape.tokens // rule)
+    return max(0, more) * (16 if half else 8) * config.vocab_size * config.hidden_size
 
 
 def _side_by_side(*seconds: float) -> float:
@@ -109,6 +134,15 @@ def _bus_seconds(
     fetches = 2 * times if strategy.stream_weights else 0
     weights = strategy.weight_bytes * counts.total * (1 + fetches)
     return (max(gradients, weights) + waiting) / device.rates.bus
+
+
+def _link_seconds(shape: TrainingShape, counts: ParameterCounts, layers: int, device: Device, ranks: int) -> float:
+    """Of every micro-batch blocks are gathered twice, what is outside of them once, and all gradients added up: of each
+    a rank receives the others' shares, in float32."""
+    if ranks == 1:
+        return 0.0
+    numbers = 2 * layers * counts.block.total + counts.outside.total + counts.total
+    return shape.micro_batches * 4 * numbers * (ranks - 1) / ranks / device.link
 
 
 def _host_seconds(strategy: Strategy, shape: TrainingShape, counts: ParameterCounts, device: Device) -> float:

@@ -34,6 +34,8 @@ class Rates:
 class Device:
     """A card and its host. ``context_bytes`` is what the driver takes of the card beside torch's allocator: the context
     and the kernels that are loaded. ``process_bytes`` is a training process on the host without its tensors.
+    ``link`` is what a card sends to others of its host while it receives as much, in bytes a second: NVLink's as its
+    maker states it, or else that of the bus. It was not measured here.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Device:
     context_bytes: int
     process_bytes: int
     rates: Rates
+    link: float
 
     @property
     def has_bf16(self) -> bool:
@@ -55,6 +58,8 @@ CPU_PROCESS_BYTES = 700_000_000
 # On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.20 GB of kernels (benchmarks/results/gpu/frugal.json).
 # What smaller cards take was not measured here: `resnet-bk env --calibrate` measures it.
 CONTEXT_BYTES = 920_000_000
+# What NCCL takes of a card for its buffers, beside torch's allocator. An assumption: benchmarks/sharded.py measures it.
+NCCL_BYTES = 600_000_000
 # AdamW on sixteen cores beside an H100 updated 0.65 billion parameters a second (the same file, 1b at 16,384 tokens).
 # Others are taken to do so in proportion to their cores, from a typical host of each card.
 UPDATES_OF_A_CORE = 0.65e9 / 16
@@ -72,6 +77,7 @@ def _card(  # one row of a table
     multiprocessors: int,
     cores: int = 8,
     host_bytes: int | None = None,
+    nvlink: float | None = None,
 ) -> Device:
     """Peak rates as the maker states them (dense), taken at 80%, and memory as the driver gives it."""
     share = 0.8
@@ -89,11 +95,13 @@ def _card(  # one row of a table
             bus=bus * 1e9,
             host_updates=cores * UPDATES_OF_A_CORE,
         ),
+        link=share * nvlink * 1e9 if nvlink else bus * 1e9,
     )
 
 
-# Sources: NVIDIA's data sheets for rates; memory as `torch.cuda.get_device_properties` tells it, or the nominal size
-# less 3% where nobody here has seen it. Colab's free machine: about 15 GB on the card, 12.7 GB and 2 cores on the host.
+# Sources: NVIDIA's data sheets for rates (NVLink: half of what they state, which is both ways together); memory as
+# `torch.cuda.get_device_properties` tells it, or the nominal size less 3% where nobody here has seen it. Colab's free
+# machine: about 15 GB on the card, 12.7 GB and 2 cores on the host.
 DEVICES = {
     device.name: device
     for device in (
@@ -116,10 +124,10 @@ DEVICES = {
         _card("l4", 22.0, (8, 9), 121, 30.3, 300, 22, multiprocessors=58),
         _card("a10g", 22.05, (8, 6), 70, 31.2, 600, 22, multiprocessors=80),
         _card("l40s", 44.4, (8, 9), 362, 91.6, 864, 22, multiprocessors=142, cores=16),
-        _card("a100-40gb", 39.4, (8, 0), 312, 19.5, 1555, 22, multiprocessors=108, cores=12),
-        _card("a100-80gb", 79.1, (8, 0), 312, 19.5, 2039, 22, multiprocessors=108, cores=12),
-        _card("h100", 79.18, (9, 0), 989, 67, 3350, 55, multiprocessors=132, cores=16),
-        _card("h200", 139.8, (9, 0), 989, 67, 4800, 55, multiprocessors=132, cores=16),
+        _card("a100-40gb", 39.4, (8, 0), 312, 19.5, 1555, 22, multiprocessors=108, cores=12, nvlink=300),
+        _card("a100-80gb", 79.1, (8, 0), 312, 19.5, 2039, 22, multiprocessors=108, cores=12, nvlink=300),
+        _card("h100", 79.18, (9, 0), 989, 67, 3350, 55, multiprocessors=132, cores=16, nvlink=450),
+        _card("h200", 139.8, (9, 0), 989, 67, 4800, 55, multiprocessors=132, cores=16, nvlink=450),
     )
 }
 # A machine without a GPU, in rates of a core: two of an AMD EPYC do 150 GFLOPs and copy 20 GB a second.
@@ -178,6 +186,7 @@ def this_cpu() -> Device:
                 bus=cores * CORE.bus,
                 host_updates=cores * CORE.host_updates,
             ),
+            link=cores * CORE.bus,
         )
     )
 

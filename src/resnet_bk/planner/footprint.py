@@ -56,7 +56,8 @@ def _of_libraries(trace: Trace) -> list[int]:
 def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> CachingAllocator:
     """The step after the first one. Where moments are on the device, the first has none yet, and the segments that it
     leaves are not those that a step with moments would ask for."""
-    replay = _Replay(CachingAllocator(expandable=expandable), trace.copied_away if copies_take_time else frozenset())
+    copied_away: frozenset[int] = trace.copied_away if copies_take_time else frozenset()
+    replay = _Replay(CachingAllocator(expandable=expandable), trace, copied_away)
     replay.allocator.allocate(SMALL_CHANGE)
     for num_bytes in _of_libraries(trace):
         replay.allocator.allocate(num_bytes)
@@ -73,8 +74,9 @@ def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> Cach
 class _Replay:
     """Events on an allocator. What is copied away, as a block's gradients are, goes when the next begin to leave."""
 
-    def __init__(self, allocator: CachingAllocator, copied_away: frozenset[int]) -> None:
+    def __init__(self, allocator: CachingAllocator, trace: Trace, copied_away: frozenset[int]) -> None:
         self.allocator, self._copied_away = allocator, copied_away
+        self._origins = trace.origins
         self._handles: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._leaving: list[int] = []
@@ -85,7 +87,7 @@ class _Replay:
         for event in events:
             if event.num_bytes > 0:
                 self._more_may_leave = False
-                self._handles[event.tensor] = self.allocator.allocate(event.num_bytes)
+                self._handles[event.tensor] = self._allocate(event)
                 self._sizes[event.tensor] = event.num_bytes
             elif event.tensor in self._handles:
                 handle = self._handles.pop(event.tensor)
@@ -112,10 +114,13 @@ class _Replay:
             left.setdefault(self._sizes[tensor], []).append(self._handles.pop(tensor))
         for event in known:
             handles = left.get(event.num_bytes)
-            self._handles[event.tensor] = handles.pop(0) if handles else self.allocator.allocate(event.num_bytes)
+            self._handles[event.tensor] = handles.pop(0) if handles else self._allocate(event)
         for handles in left.values():
             for handle in handles:
                 self.allocator.free(handle)
+
+    def _allocate(self, event: Event) -> int:
+        return self.allocator.allocate(event.num_bytes, stream=self._origins[event.tensor].stream)
 
     def _leave(self, handle: int) -> None:
         if not self._more_may_leave:

@@ -12,10 +12,13 @@ from resnet_bk.memory.plan import PROCESS_BYTES, Budget, plan_strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.cost import Cost, step_cost
-from resnet_bk.planner.devices import Device
+from resnet_bk.planner.devices import NCCL_BYTES, Device
 from resnet_bk.planner.footprint import Footprint, footprint
+from resnet_bk.planner.ranks import of_one_rank
 from resnet_bk.planner.trace import Trace, TracedPart, trace_training
 from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.distributed import World
+from resnet_bk.training.start import check_ranks
 from resnet_bk.training.strategy import strategy_of, training_shape
 
 # Which memory is free at the moment of a request depends on what copies have ended by then: of five runs on an H100
@@ -26,6 +29,7 @@ TIMING = 0.03
 MALLOC_SHARE, MALLOC_BYTES = 0.5, 400_000_000
 # A step on a CPU, which keeps more inside its operators, took at most twice what formulas say of one on a GPU.
 WITHOUT_A_DOUBT = 2.5
+MADE_ON_HOST = "weights, before they move"  # name of a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,9 @@ class Prediction:
 
     ``gpu_bytes`` is what the driver will say of the process: context and reserved memory. ``host_bytes`` is the most
     resident memory; without a GPU everything is there. ``parts`` are the tensors at the worst moment of the step.
+
+    With several ``ranks`` under FSDP2, ``training`` is that of all of them, footprint, parts and ``gpu_bytes`` are each
+    one's own (``nccl_bytes`` among them), and ``host_bytes`` is that of all, on one host.
     """
 
     device: Device
@@ -43,6 +50,12 @@ class Prediction:
     gpu_bytes: int
     host_parts: dict[str, int]
     cost: Cost
+    ranks: int = 1
+
+    @property
+    def nccl_bytes(self) -> int:
+        """What ranks take of each GPU to speak to others, an assumption."""
+        return nccl_bytes(self.device, self.ranks)
 
     @property
     def host_bytes(self) -> int:
@@ -55,9 +68,24 @@ class Prediction:
         return budget.missing(on_device, self.host_bytes)
 
 
-def predict(config: ResNetBKConfig, training: TrainingConfig, device: Device, *, held: bool = False) -> Prediction:
-    """Predicts ``train_step``; ``held`` is whether the allocator is held to a budget, which has its segments grow."""
-    trace = trace_of(config, training, device)
+def nccl_bytes(device: Device, ranks: int) -> int:
+    """Of each GPU, beside torch's allocator."""
+    return NCCL_BYTES if ranks > 1 and device.machine.kind == "cuda" else 0
+
+
+def predict(
+    config: ResNetBKConfig, training: TrainingConfig, device: Device, *, held: bool = False, ranks: int = 1
+) -> Prediction:
+    """Predicts ``train_step``; ``held`` is whether the allocator is held to a budget, which has its segments grow.
+
+    Of several ``ranks`` under FSDP2, which share the batch, the first one's step is traced; all are alike.
+
+    Raises:
+        UserError: they cannot share it evenly, or ``training`` is for one process.
+    """
+    if ranks > 1:
+        check_ranks(training, World(size=ranks))
+    trace = trace_of(config, training, device, ranks)
     counts = count_parameters(config)
     on_gpu = device.machine.kind == "cuda"
     found = footprint(trace, expandable=held)
@@ -66,16 +94,20 @@ def predict(config: ResNetBKConfig, training: TrainingConfig, device: Device, *,
         training=training,
         footprint=found,
         parts=trace.parts(),
-        gpu_bytes=device.context_bytes + int((1 + TIMING) * found.reserved_bytes) if on_gpu else 0,
-        host_parts=host_parts(config, training, device, counts, 0 if on_gpu else trace.peak_bytes),
+        gpu_bytes=device.context_bytes + nccl_bytes(device, ranks) + int((1 + TIMING) * found.reserved_bytes)
+        if on_gpu
+        else 0,
+        host_parts=host_parts(config, training, device, counts, 0 if on_gpu else trace.peak_bytes, ranks=ranks),
         cost=step_cost(
             strategy_of(training),
             config,
-            training_shape(training),
+            training_shape(of_one_rank(training, ranks)),
             counts,
             device,
             clips=training.max_grad_norm is not None,
+            ranks=ranks,
         ),
+        ranks=ranks,
     )
 
 
@@ -102,14 +134,22 @@ def check_traced(config: ResNetBKConfig, training: TrainingConfig, device: Devic
 
 
 def host_parts(
-    config: ResNetBKConfig, training: TrainingConfig, device: Device, counts: ParameterCounts, tensor_bytes: int
+    config: ResNetBKConfig,
+    training: TrainingConfig,
+    device: Device,
+    counts: ParameterCounts,
+    tensor_bytes: int,
+    *,
+    ranks: int = 1,
 ) -> dict[str, int]:
-    """Host memory by part; ``tensor_bytes`` are those of a step without a GPU."""
+    """Host memory by part; ``tensor_bytes`` are those of a step without a GPU, of each of the ``ranks`` on the host."""
+    if ranks > 1:
+        return _of_several(config, training, device, counts, tensor_bytes, ranks)
     parts = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget()).host_parts
     parts = {name: size for name, size in parts.items() if size and size != PROCESS_BYTES}
     # A head that is tied is made, and then exchanged for the embedding.
     spare_head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    made = {"weights, before they move": 4 * (counts.total + spare_head)}
+    made = {MADE_ON_HOST: 4 * (counts.total + spare_head)}
     made_here = {} if training.offload_optimizer or tensor_bytes else made
     return {
         "process": device.process_bytes,
@@ -120,22 +160,37 @@ def host_parts(
     }
 
 
+def _of_several(
+    config: ResNetBKConfig,
+    training: TrainingConfig,
+    device: Device,
+    counts: ParameterCounts,
+    tensor_bytes: int,
+    ranks: int,
+) -> dict[str, int]:
+    """Every rank's, and what rank 0 gathers for a checkpoint: weights and moments."""
+    own = host_parts(config, of_one_rank(training, ranks), device, counts, tensor_bytes)
+    own.pop(MADE_ON_HOST, None)
+    parts = {name if size != device.process_bytes else f"{ranks} processes": ranks * size for name, size in own.items()}
+    return {**parts, "a checkpoint, gathered by rank 0": 12 * counts.total}
+
+
 def kept_by_malloc(tensor_bytes: int) -> int:
     """Memory of the CPU that tensors have had and a process has still."""
     return min(int(MALLOC_SHARE * tensor_bytes), MALLOC_BYTES)
 
 
-def trace_of(config: ResNetBKConfig, training: TrainingConfig, device: Device) -> Trace:
+def trace_of(config: ResNetBKConfig, training: TrainingConfig, device: Device, ranks: int = 1) -> Trace:
     """The trace of a step; the last few are kept."""
-    return _traced(_Key(config, training, device))
+    return _traced(_Key(config, training, device, ranks))
 
 
 class _Key:
     """Configurations that compare by their fields."""
 
-    def __init__(self, config: ResNetBKConfig, training: TrainingConfig, device: Device) -> None:
-        self.config, self.training, self.machine = config, training, device.machine
-        self._fields = (repr(sorted(config.own_fields().items(), key=str)), training, device.machine)
+    def __init__(self, config: ResNetBKConfig, training: TrainingConfig, device: Device, ranks: int) -> None:
+        self.config, self.training, self.machine, self.ranks = config, training, device.machine, ranks
+        self._fields = (repr(sorted(config.own_fields().items(), key=str)), training, device.machine, ranks)
 
     def __hash__(self) -> int:
         return hash(self._fields)
@@ -146,4 +201,4 @@ class _Key:
 
 @lru_cache(maxsize=8)
 def _traced(key: _Key) -> Trace:
-    return trace_training(key.config, key.training, key.machine)
+    return trace_training(key.config, key.training, key.machine, ranks=key.ranks)

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from resnet_bk.frugal.optimizer import local_tensor
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.planner.as_on_cuda import AsOnCuda, workspace_bytes
 
@@ -26,11 +27,15 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a tensor was made: the phase of the step, the module's path and torch's operator."""
+    """Where a tensor was made: the phase of the step, the module's path and torch's operator.
+
+    ``stream`` is 0 for the one that computes, others are those beside it, as FSDP2 has for what ranks exchange.
+    """
 
     phase: Phase
     module: str
     operator: Any
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         self._marks: list[tuple[int, str]] = []  # from which of autograd's numbers on which module was running
         self._operator: Any = None  # the outermost: what is inside of ours belongs to them
         self._depth = 0
+        self._streams = [torch.cpu.current_stream()]
 
     @contextmanager
     def naming(self, model: nn.Module) -> Iterator[None]:
@@ -78,7 +84,7 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """The number of a tensor that is there."""
-        return self._numbers.get(tensor.untyped_storage()._cdata)
+        return self._numbers.get(local_tensor(tensor).untyped_storage()._cdata)
 
     def copies_away(self, tensor: torch.Tensor) -> None:
         """A tensor's copy to the host has begun."""
@@ -110,6 +116,8 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # more than half of all calls
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if result is NotImplemented:
+            return result
         if func is BIASED_PRODUCT and args[0].ndim == 1:
             self.threads_of_biased_products.add(torch._C._current_autograd_node() is not None)
         if self._as_on_cuda is not None and (taken := workspace_bytes(func, args, kwargs or {})):
@@ -147,14 +155,27 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
         super()._freed(key, _reference)
         self._numbers.pop(key, None)
 
+    def _stream(self) -> int:
+        """The number of the stream that torch would allocate on."""
+        current = torch.cpu.current_stream()
+        for number, stream in enumerate(self._streams):
+            if stream is current:
+                return number
+        self._streams.append(current)
+        return len(self._streams) - 1
+
     def _origin(self) -> Origin:
+        phase, module, operator = self._place()
+        return Origin(phase, module, operator, self._stream())
+
+    def _place(self) -> tuple[Phase, str, Any]:
         node = torch._C._current_autograd_node()
         if node is None or self.phase != "forward":
-            return Origin(self.phase, self._entered[-1] if self._entered else "", self._operator)
+            return self.phase, self._entered[-1] if self._entered else "", self._operator
         if self._entered:  # computed again
-            return Origin("backward", self._entered[-1], self._operator)
+            return "backward", self._entered[-1], self._operator
         index = bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1
-        return Origin("backward", self._marks[index][1] if index >= 0 else "", self._operator)
+        return "backward", self._marks[index][1] if index >= 0 else "", self._operator
 
 
 def _in_single(result: Any) -> Any:

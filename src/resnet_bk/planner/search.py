@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resnet_bk.errors import UserError
+from resnet_bk.memory.activations import TrainingShape, tokens_with_logits
 from resnet_bk.memory.limits import available_bytes
 from resnet_bk.memory.parameters import ParameterCounts, count_parameters
-from resnet_bk.memory.plan import Budget, plan_strategy
+from resnet_bk.memory.plan import AT_THE_LOSS, Budget
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.cost import Cost, step_cost
 from resnet_bk.planner.devices import Device
-from resnet_bk.planner.predict import Prediction, host_parts, predict
+from resnet_bk.planner.predict import Prediction, host_parts, nccl_bytes, predict
+from resnet_bk.planner.ranks import of_one_rank
+from resnet_bk.planner.sharded import moment_sizes_of_a_rank, tensors_of_a_rank
 from resnet_bk.training.config import Checkpointing, Precision, TrainingConfig
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
@@ -26,6 +29,14 @@ CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full", "offloa
 LEAST_WASTE = 0.01
 # And what it usually has in a step that streams blocks (benchmarks/results/gpu/frugal.json), where nothing is traced.
 USUAL_WASTE = 1.15
+# Of a step that several ranks share, before one is traced: their formula is up to a seventh above the trace.
+FIRST_OF_RANKS = 0.9
+# Of the loss's chunk: an eighth, and below so many tokens products no longer fill a GPU.
+MOST_HALVINGS, FEWEST_OF_CHUNK = 3, 256
+# Of the ways that formulas refuse, so many that miss least are traced before it is said that nothing fits.
+CLOSEST_TRACED = 3
+# GPUs of one host that are tried, if a number is searched.
+MOST_GPUS = 64
 
 
 class NothingFitsError(UserError):
@@ -42,6 +53,25 @@ class Candidate:
     cost: Cost
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A way that misses the budget by so many bytes, as a trace says or only the formulas."""
+
+    missing: int
+    way: Candidate
+    traced: bool
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What a search is about: the budget is one GPU's and the whole host's."""
+
+    config: ResNetBKConfig
+    budget: Budget
+    device: Device
+    ranks: int
+
+
 def whole_machine(device: Device) -> Budget:
     """All that a machine has: the GPU's memory, and what is free of the host's."""
     gpu_bytes = device.memory_bytes if device.machine.kind == "cuda" else None
@@ -49,26 +79,31 @@ def whole_machine(device: Device) -> Budget:
 
 
 def candidates(
-    config: ResNetBKConfig, training: TrainingConfig, device: Device, *, fixed: Collection[str] = ()
+    config: ResNetBKConfig, training: TrainingConfig, device: Device, *, fixed: Collection[str] = (), ranks: int = 1
 ) -> list[Candidate]:
-    """All ways to train that keep the ``fixed`` fields of ``training``, the fastest first."""
+    """All ways to train that keep the ``fixed`` fields of ``training``, the fastest first.
+
+    Of several ``ranks`` under FSDP2 they are those that ``train`` accepts of them; bytes are one GPU's and the whole
+    host's.
+    """
     counts = count_parameters(config)
     found = [
-        _candidate(config, ways, device, counts)
-        for ways in _ways(training, device, fixed)
+        _candidate(config, chunked, device, counts, ranks)
+        for ways in _ways(training, device, fixed, ranks)
+        for chunked in _chunks(config, ways, counts, ranks, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]
-    return sorted(found, key=lambda way: order(way, device))
+    return sorted(found, key=lambda way: order(way, device, ranks))
 
 
-def order(way: Candidate, device: Device) -> tuple[bool, bool, float, int]:
+def order(way: Candidate, device: Device, ranks: int = 1) -> tuple[bool, bool, float, int]:
     """What changes what is learned comes last: rounded moments, and half types where they are not what the device is
     made for. A way that moves things to the host has to be so much faster than one that does not."""
     training = way.training
     rounded = training.moments != "fp32"
     in_half = device.machine.kind == "cpu" and training.precision != "fp32"
     moved = training.offload_optimizer + training.stream_weights + (training.checkpointing == "offload")
-    return rounded, in_half, way.cost.seconds * (1 + WORTH_MOVING * moved), training_shape(training).micro_batches
+    return rounded, in_half, way.cost.seconds * (1 + WORTH_MOVING * moved), _shape(training, ranks).micro_batches
 
 
 def choose_training(
@@ -78,53 +113,127 @@ def choose_training(
     device: Device,
     *,
     fixed: Collection[str] = (),
+    ranks: int = 1,
 ) -> Prediction:
     """The fastest way to train that fits the budget, with what is predicted of it.
 
-    ``fixed`` names fields of ``training`` that stay as they are.
+    ``fixed`` names fields of ``training`` that stay as they are. Several ``ranks`` share model and batch by FSDP2, a
+    GPU each: then the budget is that of each GPU and of the host that they are on.
 
     Raises:
         NothingFitsError: nothing fits; the message says by how much.
-        UserError: no strategy has the fixed fields.
+        UserError: no strategy has the fixed fields, or ranks cannot share the batch.
     """
-    ways = candidates(config, training, device, fixed=fixed)
+    ways = candidates(config, training, device, fixed=fixed, ranks=ranks)
     if not ways:
         raise UserError("no strategy has the flags that were given; leave some of them out")
+    searched = _Searched(config, budget, device, ranks)
     held = budget.gpu_bytes is not None
     corrections: dict[Strategy, float] = {}
-    closest: tuple[int, Candidate] | None = None
+    refused: list[_Refused] = []
     for way in ways:
         strategy = _nameless(way.training)
-        missing = _missing(way, budget, device, corrections.get(strategy, _first_correction(device, corrections)))
-        if missing <= 0:
-            prediction = predict(config, way.training, device, held=held)
+        correction = corrections.get(strategy, _first_correction(searched, corrections))
+        missing = _missing(way, searched, correction)
+        traced = missing <= 0
+        if traced:
+            prediction = predict(config, way.training, device, held=held, ranks=ranks)
             missing = prediction.missing(budget)
             if missing <= 0:
                 return prediction
             corrections[strategy] = _on_device(prediction) / way.device_bytes
-        if closest is None or missing < closest[0]:
-            closest = missing, way
-    assert closest is not None
-    raise NothingFitsError(_refusal(*closest, budget, device))
+        refused.append(_Refused(missing, way, traced))
+    for _ in range(CLOSEST_TRACED):
+        closest = min(refused, key=lambda refusal: refusal.missing)
+        if closest.traced:
+            break
+        prediction = predict(config, closest.way.training, device, held=held, ranks=ranks)
+        missing = prediction.missing(budget)
+        if missing <= 0:
+            return prediction
+        refused.remove(closest)
+        refused.append(_Refused(missing, closest.way, True))
+    closest = min(refused, key=lambda refusal: refusal.missing)
+    raise NothingFitsError(_refusal(closest.missing, closest.way, searched))
 
 
-def _ways(training: TrainingConfig, device: Device, fixed: Collection[str]) -> Iterator[TrainingConfig]:
+def choose_ranks(
+    config: ResNetBKConfig,
+    training: TrainingConfig,
+    budget: Budget,
+    device: Device,
+    *,
+    fixed: Collection[str] = (),
+    most: int = MOST_GPUS,
+) -> Prediction:
+    """``choose_training`` on the least power of two of GPUs, up to ``most``, on which anything fits.
+
+    Where the budget says nothing of the host, the optimizer is not moved there: one GPU beside a host without end would
+    be enough for anything.
+
+    Raises:
+        NothingFitsError: nothing fits on any number of them that can share the batch.
+    """
+    if budget.host_bytes is None:
+        fixed = {*fixed, "offload_optimizer"}
+    numbers = numbers_of_gpus(training, most)
+    for ranks in numbers:
+        try:
+            return choose_training(config, training, budget, device, fixed=fixed, ranks=ranks)
+        except NothingFitsError as error:
+            if ranks == numbers[-1]:
+                shared = "" if 2 * ranks > most else f"; more cannot share a batch of {training.batch_size} evenly"
+                raise NothingFitsError(f"{error} (up to {ranks} GPUs were tried{shared})") from None
+    raise AssertionError("there is always one GPU")
+
+
+def numbers_of_gpus(training: TrainingConfig, most: int = MOST_GPUS) -> list[int]:
+    """Powers of two that can share a batch, the smallest first."""
+    powers = [1 << power for power in range(most.bit_length())]
+    return [ranks for ranks in powers if ranks <= most and training.batch_size % ranks == 0]
+
+
+def _ways(training: TrainingConfig, device: Device, fixed: Collection[str], ranks: int) -> Iterator[TrainingConfig]:
+    own = of_one_rank(training, ranks)
     half: Precision = "bf16" if device.has_bf16 else "fp16"
     if "precision" in fixed and training.precision != "fp32":
         half = training.precision
-    for strategy in _strategies(device, in_fp32="precision" in fixed and training.precision == "fp32"):
+    for strategy in _strategies(device, ranks, in_fp32="precision" in fixed and training.precision == "fp32"):
         fields: dict[str, Any] = training_fields(strategy, half)
-        for rows in _micro_batches(training, fixed):
-            yield replace(training, **fields, micro_batch_size=rows if rows < training.batch_size else None)
+        for rows in _micro_batches(own, fixed):
+            yield replace(training, **fields, micro_batch_size=rows if rows < own.batch_size else None)
 
 
-def _strategies(device: Device, *, in_fp32: bool) -> Iterator[Strategy]:
+def _chunks(
+    config: ResNetBKConfig, training: TrainingConfig, counts: ParameterCounts, ranks: int, fixed: Collection[str]
+) -> Iterator[TrainingConfig]:
+    """The same with fewer logits at once, by halves, as long as a step has most at the loss and it would have less."""
+    yield training
+    if "loss_chunk_tokens" in fixed:
+        return
+    strategy, shape = strategy_of(training), _shape(training, ranks)
+    chunk = tokens_with_logits(config, shape, half=strategy.half)
+    for _ in range(MOST_HALVINGS):
+        sizes = moment_sizes_of_a_rank(strategy, config, shape, counts, ranks)
+        chunk //= 2
+        if max(sizes, key=lambda name: sizes[name]) != AT_THE_LOSS or chunk < FEWEST_OF_CHUNK:
+            return
+        smaller = replace(shape, loss_chunk_tokens=chunk)
+        if moment_sizes_of_a_rank(strategy, config, smaller, counts, ranks)[AT_THE_LOSS] >= sizes[AT_THE_LOSS]:
+            return
+        shape = smaller
+        yield replace(training, loss_chunk_tokens=chunk)
+
+
+def _strategies(device: Device, ranks: int, *, in_fp32: bool) -> Iterator[Strategy]:
     # On a GPU float32 is slower and larger. On a CPU it is the faster one, and half types are for memory.
     halves = (False,) if in_fp32 else (True,) if device.machine.kind == "cuda" else (False, True)
     for half in halves:
         for checkpointing in CHECKPOINTING:
             plain = Strategy(name="", half=half, checkpointing=checkpointing)
             yield plain
+            if ranks > 1:
+                continue  # an optimizer on the host is of one process
             for half_moments in (False, True):
                 offloaded = replace(plain, offload_optimizer=True, half_weights=half, half_moments=half_moments)
                 yield offloaded
@@ -140,51 +249,66 @@ def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int
     return sorted({-(-training.batch_size // count) for count in pieces}, reverse=True)
 
 
-def _candidate(config: ResNetBKConfig, training: TrainingConfig, device: Device, counts: ParameterCounts) -> Candidate:
-    strategy, shape = strategy_of(training), training_shape(training)
-    plan = plan_strategy(strategy, config, shape, counts, Budget())
+def _candidate(
+    config: ResNetBKConfig, training: TrainingConfig, device: Device, counts: ParameterCounts, ranks: int
+) -> Candidate:
+    strategy, shape = strategy_of(training), _shape(training, ranks)
+    tensor_bytes = tensors_of_a_rank(strategy, config, shape, counts, ranks)
     on_gpu = device.machine.kind == "cuda"
-    on_host = host_parts(config, training, device, counts, 0 if on_gpu else plan.tensor_bytes)
+    on_host = host_parts(config, training, device, counts, 0 if on_gpu else tensor_bytes, ranks=ranks)
+    clips = training.max_grad_norm is not None
     return Candidate(
         training=training,
-        device_bytes=plan.tensor_bytes,
+        device_bytes=tensor_bytes,
         host_bytes=sum(on_host.values()),
-        cost=step_cost(strategy, config, shape, counts, device, clips=training.max_grad_norm is not None),
+        cost=step_cost(strategy, config, shape, counts, device, clips=clips, ranks=ranks),
     )
 
 
-def _missing(way: Candidate, budget: Budget, device: Device, correction: float) -> int:
-    on_device = int(way.device_bytes * correction)
+def _shape(training: TrainingConfig, ranks: int) -> TrainingShape:
+    return training_shape(of_one_rank(training, ranks))
+
+
+def _missing(way: Candidate, searched: _Searched, correction: float) -> int:
+    on_device, device = int(way.device_bytes * correction), searched.device
     if device.machine.kind == "cuda":
-        on_device = device.context_bytes + int((1 + LEAST_WASTE) * on_device)
-    return budget.missing(on_device, way.host_bytes)
+        outside = device.context_bytes + nccl_bytes(device, searched.ranks)
+        on_device = outside + int((1 + LEAST_WASTE) * on_device)
+    return searched.budget.missing(on_device, way.host_bytes)
 
 
 def _on_device(prediction: Prediction) -> int:
-    """Without the driver's context, as formulas are."""
+    """Without what the driver and NCCL have, as formulas are."""
     if prediction.device.machine.kind == "cpu":
         return prediction.footprint.tensor_bytes
-    return int((prediction.gpu_bytes - prediction.device.context_bytes) / (1 + LEAST_WASTE))
+    outside = prediction.device.context_bytes + prediction.nccl_bytes
+    return int((prediction.gpu_bytes - outside) / (1 + LEAST_WASTE))
 
 
-def _first_correction(device: Device, known: Mapping[Strategy, float]) -> float:
+def _first_correction(searched: _Searched, known: Mapping[Strategy, float]) -> float:
     """Of the formulas, which are a GPU's, before a strategy is traced: little less than it was for others."""
-    return 0.93 * min(known.values(), default=1.05 if device.machine.kind == "cuda" else 0.75)
+    on_gpu = searched.device.machine.kind == "cuda"
+    first = 0.75 if not on_gpu else 1.05 if searched.ranks == 1 else FIRST_OF_RANKS
+    return 0.93 * min(known.values(), default=first)
 
 
 def _nameless(training: TrainingConfig) -> Strategy:
     return replace(strategy_of(training), name="")
 
 
-def what_would_fit(config: ResNetBKConfig, training: TrainingConfig, budget: Budget, device: Device) -> dict[str, int]:
+def what_would_fit(
+    config: ResNetBKConfig, training: TrainingConfig, budget: Budget, device: Device, *, ranks: int = 1
+) -> dict[str, int]:
     """The longest sequence and the deepest model for which, by formula, some way fits; the rest is as it is.
 
     A field is missing where not even 1 would do. Batches always go through a model in pieces, if need be, of one row.
     """
 
     def fits(config: ResNetBKConfig, training: TrainingConfig) -> bool:
-        ways = candidates(config, replace(training, micro_batch_size=1), device, fixed={"micro_batch_size"})
-        return any(_missing(way, budget, device, USUAL_WASTE) <= 0 for way in ways)
+        in_rows = replace(training, micro_batch_size=1)
+        ways = candidates(config, in_rows, device, fixed={"micro_batch_size"}, ranks=ranks)
+        searched = _Searched(config, budget, device, ranks)
+        return any(_missing(way, searched, USUAL_WASTE) <= 0 for way in ways)
 
     def with_layers(layers: int) -> ResNetBKConfig:
         return ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
@@ -204,13 +328,15 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _refusal(missing: int, way: Candidate, budget: Budget, device: Device) -> str:
-    rows = training_shape(way.training).batch_size
+def _refusal(missing: int, way: Candidate, searched: _Searched) -> str:
+    budget, device = searched.budget, searched.device
+    rows = _shape(way.training, searched.ranks).batch_size
     sequences = "one sequence" if rows == 1 else f"{rows} sequences"
     words = describe_strategy(replace(way.training, micro_batch_size=None)) or way.training.precision
     short_of_host = budget.host_bytes is not None and way.host_bytes - budget.host_bytes >= missing
     where = "host" if short_of_host else "GPU" if device.machine.kind == "cuda" else "device"
+    each, more = ("", "") if searched.ranks == 1 else (f" on each of {searched.ranks} GPUs", "more GPUs, ")
     return (
-        f"nothing fits: {words} with {sequences} at a time comes closest and misses by {format_bytes(missing)} of "
-        f"{where} memory; take a larger budget, a shorter --sequence-length or a smaller model"
+        f"nothing fits: {words} with {sequences} at a time{each} comes closest and misses by {format_bytes(missing)} "
+        f"of {where} memory; take {more}a larger budget, a shorter --sequence-length or a smaller model"
     )

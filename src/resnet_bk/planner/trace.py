@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 from resnet_bk.errors import UserError
 from resnet_bk.frugal.gradients import HostGradient
@@ -15,10 +16,15 @@ from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.imagined import Machine, hearing_of_copies, imagining
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.planner.as_on_cuda import AsOnCuda
+from resnet_bk.planner.ranks import imagined_ranks, of_one_rank
 from resnet_bk.planner.recorder import Event, Origin, StepRecorder
 from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.distributed import ALONE, World, shard_model
 from resnet_bk.training.step import train_step
 from resnet_bk.training.strategy import prepare_training, training_shape
+
+# A model, its optimizer, what runs a step, and the tensors of the batch.
+Prepared = tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]
 
 CPU = torch.device("cpu")
 # The second micro-batch is the first that meets gradients, and those behind it are like it. Block by block each piece
@@ -100,31 +106,37 @@ def live_bytes(events: Iterable[Event]) -> dict[int, int]:
     return {tensor: num_bytes for tensor, num_bytes in live.items() if num_bytes}
 
 
-def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Machine) -> Trace:
+def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Machine, *, ranks: int = 1) -> Trace:
     """Traces a step of ``train_step`` with this model, strategy and batch, as ``machine`` would run it.
 
     Nothing is allocated: a laptop traces what no machine could hold. Streamed blocks are traced as blocks that stay,
-    and two blocks' room is put in their place.
+    and two blocks' room is put in their place. Of several ranks, which share model and batch, it is the first one's
+    step, on a machine of its own: they hear nothing but what torch's fake process group says.
     """
-    small = _in_few_pieces(training)
+    own = of_one_rank(training, ranks)
+    small = _in_few_pieces(own)
     layers = min(config.num_layers, ENOUGH_BLOCKS) if training.goes_by_block else config.num_layers
     if layers > MOST_BLOCKS:
         raise UserError(f"{layers:,} layers are too many to trace one by one; plan a model of up to {MOST_BLOCKS:,}")
     model_config = ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
 
-    def prepare() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]:
-        prepared = prepare_training(ResNetBKForCausalLM(model_config).train(), small, CPU)
+    def prepare(world: World, mesh: DeviceMesh | None) -> Prepared:
+        model = ResNetBKForCausalLM(model_config).train()
+        if mesh is not None:
+            shard_model(model, world, CPU, mesh)
+        prepared = prepare_training(model, small, CPU)
         batches = [_batch(small) for _ in range(small.gradient_accumulation_steps)]
         arguments = (prepared.model, prepared.optimizer, prepared.scaler, batches, small, 0)
 
         def step() -> None:
-            train_step(*arguments, by_block=prepared.by_block)
+            train_step(*arguments, by_block=prepared.by_block, world=world)
 
         return prepared.model, prepared.optimizer, step, [tokens for batch in batches for tokens in batch]
 
-    trace, blocks = _trace(prepare, machine)
+    with imagined_ranks(ranks) if ranks > 1 else nullcontext((ALONE, None)) as (world, mesh):
+        trace, blocks = _trace(lambda: prepare(world, mesh), machine, with_first_step=ranks > 1)
     trace = _with_blocks(trace, blocks, min(2, config.num_layers) if training.stream_weights else config.num_layers)
-    return _with_resident(trace, _left_out(config, training, layers, training_shape(small).micro_batches))
+    return _with_resident(trace, _left_out(config, own, layers, training_shape(small).micro_batches))
 
 
 def _left_out(config: ResNetBKConfig, training: TrainingConfig, layers: int, pieces: int) -> list[int]:
@@ -141,20 +153,21 @@ def _left_out(config: ResNetBKConfig, training: TrainingConfig, layers: int, pie
     return [SMALL_CHANGE] + of_a_piece * (shape.micro_batches - pieces) + of_a_pass * passes
 
 
-def trace_step(
-    prepare: Callable[[], tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]], machine: Machine
-) -> Trace:
+def trace_step(prepare: Callable[[], Prepared], machine: Machine) -> Trace:
     """Traces any training step. ``prepare`` makes model, optimizer, what runs a step, and the tensors of the batch."""
     return _trace(prepare, machine)[0]
 
 
 def _trace(
-    prepare: Callable[[], tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]], machine: Machine
+    prepare: Callable[[], Prepared], machine: Machine, *, with_first_step: bool = False
 ) -> tuple[Trace, list[list[Event]]]:
     """The trace, and the weights of each block among what is resident."""
     with _imagined(machine) as recorder:
         model, optimizer, step, batch = prepare()
-        _first_update(model, optimizer)
+        if with_first_step:  # as gradients of a sharded model are parts of larger tensors, which only a step makes so
+            step()
+        else:
+            _first_update(model, optimizer)
         weights = _numbers(recorder, (*model.parameters(), *model.buffers()))
         resident = live_bytes(recorder.events)
         blocks = [
@@ -233,6 +246,7 @@ def _imagined(machine: Machine) -> Iterator[StepRecorder]:
         stack.enter_context(as_on_cuda or nullcontext())
         recorder = stack.enter_context(StepRecorder(as_on_cuda))
         stack.enter_context(hearing_of_copies(recorder.copies_away))
+        stack.enter_context(recorder.hearing_of_resizes())
         yield recorder
 
 

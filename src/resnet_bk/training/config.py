@@ -46,7 +46,8 @@ class TrainingConfig:
     all. ``checkpointing`` computes a block's activations again in backward: all of them, those that are ``selective``ly
     cheap, or all with the blocks' inputs ``offload``ed to the host. ``offload_optimizer`` has masters, moments and
     updates on the host; then ``moments`` may be bf16, matrices may be ``half_weights`` on the device, and with
-    ``stream_weights`` the blocks' wait on the host too.
+    ``stream_weights`` the blocks' wait on the host too. ``loss_chunk_tokens`` tokens have logits at once, None for the
+    loss's own rule.
     """
 
     steps: int = 1000
@@ -68,6 +69,7 @@ class TrainingConfig:
     moments: MomentsType = "fp32"
     half_weights: bool = False
     stream_weights: bool = False
+    loss_chunk_tokens: int | None = None
     seed: int = 0
     log_every: int = 20
     eval_every: int = 200
@@ -82,7 +84,7 @@ class TrainingConfig:
         for name in (*at_least_one, "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1")
-        for name in ("decay_steps", "num_threads", "micro_batch_size"):
+        for name in ("decay_steps", "num_threads", "micro_batch_size", "loss_chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; give a number of at least 1, or leave it out")

@@ -239,16 +239,18 @@ def _exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
-def shard_model(model: ResNetBKForCausalLM, world: World, device: torch.device) -> ResNetBKForCausalLM:
+def shard_model(
+    model: ResNetBKForCausalLM, world: World, device: torch.device, mesh: DeviceMesh | None = None
+) -> ResNetBKForCausalLM:
     """Leaves each rank with its part of every parameter, on ``device``, and returns the same model.
 
     Blocks are one group each, gathered while they compute; embeddings, last norm and head are one that stays gathered
     from the forward pass to the backward pass, so that the loss may use the head's matrix as it is. Parameters keep
     their dtype, and gradients are averaged in it: autocast is all the mixed precision there is. Parameters on the meta
     device become empty ones, a group at a time, so that there are never more than a block whole. Experts' loads are
-    those of all ranks from here on.
+    those of all ranks from here on. ``mesh`` is all ranks', if there is one already.
     """
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = mesh or init_device_mesh(device.type, (world.size,))
     for block in model.model.layers:
         _materialise(block, device)
         _shard(block, mesh)

@@ -34,6 +34,7 @@ class PreparedTraining:
 def prepare_training(model: ResNetBKForCausalLM, config: TrainingConfig, device: torch.device) -> PreparedTraining:
     """Puts ``model``, in float32 on the CPU, where the configuration's strategy wants it, and builds its optimizer."""
     blocks = list(model.model.layers)
+    model.loss_chunk_tokens = config.loss_chunk_tokens
     optimizer: torch.optim.Optimizer
     by_block = None
     if config.offload_optimizer:
@@ -66,6 +67,8 @@ def describe_strategy(config: TrainingConfig) -> str:
         words.append("blocks streamed from the host")
     if config.goes_by_block:
         words.append("a step block by block")
+    if config.loss_chunk_tokens:
+        words.append(f"logits of {config.loss_chunk_tokens:,} tokens at once")
     return ", ".join(words)
 
 
@@ -110,6 +113,7 @@ def training_shape(training: TrainingConfig, rows: int | None = None) -> Trainin
         batch_size=rows,
         sequence_length=training.sequence_length,
         micro_batches=training.gradient_accumulation_steps * -(-training.batch_size // rows),
+        loss_chunk_tokens=training.loss_chunk_tokens,
     )
 
 
