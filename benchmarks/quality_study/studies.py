@@ -181,6 +181,7 @@ STUDIES = {
             shape=SMALL,
             contestants=(*IMPROVEMENTS, *ABLATIONS),
             rates=(4e-3, 8e-3),
+            seeds=(0, 1),
             steps=1000,
             rows=24,
             length=128,
