@@ -123,16 +123,17 @@ def test_where_nothing_fits_the_refusal_is_of_each_gpu():
 
 def test_the_least_power_of_two_that_fits():
     model = ResNetBKConfig.from_preset("1b", num_layers=3)
-    budget = Budget(gpu_bytes=int(4.1 * GB))
-    found = choose_ranks(model, TRAINING, budget, H100)
+    frugal = {"precision": "bf16", "checkpointing": "full", "micro_batch_size": 1, "loss_chunk_tokens": 512}
+    training, budget = replace(TRAINING, **frugal), Budget(gpu_bytes=int(4.1 * GB))
+    found = choose_ranks(model, training, budget, H100, fixed=frugal)
     assert found.ranks > 1
     assert not found.training.offload_optimizer
+    fixed = {*frugal, "offload_optimizer"}
     with pytest.raises(NothingFitsError):
-        few = replace(TRAINING, checkpointing="full")
-        fixed = {"offload_optimizer", "checkpointing"}
-        choose_training(model, few, budget, H100, ranks=found.ranks // 2, fixed=fixed)
+        choose_training(model, training, budget, H100, ranks=found.ranks // 2, fixed=fixed)
+    few = replace(training, batch_size=4)
     with pytest.raises(NothingFitsError, match=r"\(up to 4 GPUs were tried; more cannot share a batch of 4 evenly\)"):
-        choose_ranks(MODEL, replace(TRAINING, batch_size=4), Budget(gpu_bytes=GB), H100)
+        choose_ranks(MODEL, few, Budget(gpu_bytes=GB), H100, fixed=frugal)
     assert numbers_of_gpus(replace(TRAINING, batch_size=12)) == [1, 2, 4]
 
 
