@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from resnet_bk.cli.main import main
 from resnet_bk.errors import UserError
 from resnet_bk.imagined import Machine
 from resnet_bk.memory.parameters import count_parameters
@@ -122,14 +123,17 @@ def test_where_nothing_fits_the_refusal_is_of_each_gpu():
 
 def test_the_least_power_of_two_that_fits():
     model = ResNetBKConfig.from_preset("1b", num_layers=3)
-    budget = Budget(gpu_bytes=int(3.9 * GB))
-    found = choose_ranks(model, TRAINING, budget, H100)
+    frugal = {"precision": "bf16", "checkpointing": "full", "micro_batch_size": 1, "loss_chunk_tokens": 512}
+    training, budget = replace(TRAINING, **frugal), Budget(gpu_bytes=int(4.1 * GB))
+    found = choose_ranks(model, training, budget, H100, fixed=frugal)
     assert found.ranks > 1
     assert not found.training.offload_optimizer
+    fixed = {*frugal, "offload_optimizer"}
     with pytest.raises(NothingFitsError):
-        choose_training(model, TRAINING, budget, H100, ranks=found.ranks // 2, fixed={"offload_optimizer"})
+        choose_training(model, training, budget, H100, ranks=found.ranks // 2, fixed=fixed)
+    few = replace(training, batch_size=4)
     with pytest.raises(NothingFitsError, match=r"\(up to 4 GPUs were tried; more cannot share a batch of 4 evenly\)"):
-        choose_ranks(MODEL, replace(TRAINING, batch_size=4), Budget(gpu_bytes=GB), H100)
+        choose_ranks(MODEL, few, Budget(gpu_bytes=GB), H100, fixed=frugal)
     assert numbers_of_gpus(replace(TRAINING, batch_size=12)) == [1, 2, 4]
 
 
@@ -138,3 +142,36 @@ def test_what_ranks_cannot_do_is_refused():
         predict(MODEL, TRAINING, H100, ranks=3)
     with pytest.raises(UserError, match="offload_optimizer is for one process"):
         predict(MODEL, replace(TRAINING, offload_optimizer=True), H100, ranks=2)
+
+
+# The command line.
+
+
+def planned(capsys, *words):
+    code = main(["plan", *words, "--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out) if captured.out else captured.err
+
+
+def test_the_answer_is_a_command_for_torchrun(capsys):
+    flags = ("--preset", "tiny", "--batch-size", "8", "--device", "rtx-3060", "--num-gpus", "2")
+    code, document = planned(capsys, *flags)
+    assert not code
+    chosen = document["chosen"]
+    assert chosen["command"].startswith("torchrun --nproc-per-node 2 -m resnet_bk train --preset tiny --batch-size 8 ")
+    assert (chosen["num_gpus"], chosen["rows_of_a_gpu"], chosen["memory_is"]) == (2, 4, "traced")
+    assert chosen["cost"]["link_seconds"] > 0
+    _, held = planned(capsys, *flags, "--gpu-memory", "4GB")
+    assert "--gpu-memory 4GB --strategy given" in held["chosen"]["command"]
+
+
+def test_several_gpus_that_cannot_be_are_refused(capsys):
+    for words, said in {
+        ("--device", "cpu", "--num-gpus", "2"): "--num-gpus is for GPUs",
+        ("--ladder", "--num-gpus", "2"): "--ladder does not",
+        ("--num-gpus", "0"): "num_gpus is 0; give a number from 1",
+        ("--num-gpus", "3", "--batch-size", "8"): "take a multiple of 3",
+    }.items():
+        code, errors = planned(capsys, *words)
+        assert code == 2
+        assert said in errors

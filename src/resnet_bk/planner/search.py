@@ -33,8 +33,9 @@ USUAL_WASTE = 1.15
 FIRST_OF_RANKS = 0.9
 # Of the loss's chunk: an eighth, and below so many tokens products no longer fill a GPU.
 MOST_HALVINGS, FEWEST_OF_CHUNK = 3, 256
-# Of the ways that formulas refuse, so many that miss least are traced before it is said that nothing fits.
-CLOSEST_TRACED = 3
+# Of the ways that formulas refuse, so many that miss least, and by no more than this share of the budget, are traced
+# before it is said that nothing fits.
+CLOSEST_TRACED, NEAR = 3, 0.3
 # GPUs of one host that are tried, if a number is searched.
 MOST_GPUS = 64
 
@@ -143,9 +144,10 @@ def choose_training(
                 return prediction
             corrections[strategy] = _on_device(prediction) / way.device_bytes
         refused.append(_Refused(missing, way, traced))
+    near = NEAR * max(size for size in (budget.gpu_bytes, budget.host_bytes, 0) if size is not None)
     for _ in range(CLOSEST_TRACED):
         closest = min(refused, key=lambda refusal: refusal.missing)
-        if closest.traced:
+        if closest.traced or closest.missing > near:
             break
         prediction = predict(config, closest.way.training, device, held=held, ranks=ranks)
         missing = prediction.missing(budget)
