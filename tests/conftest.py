@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 torch.set_num_threads(1 if WORKERS > 1 else 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_there_before():
+    """Is looked through no more: much here collects garbage, which takes a second among all that tests import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

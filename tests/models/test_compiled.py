@@ -60,8 +60,10 @@ def test_one_graph_gives_the_same_loss_and_gradients(mixer, training):
 @needs_compiler
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
 def test_compiled_code_gives_the_same_loss_and_gradients(mixer):
+    # What joins two blocks is the same for all mixers, and a second one takes as long to compile as the first.
+    layers = 2 if mixer == "attention" else 1
     with torch._inductor.config.patch(fallback_random=True):  # noise from torch's own generator, to compare with
-        compare("inductor", mixer, training=True)
+        compare("inductor", mixer, training=True, num_layers=layers)
 
 
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])

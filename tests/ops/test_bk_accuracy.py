@@ -23,6 +23,11 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 NAMES = ("v", "E", "eta", "h0", "hopping", "state")
 
 
+def interpreted(backend):
+    """Whether seconds are taken for what a GPU does in microseconds."""
+    return backend == "triton" and DEVICE.type == "cpu"
+
+
 def problem(length, *, eta, strength, hopping, causal, seed, batch_size=2, heads=3, per_token=False):
     """Inputs in float32, that is numbers which both precisions have, and a gradient for the result."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,9 +127,10 @@ SETTINGS = [(0.5, 1.0, 1.0, False), (0.5, 100.0, 4.0, True), (1.0, 0.0, 1.0, Fal
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_float32_is_right_to_two_millionths_from_eta_one_half_on(backend, causal, length):
-    # Triton's interpreter takes seconds for what a GPU does in microseconds.
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    check_well_conditioned(length, backend, causal, SETTINGS[:2] if interpreted else SETTINGS, batch_size=1)
+    # The interpreter runs programs one after the other: the longest rows have the lanes of one head there.
+    heads = 1 if interpreted(backend) and length == LENGTHS[-1] else 3
+    of_problem = SETTINGS[:2] if interpreted(backend) else SETTINGS
+    check_well_conditioned(length, backend, causal, of_problem, batch_size=1, heads=heads)
 
 
 @pytest.mark.slow
@@ -147,8 +153,20 @@ def test_the_error_does_not_grow_with_a_million_tokens(backend, causal, length):
     seed=st.integers(0, 2**31),
 )
 def test_elsewhere_the_error_is_that_of_the_problem(backend, causal, length, eta, strength, hopping, per_token, seed):
+    batch_size, heads = 2, 3
+    if interpreted(backend):
+        # As many chains in one row, where they are swept together; a walk back may be as long as a row.
+        batch_size, heads, length = 1, 6, min(length, 70)
     inputs, weights = problem(
-        length, eta=eta, strength=strength, hopping=hopping, causal=causal, seed=seed, per_token=per_token
+        length,
+        eta=eta,
+        strength=strength,
+        hopping=hopping,
+        causal=causal,
+        seed=seed,
+        batch_size=batch_size,
+        heads=heads,
+        per_token=per_token,
     )
     found, exact = errors(inputs, weights, causal=causal, backend=backend)
     # One condition for all: a gradient is computed from the values, and is no better than they are.
@@ -156,11 +174,19 @@ def test_elsewhere_the_error_is_that_of_the_problem(backend, causal, length, eta
     assert max(found.values()) <= CONDITION_CONSTANT * FLOAT32_EPS * known
 
 
-def tunnel_errors(length, gap, backend, *, constant):
+GAPS = [1e-6, 1e-3, 0.1, 3.0, 100.0]
+
+
+def check_tunnel(length, gaps, backend, *, constant, batch_size=2):
+    """Three heads of each gap, solved together, each gap held to the bounds by itself."""
     generator = torch.Generator().manual_seed(length)
-    w = gap * (torch.ones(2, length, 3) if constant else torch.rand(2, length, 3, generator=generator))
-    state = torch.rand(2, 3, generator=generator)
-    weights = torch.randn(2, length, 3, generator=generator)
+    heads = 3 * len(gaps)
+    shape = (batch_size, length, heads)
+    w = torch.tensor(gaps).repeat_interleave(3) * (
+        torch.ones(shape) if constant else torch.rand(shape, generator=generator)
+    )
+    state = torch.rand(batch_size, heads, generator=generator)
+    weights = torch.randn(shape, generator=generator)
     results = {}
     for name, dtype in {"ours": torch.float32, "exact": torch.float64}.items():
         device = DEVICE if backend == "triton" and name == "ours" else torch.device("cpu")
@@ -169,17 +195,21 @@ def tunnel_errors(length, gap, backend, *, constant):
         gradients = torch.autograd.grad((value * weights.to(device, dtype)).sum(), leaves)
         results[name] = [x.detach().cpu() for x in (value, *gradients)]
     assert all(torch.isfinite(x).all() for x in results["ours"])
-    return [relative_error(ours, exact) for ours, exact in zip(results["ours"], results["exact"], strict=True)]
+    for number, gap in enumerate(gaps):
+        of_gap = slice(3 * number, 3 * number + 3)
+        value, *gradients = (
+            relative_error(ours[..., of_gap], exact[..., of_gap])
+            for ours, exact in zip(results["ours"], results["exact"], strict=True)
+        )
+        assert value <= 2e-6, gap
+        assert max(gradients) <= 2e-5, gap
 
 
 @each_backend
-@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.1, 3.0, 100.0])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_tunnel_keeps_its_digits_at_every_gap(backend, gap, length):
-    for constant in (True, False) if length < 4096 else (True,):
-        value, *gradients = tunnel_errors(length, gap, backend, constant=constant)
-        assert value <= 2e-6
-        assert max(gradients) <= 2e-5
+def test_the_tunnel_keeps_its_digits_at_every_gap(backend, length):
+    for constant in (True, False) if length < LENGTHS[-1] else (True,):
+        check_tunnel(length, GAPS, backend, constant=constant, batch_size=2 if length < 1000 else 1)
 
 
 @pytest.mark.slow
@@ -187,9 +217,7 @@ def test_the_tunnel_keeps_its_digits_at_every_gap(backend, gap, length):
 @pytest.mark.parametrize("length", LONG)
 def test_the_tunnel_does_not_drift_over_a_million_tokens(backend, length):
     for constant in (True, False):
-        value, *gradients = tunnel_errors(length, 1e-6, backend, constant=constant)
-        assert value <= 2e-6
-        assert max(gradients) <= 2e-5
+        check_tunnel(length, GAPS[:1], backend, constant=constant)
 
 
 # numpy, in which Triton's kernels are interpreted, tells of each square that leaves float32; a GPU does not.

@@ -42,10 +42,11 @@ def tiny(mixer, **overrides):
     return ResNetBKConfig.from_preset("tiny", **{"mixer": mixer, "intermediate_size": 64, **overrides})
 
 
-OF_OTHER_MIXERS = ("fp32", "selective checkpointing", "offloaded activations")
+OF_FEWER_RUNS = ("fp32", "selective checkpointing", "offloaded activations")
 RUNS = [
-    *(("resolvent", name, pieces) for name in TRAININGS for pieces in (1, 3)),
-    *((mixer, name, 3) for mixer in ("bk", "attention") for name in OF_OTHER_MIXERS),
+    *(("resolvent", name, 3) for name in TRAININGS),
+    *(("resolvent", name, 1) for name in OF_FEWER_RUNS),
+    *((mixer, name, 3) for mixer in ("bk", "attention") for name in OF_FEWER_RUNS),
 ]
 
 
@@ -58,7 +59,7 @@ def test_on_a_cpu_the_peak_is_that_of_a_real_step(mixer, name, pieces):
     assert measured <= traced <= 1.005 * measured
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)  # of a second or two each
 @given(
     mixer=st.sampled_from(["resolvent", "bk", "attention"]),
     hidden_size=st.sampled_from([16, 48, 64]),

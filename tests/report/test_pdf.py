@@ -1,5 +1,6 @@
 """The PDF: what it says, what every page looks like, and that the same JSON gives the same bytes."""
 
+import functools
 import io
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ KINDS = {
 }
 
 
+@functools.cache  # its plots take seconds
 def document_of(kind):
     return compose(report_of(**KINDS[kind]))
 
