@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bk_core as bk_core_speed
 import msgspec
-import step as step_speed
 import torch
 
+import bk_core as bk_core_speed
+import step as step_speed
 from resnet_bk.bench.contestants import build_model, contestant_configs
 from resnet_bk.bench.memory import measure_model_memory
 from resnet_bk.bench.profiles import PROFILES

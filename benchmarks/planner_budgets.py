@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planner_accuracy import BY_NAME, MIXERS, in_process
 
+from planner_accuracy import BY_NAME, MIXERS, in_process
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.memory.limits import is_out_of_memory

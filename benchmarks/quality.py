@@ -24,11 +24,11 @@ from typing import Any
 
 import msgspec
 import torch
+
 from quality_study.contestants import CONTESTANTS
 from quality_study.speed import TIMED, step_seconds
 from quality_study.studies import PUBLISHED, STUDIES, Study
 from quality_study.training import Cell, kind_of, run
-
 from resnet_bk.bench.process import Ended, run_apart
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import read_json, write_json

@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import frugal_gpu
-
 from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence

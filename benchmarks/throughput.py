@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import TOKENS, matrix_product_rate, measure_length
 
 from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs, without_position_table
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
+from step import TOKENS, matrix_product_rate, measure_length
 
 LENGTHS = [1024, 8192]
 

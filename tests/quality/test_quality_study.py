@@ -17,7 +17,6 @@ from quality_study.contestants import CONTESTANTS, build, config_of  # noqa: E40
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
 from quality_study.mixers import Change, ChangedResolvent  # noqa: E402
 from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
-
 from resnet_bk.layers import ResolventMixer  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 

@@ -118,7 +118,7 @@ def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
         result_console.print(_shared_in_words(prediction), soft_wrap=True)
     if device.machine.kind == "cuda":
         room = "" if budget.gpu_bytes is None else f" of {format_bytes(budget.gpu_bytes)}"
-        nccl = f", NCCL {format_bytes(prediction.nccl_bytes)} (assumed)" if prediction.nccl_bytes else ""
+        nccl = f", NCCL {format_bytes(prediction.nccl_bytes)} (as of two H100s)" if prediction.nccl_bytes else ""
         result_console.print(
             f"{'GPU' if ranks == 1 else 'each GPU'} {format_bytes(prediction.gpu_bytes)}{room}: "
             f"tensors {format_bytes(found.tensor_bytes)}, allocated {format_bytes(found.allocated_bytes)}, "

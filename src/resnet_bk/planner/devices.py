@@ -58,8 +58,9 @@ CPU_PROCESS_BYTES = 700_000_000
 # On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.20 GB of kernels (benchmarks/results/gpu/frugal.json).
 # What smaller cards take was not measured here: `resnet-bk env --calibrate` measures it.
 CONTEXT_BYTES = 920_000_000
-# What NCCL takes of a card for its buffers, beside torch's allocator. An assumption: benchmarks/sharded.py measures it.
-NCCL_BYTES = 600_000_000
+# What NCCL takes of a card for its buffers, beside torch's allocator: 0.89 GB of each of two H100s, measured by
+# benchmarks/sharded.py (benchmarks/results/gpu/sharded.json). Of more than two it was not measured.
+NCCL_BYTES = 900_000_000
 # AdamW on sixteen cores beside an H100 updated 0.65 billion parameters a second (the same file, 1b at 16,384 tokens).
 # Others are taken to do so in proportion to their cores, from a typical host of each card.
 UPDATES_OF_A_CORE = 0.65e9 / 16
