@@ -176,6 +176,14 @@ def test_20_steps_are_those_of_plain_training(plain, mixer, strategy):
     assert_same_weights(session, plainly)
 
 
+@pytest.mark.parametrize("strategy", EXACT)
+def test_dropout_is_the_same_however_a_step_is_computed(strategy):
+    overrides = {"mixer": "attention", "dropout": 0.2}
+    plainly, session = (Session(overrides=overrides, **options) for options in ({}, EXACT[strategy]))
+    assert session.curve(4) == plainly.curve(4)
+    assert_same_weights(session, plainly)
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"learning_rate": 3.001e-3}, {"max_grad_norm": 0.9}], ids=str)
 def test_another_training_has_another_curve(plain, other):
     """That the comparisons above could fail."""

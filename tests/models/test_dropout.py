@@ -1,0 +1,62 @@
+"""Dropout: in training alone, everywhere it says, and right on average."""
+
+import pytest
+import torch
+
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+
+MIXERS = ["resolvent", "bk", "attention"]
+
+
+def model(mixer: str, dropout: float) -> ResNetBKForCausalLM:
+    torch.manual_seed(0)
+    # One expert: routing has no noise then, and nothing but dropout is random.
+    return ResNetBKForCausalLM(
+        ResNetBKConfig.from_preset("tiny", mixer=mixer, vocab_size=64, num_experts=1, dropout=dropout)
+    )
+
+
+def hidden(one: ResNetBKForCausalLM, seed: int) -> torch.Tensor:
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return one.model(ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_it_is_random_in_training_by_the_seed_and_absent_in_evaluation(mixer: str) -> None:
+    with_it, without = model(mixer, 0.3), model(mixer, 0.0)
+    torch.testing.assert_close(hidden(with_it.eval(), 0), hidden(without.eval(), 1), rtol=0, atol=0)
+    torch.testing.assert_close(hidden(without.train(), 0), hidden(without.eval(), 1), rtol=0, atol=0)
+    with_it.train()
+    torch.testing.assert_close(hidden(with_it, 5), hidden(with_it, 5), rtol=0, atol=0)
+    assert (hidden(with_it, 5) - hidden(with_it, 6)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_share_of_zeros_is_what_was_asked_for_in_each_place(mixer: str) -> None:
+    one = model(mixer, 0.3).train()
+    seen: list[torch.Tensor] = []
+    places = [module for module in one.modules() if isinstance(module, torch.nn.Dropout)]
+    for place in places:
+        place.register_forward_hook(lambda _, __, dropped: seen.append(dropped))
+    hidden(one, 0)
+    # Of the embeddings, and in each block of what the mixer and what the experts add.
+    assert len(places) == 1 + one.config.num_layers and len(seen) == 1 + 2 * one.config.num_layers
+    for dropped in seen:
+        assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_attentions_weights_are_dropped_too() -> None:
+    one = model("attention", 0.3).train()
+    for module in one.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert (hidden(one, 5) - hidden(one, 6)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused_in_one_line(dropout: float) -> None:
+    with pytest.raises(ValueError, match=r"dropout is .*; it is a share") as error:
+        ResNetBKConfig.from_preset("tiny", dropout=dropout)
+    assert "\n" not in str(error.value)
