@@ -70,9 +70,16 @@ CONTESTANTS = {
         _changed(
             "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
         ),
-        _changed("linear-keys", "no silu on queries and keys", linear_keys=True),
-        _changed("linear-keys-no-rotation", "neither silu on them nor rotation", linear_keys=True, rotation="none"),
-        _changed("linear-delta", "delta-rule writes, no silu on keys", linear_keys=True, delta=True),
+        _changed("linear-keys", "no silu on queries and keys", features="linear"),
+        _changed("linear-keys-no-rotation", "neither silu on them nor rotation", features="linear", rotation="none"),
+        _changed("linear-delta", "delta-rule writes, no silu on keys", features="linear", delta=True),
+        _changed("softmax-keys", "softmax over queries' and keys' coordinates", features="softmax"),
+        Contestant(
+            name="taylor",
+            label="exp(a q.k) to second order, keys half as wide",
+            fields={"resolvent_key_size": "half"},
+            change=Change(features="taylor"),
+        ),
         _changed("long", "memories from 16 tokens on", shortest_memory=16.0),
         _changed("long-gate", "memories from 16 tokens on, input gate", shortest_memory=16.0, write="gate"),
         _changed("lost-writes", "a tenth of the writes lost in training", lost_writes=0.1),

@@ -22,6 +22,8 @@ from resnet_bk.ops.rotation import rotate
 Decay = Literal["chain", "own gap", "gated"]
 Rotation = Literal["positions", "none", "constant", "tokens"]
 Write = Literal["all", "gate", "gap"]
+Features = Literal["silu", "linear", "softmax", "taylor"]
+TEMPERATURE = 8.0  # of the Taylor features at the start: exp(8 s) to second order, s from -1 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,11 @@ class Change:
     everywhere; or exp(-w), Mamba-2's kind. ``rotation`` of keys and queries: by positions at fixed rates, none, by an
     angle per head, or by an angle that tokens choose. ``constant_gap``: the decay does not depend on tokens. ``write``:
     all of each token; as much as it says itself (a gate); or as much as it makes the head forget, w of this token,
-    Mamba-2's way. ``delta``: a write first takes away what is read under its key. ``linear_keys``: no silu on queries
-    and keys. ``shortest_memory``: of the first head at the start, in tokens. ``lost_writes``: share of tokens, of each
-    head, that are not written in training. ``diagonal``: the seed's features, Re G and Im G, are added to the output.
+    Mamba-2's way. ``delta``: a write first takes away what is read under its key. ``features`` of queries and keys:
+    silu; nothing; softmax, addresses that can become sharp; or those whose products are exp(a s) to second order, s
+    their cosine and a learned (S. Arora et al., "Based", 2024). ``shortest_memory``: of the first head at the start, in
+    tokens. ``lost_writes``: share of tokens, of each head, that are not written in training. ``diagonal``: the seed's
+    features, Re G and Im G, are added to the output.
     """
 
     decay: Decay = "chain"
@@ -42,7 +46,7 @@ class Change:
     constant_gap: bool = False
     write: Write = "all"
     delta: bool = False
-    linear_keys: bool = False
+    features: Features = "silu"
     shortest_memory: float = SHORTEST_MEMORY
     lost_writes: float = 0.0
     diagonal: bool = False
@@ -65,6 +69,8 @@ class ChangedResolvent(nn.Module):
         self.gate = nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden // heads, eps=config.layer_norm_eps)
         self.output = nn.Linear(hidden, hidden, bias=False)
+        if change.features == "taylor":
+            self.log_temperature = nn.Parameter(torch.empty(heads))
         if change.rotation == "constant":
             self.angle = nn.Parameter(torch.empty(heads))
         if change.rotation == "tokens":
@@ -86,6 +92,8 @@ class ChangedResolvent(nn.Module):
         gap = 1 / memory if self.change.decay == "gated" else 4 * torch.sinh(0.5 / memory) ** 2
         self.log_gap.copy_(torch.log(gap / math.log(2)))
         self.output.weight.normal_(std=self.output.in_features**-0.5 * self.residual)
+        if self.change.features == "taylor":
+            self.log_temperature.fill_(math.log(TEMPERATURE))
         if self.change.rotation == "constant":
             self.angle.copy_(torch.linspace(0, math.pi / 4, self.num_heads))
         if self.change.diagonal:
@@ -109,7 +117,7 @@ class ChangedResolvent(nn.Module):
     def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         rotary = context.rotary if self.change.rotation == "positions" else None
         weight = None if self.convolution is None else self.convolution.weight
-        if not self.change.linear_keys:
+        if self.change.features == "silu":
             return queries_keys_values(qkv_BNC, self.num_heads, self.key_size, weight=weight, rotary=rotary)
         if self.convolution is not None:
             qkv_BNC, _ = self.convolution(qkv_BNC, None, None, None)
@@ -117,11 +125,22 @@ class ChangedResolvent(nn.Module):
         q, k, v = qkv_BNC.unflatten(-1, (self.num_heads, -1)).split(
             [size, size, qkv_BNC.shape[-1] // self.num_heads - 2 * size], -1
         )
-        q, k = (F.rms_norm(part.float(), (size,), eps=1e-6).to(qkv_BNC.dtype) for part in (q, k))
+        if self.change.features == "softmax":
+            q, k = (size * F.softmax(part.float(), dim=-1) for part in (q, k))
+        else:
+            q, k = (F.rms_norm(part.float(), (size,), eps=1e-6) for part in (q, k))
         if rotary is not None:
             cos_BN1C, sin_BN1C = (table.unsqueeze(2) for table in rotary)
             q, k = (rotate(part, cos_BN1C, sin_BN1C) for part in (q, k))
-        return q, k, F.silu(v)
+        if self.change.features == "taylor":
+            q, k = (self._taylor(part * size**-0.5) for part in (q, k))
+        return q.to(v.dtype), k.to(v.dtype), F.silu(v)
+
+    def _taylor(self, unit: Tensor) -> Tensor:
+        root = self.log_temperature.exp().sqrt()[:, None]
+        first = root * unit
+        second = (first.unsqueeze(-1) * first.unsqueeze(-2)).flatten(-2) / math.sqrt(2)
+        return torch.cat([torch.ones_like(first[..., :1]), first, second], dim=-1)
 
     def _carried(self, q: Tensor, k: Tensor, v: Tensor, x_BND: Tensor) -> Tensor:
         w_BNH = self._gap(x_BND)

@@ -46,7 +46,16 @@ ABLATIONS = (
     *("hybrid-half", "bk", "bk-blend", "lost-writes"),
 )
 IMPROVEMENTS = (
-    *("input-gate", "gap-write", "mamba2", "linear-keys", "linear-keys-no-rotation", "linear-delta"),
+    *(
+        "input-gate",
+        "gap-write",
+        "mamba2",
+        "linear-keys",
+        "linear-keys-no-rotation",
+        "linear-delta",
+        "softmax-keys",
+        "taylor",
+    ),
     *("long", "long-gate", "few-heads", "few-heads-delta"),
 )
 MEMORIES = ("resolvent", "attention", "gated-delta", "hybrid-half")

@@ -154,7 +154,12 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
     document = cli(
         "plan", "--preset", "1b", "--batch-size", "8", "--sequence-length", "1024", "--gpu-memory", "24GB", "--json"
     ).document
-    assert document["shape"] == {"batch_size": 8, "sequence_length": 1024, "micro_batches": 1}
+    assert document["shape"] == {
+        "batch_size": 8,
+        "sequence_length": 1024,
+        "micro_batches": 1,
+        "loss_chunk_tokens": None,
+    }
     assert document["budget"] == {"gpu_bytes": 24 * 10**9, "host_bytes": None}
     config = ResNetBKConfig.from_preset("1b")
     assert document["model"] == config.own_fields()
