@@ -165,7 +165,7 @@ def picture(results: dict[str, Any]) -> str:
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(BY_POSITION), figsize=(8, 3), layout="constrained")
+        figure, axes = plt.subplots(1, len(BY_POSITION), figsize=(8, 3.6), layout="constrained")
         for axis, name in zip(axes, BY_POSITION, strict=True):
             study = STUDIES[name]
             for row in rows(results, study):
@@ -180,7 +180,7 @@ def picture(results: dict[str, Any]) -> str:
                 axis.plot(places, means, marker=marker, markersize=3, label=CONTESTANTS[row.contestant].label)
             axis.axvline(study.length, color="0.6", linestyle=":")
             axis.set(title=study.label, xlabel="position in the window (tokens)", ylabel="test loss (nats a token)")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)
