@@ -160,6 +160,23 @@ STUDIES = {
             length=RECALL_LENGTH,
         ),
         Study(
+            name="recall-small",
+            label="associative recall: 8 pairs, small enough for a CPU",
+            task=Recall(pairs=8, keys=32, values=32, fillers=2),
+            tests={
+                "1x the length": Recall(pairs=8, keys=32, values=32, fillers=2),
+                "4x the length": Recall(pairs=8, keys=32, values=32, fillers=2, filler=96),
+                "2x the pairs": Recall(pairs=16, keys=32, values=32, fillers=2),
+            },
+            shape={"hidden_size": 64, "num_layers": 2, "num_attention_heads": 2},
+            contestants=("resolvent", "attention", "delta", "linear-keys", "softmax-keys", "taylor"),
+            rates=(3e-3,),
+            seeds=(0,),
+            steps=800,
+            rows=64,
+            length=32,
+        ),
+        Study(
             name="copying",
             label="copying 64 symbols",
             task=Copying(length=64),
