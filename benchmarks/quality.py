@@ -28,8 +28,9 @@ import torch
 from quality_study.contestants import CONTESTANTS
 from quality_study.speed import TIMED, step_seconds
 from quality_study.studies import PUBLISHED, STUDIES, Study
-from quality_study.training import Cell, kind_of, run
+from quality_study.training import Cell, run
 from resnet_bk.bench.process import Ended, run_apart
+from resnet_bk.bench.suite import failure_kind
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import read_json, write_json
 
@@ -59,6 +60,8 @@ def main() -> None:
     studies = [STUDIES[name] for name in arguments.studies]
     if arguments.data is None and any(study.corpus == "characters" for study in studies):
         parser.error("these studies read Tiny Shakespeare: give --data")
+    if arguments.data is not None and not arguments.data.is_file():
+        parser.error(f"--data {arguments.data} is not a file")
     Runner(studies, arguments).run()
 
 
@@ -103,7 +106,7 @@ class Runner:
             if study.corpus is None or key in self.results["steps"] or not set(TIMED) <= set(study.contestants):
                 continue
             arguments = (study.name, self.arguments.data, self.devices[0], self.arguments.threads)
-            ended = run_apart(step_seconds, arguments, timeout=LONGEST_CELL, kind_of=kind_of)
+            ended = run_apart(step_seconds, arguments, timeout=LONGEST_CELL, kind_of=failure_kind)
             self.keep("steps", key, ended)
 
     def device_name(self) -> str:
@@ -162,7 +165,7 @@ class Runner:
             longest = self.longest.get(cell.study, 0.0) * max(1.0, cell.share)
             if time.monotonic() - self.began + longest < self.arguments.stop_after:
                 arguments = (cell, self.arguments.data, device, self.arguments.threads)
-                ended = run_apart(run, arguments, timeout=LONGEST_CELL, kind_of=kind_of)
+                ended = run_apart(run, arguments, timeout=LONGEST_CELL, kind_of=failure_kind)
                 self.keep("cells", cell.name, ended)
                 self.longest[cell.study] = max(self.longest.get(cell.study, 0.0), ended.seconds / max(1.0, cell.share))
             with self.lock:

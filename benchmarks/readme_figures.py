@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import frugal_gpu
+from markers import between_markers
 from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence
@@ -64,14 +65,6 @@ def main() -> int:
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     write_text(PICTURE, picture(reports["cpu"]))
     return 0
-
-
-def between_markers(text: str, name: str, content: str) -> str:
-    """The text with what stands between the markers of ``name`` exchanged."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def shakespeare_table() -> str:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from quality_study.tasks import characters
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import read_json, write_json
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
@@ -100,9 +100,7 @@ def run_cell(data: Path, device: str, folder: Path, name: str, rate: float, seed
 
 def train(data: Path, fields: dict[str, Any], rate: float, seed: int, device: str) -> dict[str, Any]:
     """Losses in nats a character."""
-    tokens, vocab_size = characters(data)
-    cut = len(tokens) * 9 // 10
-    held_out, half = tokens[cut:], (len(tokens) - cut) // 2
+    text = characters(data)
     training = TrainingConfig(
         steps=STEPS,
         decay_steps=STEPS,
@@ -114,20 +112,20 @@ def train(data: Path, fields: dict[str, Any], rate: float, seed: int, device: st
         seed=seed,
     )
     torch.manual_seed(seed)
-    model = ResNetBKForCausalLM(no_larger_than_attention({**SHAPE, **fields, "vocab_size": vocab_size}))
+    model = ResNetBKForCausalLM(no_larger_than_attention({**SHAPE, **fields, "vocab_size": text.vocab_size}))
     model = model.to(device).train()
     optimizer, scaler = build_optimizer(model, training), build_scaler(model.device, training.precision)
     began = time.perf_counter()
     for step in range(STEPS):
-        batch = training_batch(tokens[:cut], batch_size=ROWS, sequence_length=CONTEXT, seed=seed, step=step)
+        batch = training_batch(text.train, batch_size=ROWS, sequence_length=CONTEXT, seed=seed, step=step)
         train_step(model, optimizer, scaler, [batch], training, step)
     seconds = time.perf_counter() - began
     losses = {
         name: evaluate(model, part, batch_size=256, sequence_length=CONTEXT).loss
         for name, part in (
-            ("choosing_loss", held_out[:half]),
-            ("test_loss", held_out[half:]),
-            ("nanogpt_loss", held_out),
+            ("choosing_loss", text.choosing),
+            ("test_loss", text.test),
+            ("nanogpt_loss", np.concatenate([text.choosing, text.test])),
         )
     }
     return {
@@ -137,12 +135,6 @@ def train(data: Path, fields: dict[str, Any], rate: float, seed: int, device: st
         "seconds": seconds,
         "environment": describe_environment(),
     }
-
-
-def characters(path: Path) -> tuple[NDArray[np.int64], int]:
-    """The text as numbers of its characters, and how many there are."""
-    alphabet, numbers = np.unique(np.array(list(path.read_text(encoding="utf-8"))), return_inverse=True)
-    return numbers.astype(np.int64), len(alphabet)
 
 
 def no_larger_than_attention(fields: dict[str, Any]) -> ResNetBKConfig:

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from markers import between_markers
 from quality_study.contestants import CONTESTANTS
 from quality_study.studies import PUBLISHED, STUDIES, Study
 from quality_study.summary import Difference, Row, difference, rows, standard_error
@@ -38,16 +39,6 @@ def write(*, check: bool) -> int:
 def all_results() -> dict[str, Any]:
     """The cells of all machines: no study is on two of them."""
     return {"cells": {name: cell for path in RESULTS for name, cell in read_json(path)["cells"].items()}}
-
-
-def between_markers(text: str, name: str, content: str) -> str:
-    """The text with what stands between the markers of ``name`` exchanged."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = text.partition(begin)
-    if not found:
-        raise SystemExit(f"docs/quality.md has no marker {begin}")
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def findings(results: dict[str, Any]) -> str:

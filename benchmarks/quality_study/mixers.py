@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quality_study.delta import delta_chunked
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.resolvent import SHORTEST_MEMORY
+from resnet_bk.layers.resolvent import SHORTEST_MEMORY, memories
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
@@ -86,9 +86,7 @@ class ChangedResolvent(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
-        share = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.full((1,), 0.5)
-        shortest = self.change.shortest_memory
-        memory = shortest * (self.longest_memory / shortest) ** share
+        memory = memories(self.num_heads, self.change.shortest_memory, self.longest_memory)
         gap = 1 / memory if self.change.decay == "gated" else 4 * torch.sinh(0.5 / memory) ** 2
         self.log_gap.copy_(torch.log(gap / math.log(2)))
         self.output.weight.normal_(std=self.output.in_features**-0.5 * self.residual)

@@ -13,9 +13,8 @@ import torch
 from quality_study.contestants import CONTESTANTS, build
 from quality_study.studies import STUDIES, Study
 from quality_study.tasks import Batch, Text, accuracy, characters, embedded, loss_by_position
-from resnet_bk.memory.limits import is_out_of_memory
+from resnet_bk.bench.cells import NotANumberError
 from resnet_bk.models import ResNetBKForCausalLM
-from resnet_bk.schema import FailureKind
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import training_batch
 from resnet_bk.training.evaluate import evaluate
@@ -66,10 +65,6 @@ def training_of(study: Study, *, rate: float, seed: int, steps: int) -> Training
     )
 
 
-def kind_of(error: BaseException) -> FailureKind:
-    return "out of memory" if is_out_of_memory(error) else "error"
-
-
 def run(cell: Cell, data: Path | None, device: str, threads: int) -> dict[str, Any]:
     """What the contestant came to: losses in nats a token, or shares of right answers."""
     torch.set_num_threads(threads)
@@ -102,7 +97,7 @@ def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | No
             nats = torch.stack(losses).mean().item()
             seconds += time.perf_counter() - began
             if not math.isfinite(nats):
-                raise FloatingPointError(f"the training loss is {nats} at step {step + 1}")
+                raise NotANumberError(f"the training loss is {nats} at step {step + 1}")
             curve.append({"step": step + 1, "seconds": seconds, "training": nats, **_losses(model, study, text)})
             losses.clear()
             began = time.perf_counter()

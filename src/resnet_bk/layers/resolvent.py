@@ -73,8 +73,7 @@ class ResolventMixer(nn.Module):
         Scattering at energy e from the band's centre, s = sqrt(4 - e^2): eta decays by eta / s a token, a random
         potential of variance a^2 by a^2 / (2 s^2) (D. J. Thouless, 1979); each does half.
         """
-        share = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.full((1,), 0.5)
-        memory = SHORTEST_MEMORY * (self.longest_memory / SHORTEST_MEMORY) ** share
+        memory = memories(self.num_heads, SHORTEST_MEMORY, self.longest_memory)
         if self.regime == "tunnelling":
             return {"log_gap": torch.log(4 * torch.sinh(0.5 / memory) ** 2 / math.log(2))}
         # Energies at Chebyshev nodes, in an order that does not run with the memories.
@@ -187,6 +186,12 @@ class ResolventMixer(nn.Module):
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
             return log_l_BNH, angle_BNH, state_behind(l_BNH2, padding, state, at_first=0.0)
+
+
+def memories(num_heads: int, shortest: float, longest: float) -> Tensor:
+    """Tokens that each head remembers ``(H,)``, spread evenly in their logarithm; of a single head, in the middle."""
+    share = torch.linspace(0, 1, num_heads) if num_heads > 1 else torch.full((1,), 0.5)
+    return shortest * (longest / shortest) ** share
 
 
 def _in_autocasts_type(x: Tensor) -> Tensor:

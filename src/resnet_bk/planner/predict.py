@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def nccl_bytes(self) -> int:
-        """What ranks take of each GPU to speak to others, an assumption."""
+        """What ranks take of each GPU to speak to others."""
         return nccl_bytes(self.device, self.ranks)
 
     @property
@@ -171,7 +171,7 @@ def _of_several(
     """Every rank's, and what rank 0 gathers for a checkpoint: weights and moments."""
     own = host_parts(config, of_one_rank(training, ranks), device, counts, tensor_bytes)
     own.pop(MADE_ON_HOST, None)
-    parts = {name if size != device.process_bytes else f"{ranks} processes": ranks * size for name, size in own.items()}
+    parts = {f"{ranks} processes" if name == "process" else name: ranks * size for name, size in own.items()}
     return {**parts, "a checkpoint, gathered by rank 0": 12 * counts.total}
 
 
