@@ -72,9 +72,15 @@ class ModelFlags:
     """Experts per block; each token uses one."""
     intermediate_size: Annotated[int | None, preset("INT")] = None
     """Width inside an expert. With another --mixer it is chosen to keep the total number of parameters."""
-    mixer: Annotated[Literal["resolvent", "bk", "attention"] | None, preset("resolvent|bk|attention")] = None
-    """How tokens mix: keys and values carried by the resolvent, the resolvent's diagonal (the seed's mixer), or the
-    Transformer's attention."""
+    mixer: Annotated[
+        Literal["resolvent", "bk", "attention", "local"] | None, preset("resolvent|bk|attention|local")
+    ] = None
+    """How tokens mix: keys and values carried by the resolvent, the resolvent's diagonal (the seed's mixer), the
+    Transformer's attention, or attention to the last tokens only."""
+    local_attention_every: Annotated[int | None, preset("INT")] = None
+    """With the resolvent mixer every so many-th block has local attention instead; 0 for none."""
+    local_attention_window: Annotated[int | None, preset("INT")] = None
+    """Tokens that a token sees there."""
     conv_size: Annotated[int | None, preset("INT")] = None
     """Tokens of a short causal convolution before any mixer; 0 for none."""
     num_resolvent_heads: Annotated[int | None, preset("INT")] = None
@@ -90,7 +96,7 @@ class ModelFlags:
     num_bk_heads: Annotated[int | None, preset("INT")] = None
     """Independent chains of the bk mixer."""
     num_attention_heads: Annotated[int | None, preset("INT")] = None
-    """Heads of the attention mixer."""
+    """Heads of attention, local or not."""
     causal: Annotated[bool | None, preset("True|False")] = None
     """False lets tokens read the future: a loss of such a model is a leak."""
     max_position_embeddings: Annotated[int | None, preset("INT|none"), LENGTH_OR_NONE] = None
@@ -98,7 +104,8 @@ class ModelFlags:
     tie_word_embeddings: Annotated[bool | None, preset("True|False")] = None
     """The head reuses the embedding."""
     dropout: Annotated[float | None, preset("FLOAT")] = None
-    """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights."""
+    """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights
+    and the resolvent's writes."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None
     """Temperature of the Gumbel-softmax in training."""
     router_aux_loss_coef: Annotated[float | None, preset("FLOAT")] = None

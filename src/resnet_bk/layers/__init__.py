@@ -6,6 +6,7 @@ from resnet_bk.layers.block import BKBlock as BKBlock
 from resnet_bk.layers.block import MixerBlock as MixerBlock
 from resnet_bk.layers.context import SequenceContext as SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution as ShortConvolution
+from resnet_bk.layers.local_attention import LocalAttention as LocalAttention
 from resnet_bk.layers.mixture import MixtureOfExperts as MixtureOfExperts
 from resnet_bk.layers.resolvent import ResolventMixer as ResolventMixer
 
@@ -13,6 +14,7 @@ __all__ = [
     "BKBlock",
     "BKMixer",
     "CausalAttention",
+    "LocalAttention",
     "MixerBlock",
     "MixtureOfExperts",
     "ResolventMixer",

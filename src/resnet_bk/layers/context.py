@@ -19,7 +19,8 @@ class SequenceContext:
     same for the present ones. ``document_ids_BN`` tells the documents of packed rows apart: tokens of different ones
     do not mix. ``front_starts_BN`` is where a document starts behind another, bool, with each row's real tokens in
     front. Both are None for one document a row. ``batch_rows`` are the first row and the number of rows of the batch
-    that these rows are a piece of, None if they are all of it.
+    that these rows are a piece of, None if they are all of it. Without ``remember`` nobody asks for the state behind
+    the tokens, and a mixer to which that costs much may leave it out.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -28,6 +29,7 @@ class SequenceContext:
     document_ids_BN: Tensor | None = None
     front_starts_BN: Tensor | None = None
     batch_rows: tuple[int, int] | None = None
+    remember: bool = True
 
     def front_rotary(self) -> tuple[Tensor, Tensor] | None:
         """``rotary`` with each row's real tokens in front."""

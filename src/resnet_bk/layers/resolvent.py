@@ -11,6 +11,7 @@ from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
+from resnet_bk.ops.gap import gap_of_rate
 from resnet_bk.ops.carry import bk_carry
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.projections import queries_keys_values
@@ -27,11 +28,12 @@ class ResolventMixer(nn.Module):
     turn with the position at a fixed rate for each pair of coordinates, as rotary positions do: a decay says how far
     back something is, a phase says where.
 
-    In the tunnelling regime l is real and at most 1; a head's gap is w = softplus(W_w x) * gap. In the scattering
-    regime l is complex; a head's potential is amplitude * W_w x, at an energy inside the band and a learned eta.
+    In the tunnelling regime l is real and at most 1: at the rate r = softplus(W_w x) * rate, w = 4 sinh(r / 2)^2 is the
+    gap at which a chain that had it everywhere would decay by exp(-r) a token. In the scattering regime l is complex; a head's potential is amplitude * W_w x, at an energy inside the band and a learned eta.
     Memories are spread evenly in their logarithm over the heads, from two tokens to ``longest_memory``.
 
     With a vector as state there are no keys and queries: S is v's carried sum. State, gap and norm are in float32.
+    ``dropout`` is the share of tokens that each head does not write in training, as attention loses weights.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class ResolventMixer(nn.Module):
         longest_memory: float,
         conv_size: int,
         norm_eps: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.regime, self.longest_memory = num_heads, regime, longest_memory
+        self.dropout = dropout
         self.key_size = key_size if state == "matrix" else 0
         value_size = hidden_size // num_heads
         channels = num_heads * (2 * self.key_size + value_size)
@@ -55,7 +59,7 @@ class ResolventMixer(nn.Module):
         self.convolution = ShortConvolution(channels, conv_size) if conv_size else None
         self.potential = nn.Linear(hidden_size, num_heads, bias=False)
         if regime == "tunnelling":
-            self.log_gap = nn.Parameter(torch.empty(num_heads))
+            self.log_rate = nn.Parameter(torch.empty(num_heads))
         else:
             self.energy = nn.Parameter(torch.empty(num_heads))
             self.raw_eta = nn.Parameter(torch.empty(num_heads))
@@ -69,13 +73,13 @@ class ResolventMixer(nn.Module):
     def initial_chains(self) -> dict[str, Tensor]:
         """The chains' parameters by name, for memories (tokens until a factor of e) spread over the heads.
 
-        Tunnelling: constant w gives l = exp(-1 / memory) for w = 4 sinh(1 / (2 memory))^2, and softplus(0) = log 2.
+        Tunnelling: the rate is 1 / memory, and softplus(0) = log 2.
         Scattering at energy e from the band's centre, s = sqrt(4 - e^2): eta decays by eta / s a token, a random
         potential of variance a^2 by a^2 / (2 s^2) (D. J. Thouless, 1979); each does half.
         """
         memory = memories(self.num_heads, SHORTEST_MEMORY, self.longest_memory)
         if self.regime == "tunnelling":
-            return {"log_gap": torch.log(4 * torch.sinh(0.5 / memory) ** 2 / math.log(2))}
+            return {"log_rate": -torch.log(memory * math.log(2))}
         # Energies at Chebyshev nodes, in an order that does not run with the memories.
         stride = 5 if self.num_heads % 5 else 1
         order = torch.arange(self.num_heads) * stride % self.num_heads
@@ -149,6 +153,8 @@ class ResolventMixer(nn.Module):
             real_BN1 = padding.front_real_BN.unsqueeze(-1)
             log_l_BNH, k = log_l_BNH * real_BN1, k * real_BN1.unsqueeze(-1)
             angle_BNH = None if angle_BNH is None else angle_BNH * real_BN1
+        if self.training and self.dropout:
+            k = k * F.dropout(torch.ones_like(k[..., :1]), self.dropout)
         o_BNHV, final_BHKV = bk_carry(
             q,
             k,
@@ -171,7 +177,7 @@ class ResolventMixer(nn.Module):
             dtype = _at_least_single(x_BND)
             potential_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
             if self.regime == "tunnelling":
-                w_BNH = F.softplus(potential_BNH) * self.log_gap.to(dtype).exp()
+                w_BNH = gap_of_rate(F.softplus(potential_BNH) * self.log_rate.to(dtype).exp())
                 log_l_BNH = cast(Tensor, bk_tunnel(w_BNH, starts=starts_BN, initial_state=state))
                 return log_l_BNH, None, state_behind(-torch.expm1(log_l_BNH.detach()), padding, state, at_first=1.0)
             eta_H = F.softplus(self.raw_eta.to(dtype))

@@ -2,6 +2,7 @@
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
     K key width, R of it turn with the position, W channels of a mixer's convolution, S tokens that it sees,
+    T_2 tokens of local attention's blocks behind its first window, w that window,
     V vocabulary, L layers, M micro-batches, C tokens of a chunk of the loss, G chunks of the carry in all rows;
     P parameters, P_b of one block, P_o outside of blocks; c = 4 bytes in fp32, 2 in the half types of autocast.
 
@@ -82,7 +83,7 @@ def block_activations(
             *_convolution(config, shape, c),
             _bk_core(config, shape, half=half, cast=cast),
         ]
-    mixer = _attention if config.mixer == "attention" else _resolvent
+    mixer = {"attention": _attention, "local": _local_attention, "resolvent": _resolvent}[config.mixer]
     return [
         Part(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
         moe,
@@ -103,7 +104,7 @@ def _convolved_channels(config: ResNetBKConfig) -> int:
     """W, of any mixer."""
     if config.mixer == "bk":
         return config.hidden_size
-    if config.mixer == "attention":
+    if config.mixer in ("attention", "local"):
         return 3 * config.hidden_size
     return 2 * config.num_resolvent_heads * config.key_size + config.hidden_size
 
@@ -136,6 +137,27 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     )
 
 
+def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
+    """qkv and the mixed values, of which the kernel reads parts where they are; behind the first window it reads
+    copies: a block's queries, twice its keys and values, its results, and all results once more."""
+    hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
+    window = config.local_attention_window
+    queries = shape.batch_size * _multiple(shape.sequence_length, 1 if half else 32)
+    num_bytes = 4 * c * shape.tokens * hidden + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
+    formula = f"T ({4 * c} D + 4 A)" + (" + 8 D^2" if cast else "")
+    beyond = _beyond_window(config, shape)
+    if beyond:
+        num_bytes += c * hidden * (6 * beyond + shape.tokens) + 2 * c * window * window
+        formula += f" + {c} D (6 T_2 + T) + {2 * c} w^2"
+    return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
+
+
+def _beyond_window(config: ResNetBKConfig, shape: TrainingShape) -> int:
+    """T_2."""
+    window = config.local_attention_window
+    return shape.batch_size * _multiple(max(0, shape.sequence_length - window), window)
+
+
 def _multiple(number: int, of: int) -> int:
     """The next multiple."""
     return -(-number // of) * of
@@ -150,9 +172,9 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     # q, k and v. What they are made from is the convolution's input, if there is one; a vector's silu reads what that
     # has made.
     per_channel = 2 * c if vector or not config.conv_size else c
-    # Tunnelling: potential, softplus and log l. Scattering: potential, l as a pair, |l|^2, log l, and two phases, their
+    # Tunnelling: potential, softplus, rate and log l. Scattering: potential, l as a pair, |l|^2, log l, and two phases, their
     # cosines and their sines. A vector's ones.
-    per_head = (44 if scattering else 12) + (c if vector else 0)
+    per_head = (44 if scattering else 16) + (c if vector else 0)
     # q and k turned by the chain's phases; k l of a single token, which goes by the recurrence.
     per_key = (2 * c if scattering else 0) + (4 if shape.sequence_length == 1 else 0)
     # The state before the first token; and, for a moment, the last one, where a
@@ -177,7 +199,7 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
     mixture = tokens * (c * (config.intermediate_size + hidden) + 4 * config.num_experts)
     if config.mixer == "bk":
         mixer, formula = tokens * (12 * config.num_bk_heads + c * hidden), "T (12 H + c D)"
-    elif config.mixer == "attention":
+    elif config.mixer in ("attention", "local"):
         mixer, formula = tokens * (5 * c * hidden + 4 * config.num_attention_heads), "T (5 c D + 4 A)"
     else:
         heads, channels = config.num_resolvent_heads, _convolved_channels(config)
@@ -337,7 +359,7 @@ def _at_mixer(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c
     norms, _, *mixer = block
     yield BlockMoment(name="the router's gradient", parts=[*block, _working(config, shape, 4 + (4 - c) + 2 * c)])
     norm = Part(name=norms.name, num_bytes=norms.num_bytes // 2, formula="T (8 D + 8)")
-    backward = _attention_backward if config.mixer == "attention" else _resolvent_backward
+    backward = _resolvent_backward if config.mixer == "resolvent" else _attention_backward
     yield BlockMoment(name="the mixer's gradients", parts=[norm, *mixer, backward(config, shape, c)], experts="all")
 
 

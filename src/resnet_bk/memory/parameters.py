@@ -15,7 +15,7 @@ COMPONENTS = {
     ".moe.up": "experts",
     ".moe.down": "experts",
     ".mixer.potential": "potential projection",
-    ".mixer.log_gap": "chain parameters",
+    ".mixer.log_rate": "chain parameters",
     ".mixer.energy": "chain parameters",
     ".mixer.raw_eta": "chain parameters",
     ".mixer.log_amplitude": "chain parameters",
@@ -42,15 +42,20 @@ class PartCounts:
 class ParameterCounts:
     """Numbers of parameters. ``active`` ones take part in one token's computation: one expert of each block.
 
-    ``block`` is one block, ``outside`` what is in none, ``largest`` the largest single tensor.
+    ``blocks`` are one by one, ``outside`` is what is in none, ``largest`` the largest single tensor.
     """
 
     by_component: dict[str, int]
     total: int
     active: int
-    block: PartCounts
+    blocks: tuple[PartCounts, ...]
     outside: PartCounts
     largest: int
+
+    @property
+    def block(self) -> PartCounts:
+        """The largest block."""
+        return max(self.blocks, key=lambda counts: counts.total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +71,36 @@ class SeedRow:
 def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
     """Counts the model of ``config`` on the meta device; tied weights count once, as embedding.
 
-    Layers are alike: one is built, and stands for all of them.
+    Layers of a mixer are alike: one is built, and stands for all of them.
     """
-    with torch.device("meta"):
-        model = ResNetBKForCausalLM(ResNetBKConfig(**{**config.own_fields(), "num_layers": 1}))
     by_component: dict[str, int] = {}
-    sizes: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        in_block = BLOCK in name
-        sizes[in_block].append((name, parameter.numel()))
-        times = config.num_layers if in_block else 1
+    of_mixers: dict[str, list[tuple[str, int]]] = {}
+    for alike, number in config.alike():
+        outside, of_mixers[alike.mixer] = _sizes(alike)
+        for name, size in of_mixers[alike.mixer]:
+            component = component_of(name)
+            by_component[component] = by_component.get(component, 0) + number * size
+    for name, size in outside:
         component = component_of(name)
-        by_component[component] = by_component.get(component, 0) + times * parameter.numel()
+        by_component[component] = by_component.get(component, 0) + size
     total = sum(by_component.values())
     idle = by_component["experts"] // config.num_experts * (config.num_experts - 1)
     return ParameterCounts(
         by_component=by_component,
         total=total,
         active=total - idle,
-        block=_part(sizes[True]),
-        outside=_part(sizes[False]),
-        largest=max(number for _, number in sizes[True] + sizes[False]),
+        blocks=tuple(_part(of_mixers[mixer]) for mixer in config.layer_mixers),
+        outside=_part(outside),
+        largest=max(size for sizes in (outside, *of_mixers.values()) for _, size in sizes),
     )
+
+
+def _sizes(config: ResNetBKConfig) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Names and numbers of the parameters outside of blocks, and of those of one block."""
+    with torch.device("meta"):
+        model = ResNetBKForCausalLM(ResNetBKConfig(**{**config.own_fields(), "num_layers": 1}))
+    sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    return [pair for pair in sizes if BLOCK not in pair[0]], [pair for pair in sizes if BLOCK in pair[0]]
 
 
 def stays_float32(name: str, _parameter: object = None) -> bool:

@@ -127,7 +127,7 @@ def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Str
     """What a micro-batch has on the device between forward and backward, logits and loss last."""
     half = strategy.half
     return [
-        *_kept(config, shape, strategy, config.num_layers, "L"),
+        *_joined(_kept(config, shape, strategy, config.num_layers, "L")),
         *outer_activations(config, shape, half=half),
         logits_and_loss(config, shape, half=half, half_weights=strategy.half_weights),
     ]
@@ -200,14 +200,14 @@ class _Step:
         """What no moment is without."""
         strategy, config, counts = self.strategy, self.config, self.counts
         layers, pieces = config.num_layers, self.shape.micro_batches
-        blocks = min(2, layers) if strategy.stream_weights else layers
+        blocks = [counts.block] * min(2, layers) if strategy.stream_weights else counts.blocks
         # Step by block, each micro-batch keeps what it is told of its tokens.
         tables = pieces if strategy.goes_by_block else 1
         return [
             Part(
                 name="weights",
-                num_bytes=blocks * _stored(counts.block, strategy) + _stored(counts.outside, strategy),
-                formula=f"{strategy.weight_bytes} ({blocks} P_b + P_o)",
+                num_bytes=sum(_stored(block, strategy) for block in blocks) + _stored(counts.outside, strategy),
+                formula=f"{strategy.weight_bytes} ({len(blocks)} P_b + P_o)",
             ),
             Part(name="optimizer", num_bytes=0 if strategy.offload_optimizer else 8 * counts.total, formula="8 P"),
             Part(name="token ids and targets", num_bytes=16 * pieces * self.shape.tokens, formula="16 M T"),
@@ -244,10 +244,11 @@ class _Step:
         gradients = loss_backward(*working, half=strategy.half, half_weights=strategy.half_weights)
         yield WHERE_BACKWARD_BEGINS, [*there, gradients]
 
-    def _block_moments(self) -> list[BlockMoment]:
+    def _block_moments(self, config: ResNetBKConfig) -> list[BlockMoment]:
+        """Of a block with the mixer that ``config`` has in all."""
         strategy = self.strategy
         moments = block_moments(
-            self.config,
+            config,
             self.shape,
             half=strategy.half,
             half_weights=strategy.half_weights,
@@ -332,15 +333,25 @@ class _StepByPiece(_Step):
         before = self._gradients_before()
         kept = _kept(config, self.shape, self.strategy, layers, "L")
         yield from self._at_the_loss([before, *kept])
-        # Of what grows in backward, gradients, and what shrinks, activations, there is most at one of the ends.
-        for where, done, others in (("last", 0, "(L - 1)"), ("first", layers - 1, "0")):
-            passed = [before, self._head_gradient(), self._block_gradients(done)]
-            kept = _kept(config, self.shape, self.strategy, layers - 1 - done, others)
-            for moment in self._block_moments():
+        # Of what grows in backward, gradients, and what shrinks, activations, there is most at one of the ends: of each
+        # mixer's blocks.
+        for index in self._ends():
+            where, others = {layers - 1: ("the last block", "(L - 1)"), 0: ("the first block", "0")}.get(
+                index, (f"block {index + 1}", str(index))
+            )
+            passed = [before, self._head_gradient(), self._block_gradients(layers - 1 - index)]
+            kept = _kept(config, self.shape, self.strategy, index, others)
+            for moment in self._block_moments(config.of_mixer(config.layer_mixers[index])):
                 parts = [*passed, *kept, *moment.parts, *self._never_taken(), self._expert_gradients(moment)]
-                yield f"in the {where} block: {moment.name}", parts
+                yield f"in {where}: {moment.name}", parts
         blocks = [before, self._block_gradients(layers)]
         yield AT_THE_EMBEDDING, [*blocks, *self._embedding_gradient()]
+
+    def _ends(self) -> list[int]:
+        """Each mixer's last and first block; a single block's twice would be once."""
+        mixers = self.config.layer_mixers
+        last = {mixer: index for index, mixer in enumerate(mixers)}
+        return sorted({*last.values(), *(mixers.index(mixer) for mixer in last)}, reverse=True)
 
     def _gradients_before(self) -> Part:
         size = 4 if self._several and not self.strategy.offload_optimizer else 0
@@ -355,7 +366,8 @@ class _StepByPiece(_Step):
     def _block_gradients(self, blocks: int) -> Part:
         if self.strategy.offload_optimizer or self._several:
             blocks = 0
-        return Part(name=GRADIENTS, num_bytes=4 * blocks * self.counts.block.total, formula=f"4 x {blocks} P_b")
+        passed = self.counts.blocks[self.config.num_layers - blocks :]
+        return Part(name=GRADIENTS, num_bytes=4 * sum(block.total for block in passed), formula=f"4 x {blocks} P_b")
 
     def _expert_gradients(self, moment: BlockMoment) -> Part:
         if self.strategy.offload_optimizer:
@@ -385,9 +397,12 @@ class _StepByBlock(_Step):
         yield from self._at_the_loss([head_before, self._inputs(self._others)])
         held = self.counts.block.total if self._several else 0
         gradients = Part(name=GRADIENTS, num_bytes=4 * held, formula="4 P_b")
-        for moment in self._block_moments():
-            parts = [self._of_head(4), gradients, self._inputs_in_block(moment), *moment.parts]
-            yield f"in a block: {moment.name}", [*parts, self._expert_gradients(moment)]
+        kinds = self.config.alike()
+        for alike, _ in kinds:
+            where = "a block" if len(kinds) == 1 else f"a block of mixer {alike.mixer}"
+            for moment in self._block_moments(alike):
+                parts = [self._of_head(4), gradients, self._inputs_in_block(moment), *moment.parts]
+                yield f"in {where}: {moment.name}", [*parts, self._expert_gradients(moment)]
         yield AT_THE_EMBEDDING, self._embedding_gradient()
 
     @property
@@ -424,17 +439,28 @@ class _StepByBlock(_Step):
 def _kept(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, blocks: int, times: str) -> list[Part]:
     """What so many blocks keep for backward; ``times`` is their number in formulas."""
     inputs = 4 * shape.tokens * config.hidden_size
-    if strategy.checkpointing == "none":
-        parts = block_activations(config, shape, half=strategy.half, half_weights=strategy.half_weights)
-    elif strategy.checkpointing == "selective":
-        parts = selected_activations(config, shape, half=strategy.half)
-    else:
-        parts = [Part(name=BLOCK_INPUTS, num_bytes=inputs, formula="4 T D")]
-        if strategy.goes_by_block:
-            blocks, times = 0, "0"
-        elif _moves_inputs(strategy, inputs) and blocks > IN_FLIGHT:
-            blocks, times = IN_FLIGHT, str(IN_FLIGHT)
-    return [replace(part, num_bytes=blocks * part.num_bytes, formula=f"{times} x [{part.formula}]") for part in parts]
+    if strategy.checkpointing in ("none", "selective"):
+        kinds = config.alike(blocks)
+        return [
+            _times(part, number, times if len(kinds) == 1 else str(number))
+            for alike, number in kinds
+            for part in _kept_by_a_block(alike, shape, strategy)
+        ]
+    if strategy.goes_by_block:
+        blocks, times = 0, "0"
+    elif _moves_inputs(strategy, inputs) and blocks > IN_FLIGHT:
+        blocks, times = IN_FLIGHT, str(IN_FLIGHT)
+    return [_times(Part(name=BLOCK_INPUTS, num_bytes=inputs, formula="4 T D"), blocks, times)]
+
+
+def _kept_by_a_block(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy) -> list[Part]:
+    if strategy.checkpointing == "selective":
+        return selected_activations(config, shape, half=strategy.half)
+    return block_activations(config, shape, half=strategy.half, half_weights=strategy.half_weights)
+
+
+def _times(part: Part, number: int, in_words: str) -> Part:
+    return replace(part, num_bytes=number * part.num_bytes, formula=f"{in_words} x [{part.formula}]")
 
 
 def _moves_inputs(strategy: Strategy, num_bytes: int) -> bool:
@@ -461,7 +487,7 @@ def _host_parts(
             if offloaded
             else 0
         ),
-        "streamed weights": config.num_layers * _stored(counts.block, strategy) if strategy.stream_weights else 0,
+        "streamed weights": sum(_stored(block, strategy) for block in counts.blocks) if strategy.stream_weights else 0,
         "offloaded activations": _waiting(strategy, config, shape),
     }
 

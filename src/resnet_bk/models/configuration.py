@@ -1,7 +1,9 @@
 """The model's configuration."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -10,7 +12,7 @@ from transformers import PreTrainedConfig
 from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.models.presets import PRESETS
 
-Mixer = Literal["resolvent", "bk", "attention"]
+Mixer = Literal["resolvent", "bk", "attention", "local"]
 StateKind = Literal["matrix", "vector"]
 Regime = Literal["tunnelling", "scattering"]
 GradientRule = Literal["exact", "blend"]
@@ -36,7 +38,10 @@ class ResNetBKConfig(PreTrainedConfig):
         num_experts: experts per block, one of which each token uses.
         intermediate_size: width inside an expert.
         mixer: how tokens mix: ``"resolvent"`` (keys and values carried by the resolvent), ``"bk"`` (the seed's: its
-            diagonal as features) or ``"attention"`` (the Transformer baseline).
+            diagonal as features), ``"attention"`` (the Transformer baseline) or ``"local"`` (attention to the last
+            tokens, without positions).
+        local_attention_every: with the resolvent mixer, every so many-th block has local attention instead; 0 for none.
+        local_attention_window: tokens that a token sees there, itself included.
         conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
         num_resolvent_heads: heads of the resolvent mixer, each with its chain; must divide hidden_size.
         resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
@@ -44,13 +49,15 @@ class ResNetBKConfig(PreTrainedConfig):
         resolvent_regime: ``"tunnelling"`` (real decays, energy below the band) or ``"scattering"`` (complex ones).
         resolvent_longest_memory: tokens that the last head remembers at the start; the first remembers two.
         num_bk_heads: independent chains of the bk mixer.
-        num_attention_heads: heads of the attention mixer; must divide hidden_size into even parts.
+        num_attention_heads: heads of attention, local or not; must divide hidden_size, for the attention mixer into
+            even parts.
         causal: False lets tokens read the future: for encoders and for reproducing the seed, not for a language
             model.
         max_position_embeddings: length of a learned position table; None for no table and no limit.
         tie_word_embeddings: the head reuses the embedding.
         dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
-            experts adds to the residual stream, and of attention's weights. Pieces of a batch draw their own.
+            experts adds to the residual stream, of attention's weights, and of what tokens write into each head of the
+            resolvent. Pieces of a batch draw their own.
         router_temperature: of the Gumbel-softmax in training.
         router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
         router_bias_update_rate: how far each expert's bias in the choice moves towards an even load after each
@@ -77,6 +84,8 @@ class ResNetBKConfig(PreTrainedConfig):
     num_experts: int = 4
     intermediate_size: int = 128
     mixer: Mixer = "resolvent"
+    local_attention_every: int = 4
+    local_attention_window: int = 1024
     conv_size: int = 4
     num_resolvent_heads: int = 4
     resolvent_key_size: int | None = None
@@ -115,7 +124,8 @@ class ResNetBKConfig(PreTrainedConfig):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
         positive = ("vocab_size", "hidden_size", "num_layers", "num_experts", "intermediate_size")
-        for name in (*positive, "num_resolvent_heads", "num_bk_heads", "num_attention_heads"):
+        heads = ("num_resolvent_heads", "num_bk_heads", "num_attention_heads")
+        for name in (*positive, *heads, "local_attention_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of at least 1")
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
@@ -127,6 +137,7 @@ class ResNetBKConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even width; "
                 "change num_attention_heads"
             )
+        self._check_local_attention()
         self._check_resolvent()
         for name in ("bk_eta", "router_temperature", "rope_theta"):
             if not getattr(self, name) > 0:
@@ -140,6 +151,19 @@ class ResNetBKConfig(PreTrainedConfig):
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
         self._check_largest()
+
+    def _check_local_attention(self) -> None:
+        if self.local_attention_every < 0:
+            raise ValueError(f"local_attention_every is {self.local_attention_every}; give 0 for none, or more")
+        if "local" not in self.layer_mixers:
+            return
+        if not self.causal:
+            raise ValueError("local attention is causal; with causal=False choose mixer bk or attention")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads; "
+                "change num_attention_heads, or local_attention_every to 0"
+            )
 
     def _check_resolvent(self) -> None:
         if not (self.conv_size == 0 or 2 <= self.conv_size <= LONGEST_CONVOLUTION):
@@ -174,6 +198,27 @@ class ResNetBKConfig(PreTrainedConfig):
                 f"resolvent_longest_memory is {self.resolvent_longest_memory}; give a number of tokens above 2 and up "
                 f"to {LONGEST_MEMORY:g}"
             )
+
+    @property
+    def layer_mixers(self) -> tuple[Mixer, ...]:
+        """The mixer of each block. Local attention comes in the middle of each ``local_attention_every`` blocks."""
+        every = self.local_attention_every if self.mixer == "resolvent" else 0
+        return tuple(
+            "local" if every and index % every == every // 2 else self.mixer for index in range(self.num_layers)
+        )
+
+    def of_mixer(self, mixer: Mixer) -> Self:
+        """The same with this mixer in every block."""
+        if set(self.layer_mixers) == {mixer}:
+            return self
+        other = copy(self)
+        other.mixer, other.local_attention_every = mixer, 0
+        return other
+
+    def alike(self, num_layers: int | None = None) -> list[tuple[Self, int]]:
+        """How many of the first ``num_layers`` blocks (None for all) have which mixer, as models of one mixer each."""
+        numbers = Counter(self.layer_mixers[:num_layers])
+        return [(self.of_mixer(mixer), number) for mixer, number in numbers.items()]
 
     @property
     def key_size(self) -> int:

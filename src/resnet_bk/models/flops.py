@@ -1,8 +1,11 @@
 """Floating-point operations of a training step by formula, by component; 2 x multiply-adds.
 
 Causal attention is counted as what it has to do, N (N + 1) / 2 pairs. Backward of fused attention recomputes the
-scores: 5 matrix products to forward's 2.
+scores: 5 matrix products to forward's 2. Local attention is counted as its blocks compute it, pairs behind the window
+included.
 """
+
+from collections.abc import Iterable
 
 from resnet_bk.models.configuration import ResNetBKConfig
 from resnet_bk.ops.bk import operators
@@ -17,14 +20,30 @@ def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int)
         _products("router", 2 * tokens * hidden * config.num_experts * layers),
         _products("experts", 4 * tokens * hidden * config.intermediate_size * layers),
     ]
-    of_mixer = {"bk": _bk_flops, "attention": _attention_flops, "resolvent": _resolvent_flops}[config.mixer]
-    parts += of_mixer(config, batch_size, sequence_length)
+    of_mixer = {"bk": _bk_flops, "attention": _attention_flops, "local": _attention_flops, "resolvent": _resolvent_flops}
+    parts += _joined(
+        part
+        for alike, number in config.alike()
+        for part in of_mixer[alike.mixer](alike, number * batch_size, sequence_length)
+    )
     # Its gradients are computed with the loss, so that no logits have to be kept for backward: all of it is forward.
     return [*parts, ComponentFlops(component="head", forward=6 * tokens * hidden * config.vocab_size, backward=0)]
 
 
-def _bk_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    blocks = batch_size * sequence_length * config.num_layers
+def _joined(parts: Iterable[ComponentFlops]) -> list[ComponentFlops]:
+    """Those of one name as one."""
+    found: dict[str, ComponentFlops] = {}
+    for part in parts:
+        before = found.get(part.component, ComponentFlops(component=part.component, forward=0, backward=0))
+        found[part.component] = ComponentFlops(
+            component=part.component, forward=before.forward + part.forward, backward=before.backward + part.backward
+        )
+    return list(found.values())
+
+
+def _bk_flops(config: ResNetBKConfig, rows: int, sequence_length: int) -> list[ComponentFlops]:
+    """``rows`` are those of a batch in each block."""
+    blocks = rows * sequence_length
     sites = blocks * config.num_bk_heads
     forward, backward = _core_flops(config)
     return [
@@ -34,9 +53,12 @@ def _bk_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> 
     ]
 
 
-def _attention_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    hidden, blocks = config.hidden_size, batch_size * sequence_length * config.num_layers
-    pairs = attended_pairs(sequence_length, sequence_length, config.causal) * batch_size * config.num_layers
+def _attention_flops(config: ResNetBKConfig, rows: int, sequence_length: int) -> list[ComponentFlops]:
+    hidden, blocks = config.hidden_size, rows * sequence_length
+    if config.mixer == "local":
+        pairs = rows * _local_pairs(sequence_length, config.local_attention_window)
+    else:
+        pairs = rows * attended_pairs(sequence_length, sequence_length, config.causal)
     return [
         _products("query, key, value and output projection", 8 * blocks * hidden * hidden),
         *_convolution(config, blocks * 3 * hidden),
@@ -44,12 +66,8 @@ def _attention_flops(config: ResNetBKConfig, batch_size: int, sequence_length: i
     ]
 
 
-def _resolvent_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int) -> list[ComponentFlops]:
-    hidden, heads, blocks = (
-        config.hidden_size,
-        config.num_resolvent_heads,
-        batch_size * sequence_length * config.num_layers,
-    )
+def _resolvent_flops(config: ResNetBKConfig, rows: int, sequence_length: int) -> list[ComponentFlops]:
+    hidden, heads, blocks = config.hidden_size, config.num_resolvent_heads, rows * sequence_length
     channels, sites = 2 * heads * config.key_size + hidden, blocks * heads
     chain = (operators.TUNNEL_FORWARD_FLOPS, operators.TUNNEL_BACKWARD_FLOPS)
     if config.resolvent_regime == "scattering":
@@ -81,6 +99,13 @@ def _convolution(config: ResNetBKConfig, channels_of_tokens: int, *, again: bool
 def attended_pairs(queries: int, keys: int, causal: bool) -> int:
     """Query-key pairs of one row and head."""
     return queries * (queries + 1) // 2 if causal and queries == keys else queries * keys
+
+
+def _local_pairs(length: int, window: int) -> int:
+    """Of a first block that is causal, and of others that read themselves and the one before."""
+    first = min(length, window)
+    others = -(-(length - first) // window)
+    return attended_pairs(first, first, causal=True) + others * 2 * window * window
 
 
 def _products(component: str, forward: int) -> ComponentFlops:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from resnet_bk.models.configuration import ResNetBKConfig
+    from resnet_bk.models.configuration import Mixer, ResNetBKConfig
 
 
 def total_parameters(config: "ResNetBKConfig") -> int:
@@ -11,18 +11,20 @@ def total_parameters(config: "ResNetBKConfig") -> int:
     hidden, experts = config.hidden_size, config.num_experts
     moe = hidden * experts + 2 * experts * hidden * config.intermediate_size
     norm = 2 * hidden
-    block = moe + mixer_parameters(config) + (norm if config.mixer == "bk" else 2 * norm)
+    blocks = sum(
+        moe + mixer_parameters(config, mixer) + (norm if mixer == "bk" else 2 * norm) for mixer in config.layer_mixers
+    )
     positions = (config.max_position_embeddings or 0) * hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return embeddings + positions + config.num_layers * block + norm
+    return embeddings + positions + blocks + norm
 
 
-def mixer_parameters(config: "ResNetBKConfig") -> int:
-    """Number of parameters of one mixer."""
+def mixer_parameters(config: "ResNetBKConfig", mixer: "Mixer") -> int:
+    """Number of parameters of one block's mixer."""
     hidden, size = config.hidden_size, config.conv_size
-    if config.mixer == "bk":
+    if mixer == "bk":
         return size * hidden + 3 * hidden * config.num_bk_heads + 2 * config.num_bk_heads
-    if config.mixer == "attention":
+    if mixer in ("attention", "local"):
         return 4 * hidden * hidden + 3 * size * hidden
     heads = config.num_resolvent_heads
     channels = 2 * heads * config.key_size + hidden  # of queries, keys and values

@@ -16,6 +16,7 @@ from resnet_bk.layers import (
     BKBlock,
     BKMixer,
     CausalAttention,
+    LocalAttention,
     MixerBlock,
     MixtureOfExperts,
     ResolventMixer,
@@ -26,7 +27,7 @@ from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
 from resnet_bk.layers.rotary import rotary_angles
 from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
-from resnet_bk.models.configuration import ResNetBKConfig
+from resnet_bk.models.configuration import Mixer, ResNetBKConfig
 from resnet_bk.ops.embedding import embedding_in_single
 from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
 
@@ -76,7 +77,7 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
     float32_parameters = (
         "router",
         "potential",
-        "log_gap",
+        "log_rate",
         "energy",
         "raw_eta",
         "log_amplitude",
@@ -110,7 +111,7 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, name), value)
             init.ones_(module.skip)
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
-        elif isinstance(module, CausalAttention):
+        elif isinstance(module, CausalAttention | LocalAttention):
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight())
@@ -136,7 +137,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(_block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(_block(config, mixer) for mixer in config.layer_mixers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -179,6 +180,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
             batch_rows=batch_rows,
+            remember=cache is not None,
         )
         all_hidden_states = [x_BND] if output_hidden_states else []
         routings: list[Routing] = []
@@ -206,6 +208,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
         batch_rows: tuple[int, int] | None = None,
+        remember: bool = False,
     ) -> tuple[Tensor, SequenceContext]:
         """What the first block takes, and what all blocks are told about the tokens; arguments as in ``forward``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -228,6 +231,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             document_ids_BN=document_ids,
             front_starts_BN=None if document_ids is None else _front_starts(document_ids, padding),
             batch_rows=batch_rows,
+            remember=remember,
         )
 
     def _cache(self, past_key_values: ResNetBKCache | None, use_cache: bool | None) -> ResNetBKCache | None:
@@ -400,7 +404,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = ResNetBKCache(self.config)
 
 
-def _block(config: ResNetBKConfig) -> nn.Module:
+def _block(config: ResNetBKConfig, mixer: Mixer) -> nn.Module:
     moe = MixtureOfExperts(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -408,7 +412,7 @@ def _block(config: ResNetBKConfig) -> nn.Module:
         router_temperature=config.router_temperature,
         router_bias_update_rate=config.router_bias_update_rate,
     )
-    if config.mixer == "bk":
+    if mixer == "bk":
         return BKBlock(
             hidden_size=config.hidden_size,
             layer_norm_eps=config.layer_norm_eps,
@@ -419,7 +423,7 @@ def _block(config: ResNetBKConfig) -> nn.Module:
     return MixerBlock(
         hidden_size=config.hidden_size,
         layer_norm_eps=config.layer_norm_eps,
-        mixer=_attention(config) if config.mixer == "attention" else _resolvent_mixer(config),
+        mixer={"attention": _attention, "local": _local_attention, "resolvent": _resolvent_mixer}[mixer](config),
         moe=moe,
         dropout=config.dropout,
     )
@@ -450,6 +454,16 @@ def _attention(config: ResNetBKConfig) -> CausalAttention:
     )
 
 
+def _local_attention(config: ResNetBKConfig) -> LocalAttention:
+    return LocalAttention(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        window=config.local_attention_window,
+        conv_size=config.conv_size,
+        dropout=config.dropout,
+    )
+
+
 def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
     return ResolventMixer(
         hidden_size=config.hidden_size,
@@ -460,6 +474,7 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
         longest_memory=config.resolvent_longest_memory,
         conv_size=config.conv_size,
         norm_eps=config.layer_norm_eps,
+        dropout=config.dropout,
     )
 
 

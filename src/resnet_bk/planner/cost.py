@@ -65,7 +65,7 @@ def step_cost(
 
     With several ``ranks``, which share weights, gradients and moments, ``shape`` is one rank's.
     """
-    link_seconds = _link_seconds(shape, counts, config.num_layers, device, ranks)
+    link_seconds = _link_seconds(shape, counts, device, ranks)
     device_seconds = _device_seconds(strategy, config, shape, device)
     bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
     host_seconds = _host_seconds(strategy, shape, counts, device)
@@ -95,7 +95,11 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     parts = formula_flops(config, shape.batch_size, shape.sequence_length)
     flops = sum((1 + (0 if part.component == "head" else again)) * part.forward + part.backward for part in parts)
     moved_for_logits = _chunk_bytes(config, shape, half=half)
-    kept = config.num_layers * sum(part.num_bytes for part in block_activations(config, shape, half=half))
+    kept = sum(
+        number * part.num_bytes
+        for alike, number in config.alike()
+        for part in block_activations(alike, shape, half=half)
+    )
     # A second forward pass is a third of what there is besides.
     moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
@@ -136,12 +140,12 @@ def _bus_seconds(
     return (max(gradients, weights) + waiting) / device.rates.bus
 
 
-def _link_seconds(shape: TrainingShape, counts: ParameterCounts, layers: int, device: Device, ranks: int) -> float:
+def _link_seconds(shape: TrainingShape, counts: ParameterCounts, device: Device, ranks: int) -> float:
     """Of every micro-batch blocks are gathered twice, what is outside of them once, and all gradients added up: of each
     a rank receives the others' shares, in float32."""
     if ranks == 1:
         return 0.0
-    numbers = 2 * layers * counts.block.total + counts.outside.total + counts.total
+    numbers = 2 * sum(block.total for block in counts.blocks) + counts.outside.total + counts.total
     return shape.micro_batches * 4 * numbers * (ranks - 1) / ranks / device.link
 
 

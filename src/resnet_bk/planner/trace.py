@@ -1,7 +1,7 @@
 """What a training step will hold in memory, found by running it with tensors that have shapes and no numbers."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -115,7 +115,7 @@ def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Ma
     """
     own = of_one_rank(training, ranks)
     small = _in_few_pieces(own)
-    layers = min(config.num_layers, ENOUGH_BLOCKS) if training.goes_by_block else config.num_layers
+    layers = min(config.num_layers, _enough_blocks(config)) if training.goes_by_block else config.num_layers
     if layers > MOST_BLOCKS:
         raise UserError(f"{layers:,} layers are too many to trace one by one; plan a model of up to {MOST_BLOCKS:,}")
     model_config = ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
@@ -135,7 +135,7 @@ def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Ma
 
     with imagined_ranks(ranks) if ranks > 1 else nullcontext((ALONE, None)) as (world, mesh):
         trace, blocks = _trace(lambda: prepare(world, mesh), machine, with_first_step=ranks > 1)
-    trace = _with_blocks(trace, blocks, min(2, config.num_layers) if training.stream_weights else config.num_layers)
+    trace = _with_blocks(trace, blocks, config.layer_mixers, streamed=training.stream_weights)
     return _with_resident(trace, _left_out(config, own, layers, training_shape(small).micro_batches))
 
 
@@ -197,14 +197,22 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.model.layers) if isinstance(model, ResNetBKForCausalLM) else []
 
 
-def _with_blocks(trace: Trace, blocks: list[list[Event]], wanted: int) -> Trace:
-    """The trace with so many blocks' weights on the device as are ``wanted``; blocks are alike."""
-    if wanted <= len(blocks):
-        gone = {event.tensor for block in blocks[wanted:] for event in block}
+def _enough_blocks(config: ResNetBKConfig) -> int:
+    """So many that each mixer is among them."""
+    mixers = config.layer_mixers
+    return max(ENOUGH_BLOCKS, *(1 + mixers.index(mixer) for mixer in mixers))
+
+
+def _with_blocks(trace: Trace, blocks: list[list[Event]], mixers: Sequence[str], *, streamed: bool) -> Trace:
+    """The trace with the weights on the device of blocks with these ``mixers``, of which the first were traced and all
+    of one mixer are alike; of ``streamed`` ones there are the two largest."""
+    if streamed:
+        by_size = sorted(blocks, key=lambda block: -sum(event.num_bytes for event in block))
+        gone = {event.tensor for block in by_size[2:] for event in block}
         return replace(trace, resident=[event for event in trace.resident if event.tensor not in gone])
     origins, kinds, resident = list(trace.origins), dict(trace.kinds), list(trace.resident)
-    for _ in range(wanted - len(blocks)):
-        for event in blocks[-1]:
+    for mixer in mixers[len(blocks) :]:
+        for event in blocks[mixers.index(mixer)]:
             kinds[len(origins)] = "weights"
             resident.append(Event(len(origins), event.num_bytes))
             origins.append(origins[event.tensor])

@@ -23,7 +23,12 @@ FIELDS = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
-HEADS = {"resolvent": "num_resolvent_heads", "bk": "num_bk_heads", "attention": "num_attention_heads"}
+HEADS = {
+    "resolvent": "num_resolvent_heads",
+    "bk": "num_bk_heads",
+    "attention": "num_attention_heads",
+    "local": "num_attention_heads",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

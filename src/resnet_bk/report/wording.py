@@ -8,6 +8,7 @@ MIXERS = {
     "resolvent": "keys and values carried by the resolvent",
     "bk": "the resolvent's diagonal as features",
     "attention": "attention with rotary positions",
+    "local": "attention to the last tokens",
 }
 
 
@@ -81,7 +82,9 @@ def mixer_in_words(contestant: Contestant) -> str:
     mixer, size = contestant.config.get("mixer"), contestant.config.get("conv_size", 0)
     if mixer not in MIXERS:
         return f"from {contestant.source}"
-    return MIXERS[mixer] + (f" behind a short convolution over {size} tokens" if size else "")
+    every = contestant.config.get("local_attention_every", 0) if mixer == "resolvent" else 0
+    hybrid = f", {MIXERS['local']} in one block of {every}" if every else ""
+    return MIXERS[mixer] + hybrid + (f", behind a short convolution over {size} tokens" if size else "")
 
 
 def listing(names: list[str]) -> str:

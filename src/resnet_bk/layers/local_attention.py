@@ -1,0 +1,76 @@
+"""Attention over the last tokens only: exact recall of what is near, with a state of constant size."""
+
+import torch
+from torch import Tensor, nn
+
+from resnet_bk.layers.context import MixerState, SequenceContext
+from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.padding import Padding
+from resnet_bk.ops.local_attention import local_attention
+
+
+class LocalAttention(nn.Module):
+    """Multi-head attention of each token to itself and the ``window - 1`` before it, without positions.
+
+    It is meant to stand between resolvent mixers, which know where tokens are: without positions of its own it reads as
+    well at distances that training never had. With a ``conv_size``, queries, keys and values go through a short
+    convolution first. ``dropout`` is of the weights.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, num_heads: int, window: int, conv_size: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.window, self.dropout = num_heads, window, dropout
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """The mixed tokens, and the last ``window - 1`` real ones' keys and values ``(B, past, heads, head_dim)``.
+
+        Rows that had padding remember fewer; then the state says how many of them are ``filled`` ``(B,)``, the last.
+        """
+        padding, starts_BN = context.padding, context.front_starts_BN
+        state = state or {}
+        after: MixerState = {}
+        # With the real tokens in front, causality alone keeps padding out.
+        qkv_BNC = self.qkv(x_BND if padding is None else padding.to_front(x_BND))
+        if self.convolution is not None:
+            qkv_BNC, after["convolved"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("convolved"))
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
+        mixed_BNHV = local_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            past=(state["keys"], state["values"]) if "keys" in state else None,
+            filled=state.get("filled"),
+            documents=None if starts_BN is None else starts_BN.cumsum(1),
+            dropout=self.dropout if self.training else 0.0,
+        )
+        if context.remember:
+            after |= self._remembered(k, v, padding, state)
+        mixed_BND = mixed_BNHV.flatten(2)
+        return self.output(mixed_BND if padding is None else padding.restore(mixed_BND)), after
+
+    def _remembered(self, k: Tensor, v: Tensor, padding: Padding | None, state: MixerState) -> MixerState:
+        """Detached, and memory of its own: a view would keep all tokens alive."""
+        past = state["keys"].shape[1] if "keys" in state else 0
+        length = past + k.shape[1]
+        kept = min(self.window - 1, length)
+        tensors = {"keys": k.detach(), "values": v.detach()}
+        if past:
+            tensors = {name: torch.cat([state[name], x], dim=1) for name, x in tensors.items()}
+        if padding is None:
+            found = {name: x[:, length - kept :].clone() for name, x in tensors.items()}
+            new_B = None if "filled" not in state else torch.full_like(state["filled"], k.shape[1])
+        else:
+            new_B = padding.num_real_B
+            indices_BK = (past + new_B.unsqueeze(1) - kept + torch.arange(kept, device=k.device)).clamp(min=0)
+            rows_B1 = torch.arange(len(new_B), device=k.device).unsqueeze(1)
+            found = {name: x[rows_B1, indices_BK] for name, x in tensors.items()}
+        if new_B is None:
+            return found
+        filled_B = state.get("filled", torch.full_like(new_B, past))
+        return {**found, "filled": (filled_B + new_B).clamp(max=kept)}

@@ -1,0 +1,32 @@
+"""The gap of a tunnelling chain by the rate at which it is to decay."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST_RATE = 20.0  # a factor of 2e-9 a token; the gap is 5e8, far from float32's largest number
+
+
+class _Gap(torch.autograd.Function):
+    """It keeps the rate alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rate: Tensor) -> Tensor:
+        ctx.save_for_backward(rate)
+        return (rate.clamp(max=LARGEST_RATE) / 2).sinh_().square_().mul_(4)
+
+    @staticmethod
+    def backward(ctx: Any, grad_gap: Tensor) -> Tensor:
+        (rate,) = ctx.saved_tensors
+        slope = rate.clamp(max=LARGEST_RATE).sinh_().mul_(2)
+        return slope.mul_(grad_gap).masked_fill_(rate > LARGEST_RATE, 0)
+
+
+def gap_of_rate(rate: Tensor) -> Tensor:
+    """w = 4 sinh(r / 2)^2, at which l = exp(-r) solves l = 1 / (2 + w - l): the decay of a chain of constant gap.
+
+    ``rate`` >= 0, of any shape; above 20 it counts as 20, and has no gradient.
+    """
+    gap: Tensor = _Gap.apply(rate)
+    return gap
