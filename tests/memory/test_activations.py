@@ -36,6 +36,11 @@ GRID = [
     ("bidirectional", {"causal": False, "num_bk_heads": 8}, 2, 64),
     ("analytic gradient", {"bk_grad": "blend", "num_bk_heads": 8}, 2, 64),
 ]
+LOCAL = [
+    ("behind the window", {"local_attention_window": 16}, 4, 64),
+    ("one row behind the window", {"local_attention_window": 32, "hidden_size": 64}, 1, 100),
+    ("a wide window", {"local_attention_window": 64, "num_layers": 3}, 2, 256),
+]
 # The resolvent mixer's own; the rest of the grid is for all mixers alike.
 RESOLVENT = [
     ("many heads", {"num_resolvent_heads": 16, "hidden_size": 64}, 1, 256),
@@ -54,18 +59,23 @@ RESOLVENT = [
 ]
 CASES = [
     (mixer, *case)
-    for mixer in ("resolvent", "bk", "attention")
+    for mixer in ("resolvent", "bk", "attention", "local")
     for case in GRID
-    if mixer != "resolvent" or case[1].get("causal", True)
-] + [("resolvent", *case) for case in RESOLVENT]
+    if mixer in ("bk", "attention") or case[1].get("causal", True)
+]
+CASES += [("resolvent", *case) for case in RESOLVENT] + [("local", *case) for case in LOCAL]
+CASES.append(
+    ("resolvent", "local attention in a third of the blocks", {"num_layers": 6, "local_attention_every": 3}, 4, 64)
+)
 IDS = [f"{mixer}, {name}" for mixer, name, *_ in CASES]
 over_the_cases = pytest.mark.parametrize(("mixer", "_name", "overrides", "batch_size", "length"), CASES, ids=IDS)
-each_mixer = pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+each_mixer = pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
 def configured(mixer, overrides):
-    return ResNetBKConfig.from_preset("tiny", **{"mixer": mixer, "intermediate_size": 64, **overrides})
+    fields = {"mixer": mixer, "local_attention_every": 0, "intermediate_size": 64}
+    return ResNetBKConfig.from_preset("tiny", **{**fields, **overrides})
 
 
 def kept_for_backward(config, batch_size, length, precision):
@@ -96,7 +106,11 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(mixer, _name, override
     config, half = configured(mixer, overrides), precision != "fp32"
     shape = TrainingShape(batch_size=batch_size, sequence_length=length)
     sizes = kept_for_backward(config, batch_size, length, precision)
-    blocks = config.num_layers * sum(part.num_bytes for part in block_activations(config, shape, half=half))
+    blocks = sum(
+        number * part.num_bytes
+        for alike, number in config.alike()
+        for part in block_activations(alike, shape, half=half)
+    )
     predicted = blocks + sum(part.num_bytes for part in outer_activations(config, shape, half=half))
     # Scalars and vectors of E numbers are not in the formulas: they show where there are next to no tokens.
     small_change = 4 * config.num_layers * (config.num_experts + 16) + 4 * length * 2

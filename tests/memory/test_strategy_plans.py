@@ -15,6 +15,7 @@ from resnet_bk.training.strategy import strategy_of, training_fields, training_s
 
 GPU = Machine(kind="cuda", capability=(9, 0))
 MIXERS = ("resolvent", "attention", "bk")
+HYBRID = {"num_layers": 4, "local_attention_every": 4}
 SCATTERING, VECTOR = {"resolvent_regime": "scattering"}, {"resolvent_state": "vector"}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
@@ -44,6 +45,8 @@ CASES = [
     *(("tiny", "resolvent", SCATTERING, 8, 128, 8, name) for name in IN_SINGLE),
     *(("tiny", "resolvent", VECTOR, 8, 128, 8, name) for name in ("mixed precision", "full checkpointing")),
     *(("tiny", "bk", TIED, 16, 128, 8, name) for name in OTHERS),
+    *(("tiny", "local", {}, 16, 128, 16, name) for name in BY_NAME),
+    *(("tiny", "resolvent", HYBRID, 16, 128, 8, name) for name in ALL),
 ]
 WIDE = {"num_layers": 3}
 LARGE_CASES = [
@@ -58,6 +61,8 @@ LARGE_CASES = [
     *(("1b", mixer, {"num_layers": 2}, 4, 1024, 4, name) for mixer in MIXERS for name in BY_NAME),
     *(("1b", "resolvent", {"num_layers": 2}, 4, 1024, 4, name) for name in IN_SINGLE),
     *(("1b", mixer, {"num_layers": 2, "vocab_size": 4096}, 16, 1024, 8, name) for mixer in MIXERS for name in BY_NAME),
+    *(("100m", "resolvent", HYBRID, 8, 1024, 8, name) for name in BY_NAME),
+    *(("100m", "local", WIDE | {"local_attention_window": 256}, 8, 1024, 8, name) for name in BY_NAME),
     *(("1b", "resolvent", {"num_layers": 6}, 16, 1024, 16, name) for name in ("mixed precision", "full checkpointing")),
 ]
 
@@ -71,7 +76,7 @@ def named(case):
 def configured(case):
     """The model, and its training."""
     preset, mixer, overrides, rows, length, micro_rows, name = case
-    config = ResNetBKConfig.from_preset(preset, mixer=mixer, **overrides)
+    config = ResNetBKConfig.from_preset(preset, **{"mixer": mixer, "local_attention_every": 0, **overrides})
     fields = training_fields(ALL[name], "fp16" if name in IN_FP16 else "bf16")
     pieces = micro_rows if micro_rows < rows else None
     return config, TrainingConfig(batch_size=rows, sequence_length=length, micro_batch_size=pieces, **fields)

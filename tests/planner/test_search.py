@@ -61,8 +61,9 @@ def test_nothing_faster_fits_by_formula():
     for way in candidates(MODEL, TRAINING, H100):
         if way.training == chosen.training:
             break
-        # The formulas are at most 2% above the traced tensors.
-        assert H100.context_bytes + 1.06 * way.device_bytes > budget.gpu_bytes or way.host_bytes > budget.host_bytes
+        # The formulas are at most 2% above the traced tensors; of so few bytes the allocator reserves a fifth more, and
+        # a margin comes on top.
+        assert H100.context_bytes + 1.22 * way.device_bytes > budget.gpu_bytes or way.host_bytes > budget.host_bytes
     else:
         raise AssertionError("what was chosen is not a candidate")
 

@@ -296,7 +296,9 @@ def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
         chains, carry = choose_backend(device).name, choose_carry_backend(device).name
         words += f" ({model.resolvent_regime}, chains on the {chains} backend, carry on {carry})"
     if local := model.layer_mixers.count("local"):
-        words += f", local attention over {model.local_attention_window:,} tokens in {local} of {model.num_layers} blocks"
+        words += (
+            f", local attention over {model.local_attention_window:,} tokens in {local} of {model.num_layers} blocks"
+        )
     if not model.conv_size:
         return words
     return f"{words}, convolution over {model.conv_size} tokens ({choose_convolution_backend(device).name} backend)"

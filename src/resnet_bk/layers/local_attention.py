@@ -17,9 +17,7 @@ class LocalAttention(nn.Module):
     convolution first. ``dropout`` is of the weights.
     """
 
-    def __init__(
-        self, *, hidden_size: int, num_heads: int, window: int, conv_size: int, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, *, hidden_size: int, num_heads: int, window: int, conv_size: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.window, self.dropout = num_heads, window, dropout
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)

@@ -1,6 +1,5 @@
 """The resolvent mixer: keys and values carried by the Green's function of the chain cut at each token."""
 
-import math
 from typing import Literal, cast
 
 import torch
@@ -11,14 +10,15 @@ from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
-from resnet_bk.ops.gap import gap_of_rate
 from resnet_bk.ops.carry import bk_carry
+from resnet_bk.ops.gap import gap_of_rate
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.projections import queries_keys_values
 
 Regime = Literal["tunnelling", "scattering"]
 StateKind = Literal["matrix", "vector"]
 SHORTEST_MEMORY = 2.0  # tokens, of the first head at the start
+TYPICAL_SOFTPLUS = 0.960  # root mean square of softplus(z), z standard normal, as potentials are at the start
 
 
 class ResolventMixer(nn.Module):
@@ -29,8 +29,9 @@ class ResolventMixer(nn.Module):
     back something is, a phase says where.
 
     In the tunnelling regime l is real and at most 1: at the rate r = softplus(W_w x) * rate, w = 4 sinh(r / 2)^2 is the
-    gap at which a chain that had it everywhere would decay by exp(-r) a token. In the scattering regime l is complex; a head's potential is amplitude * W_w x, at an energy inside the band and a learned eta.
-    Memories are spread evenly in their logarithm over the heads, from two tokens to ``longest_memory``.
+    gap at which a chain that had it everywhere would decay by exp(-r) a token. In the scattering regime l is complex; a
+    head's potential is amplitude * W_w x, at an energy inside the band and a learned eta. Memories are spread evenly in
+    their logarithm over the heads, from two tokens to ``longest_memory``.
 
     With a vector as state there are no keys and queries: S is v's carried sum. State, gap and norm are in float32.
     ``dropout`` is the share of tokens that each head does not write in training, as attention loses weights.
@@ -73,13 +74,13 @@ class ResolventMixer(nn.Module):
     def initial_chains(self) -> dict[str, Tensor]:
         """The chains' parameters by name, for memories (tokens until a factor of e) spread over the heads.
 
-        Tunnelling: the rate is 1 / memory, and softplus(0) = log 2.
+        Tunnelling: the rate is 1 / memory. Gaps add up in a chain, and small ones go by the rate's square.
         Scattering at energy e from the band's centre, s = sqrt(4 - e^2): eta decays by eta / s a token, a random
         potential of variance a^2 by a^2 / (2 s^2) (D. J. Thouless, 1979); each does half.
         """
         memory = memories(self.num_heads, SHORTEST_MEMORY, self.longest_memory)
         if self.regime == "tunnelling":
-            return {"log_rate": -torch.log(memory * math.log(2))}
+            return {"log_rate": -torch.log(memory * TYPICAL_SOFTPLUS)}
         # Energies at Chebyshev nodes, in an order that does not run with the memories.
         stride = 5 if self.num_heads % 5 else 1
         order = torch.arange(self.num_heads) * stride % self.num_heads

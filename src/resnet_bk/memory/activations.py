@@ -139,16 +139,18 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
 
 def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
     """qkv and the mixed values, of which the kernel reads parts where they are; behind the first window it reads
-    copies: a block's queries, twice its keys and values, its results, and all results once more."""
+    copies: of a block's queries, twice of its keys and values, and of all results."""
     hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
-    window = config.local_attention_window
-    queries = shape.batch_size * _multiple(shape.sequence_length, 1 if half else 32)
-    num_bytes = 4 * c * shape.tokens * hidden + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
-    formula = f"T ({4 * c} D + 4 A)" + (" + 8 D^2" if cast else "")
-    beyond = _beyond_window(config, shape)
+    window, beyond = config.local_attention_window, _beyond_window(config, shape)
+    queries = shape.batch_size * _multiple(min(shape.sequence_length, window), 1 if half else 32)
+    queries += beyond // window * _multiple(window, 32)
+    # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
+    per_hidden = 6 if half else 16
+    num_bytes = per_hidden * shape.tokens * hidden + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
+    formula = f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if cast else "")
     if beyond:
-        num_bytes += c * hidden * (6 * beyond + shape.tokens) + 2 * c * window * window
-        formula += f" + {c} D (6 T_2 + T) + {2 * c} w^2"
+        num_bytes += c * hidden * (6 * beyond + shape.batch_size * window) + 2 * c * window * window
+        formula += f" + {c} D (6 T_2 + B w) + {2 * c} w^2"
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
 
 
@@ -172,8 +174,8 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     # q, k and v. What they are made from is the convolution's input, if there is one; a vector's silu reads what that
     # has made.
     per_channel = 2 * c if vector or not config.conv_size else c
-    # Tunnelling: potential, softplus, rate and log l. Scattering: potential, l as a pair, |l|^2, log l, and two phases, their
-    # cosines and their sines. A vector's ones.
+    # Tunnelling: potential, softplus, rate and log l. Scattering: potential, l as a pair, |l|^2, log l, and two phases,
+    # their cosines and their sines. A vector's ones.
     per_head = (44 if scattering else 16) + (c if vector else 0)
     # q and k turned by the chain's phases; k l of a single token, which goes by the recurrence.
     per_key = (2 * c if scattering else 0) + (4 if shape.sequence_length == 1 else 0)

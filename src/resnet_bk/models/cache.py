@@ -10,7 +10,7 @@ from resnet_bk.models.configuration import ResNetBKConfig
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """The state of one layer of any mixer but attention, tensors with the batch first, whatever the number of tokens."""
+    """The state of one layer of any mixer but attention: tensors, batch first, whatever the number of tokens."""
 
     is_sliding = False
 

@@ -20,7 +20,12 @@ def formula_flops(config: ResNetBKConfig, batch_size: int, sequence_length: int)
         _products("router", 2 * tokens * hidden * config.num_experts * layers),
         _products("experts", 4 * tokens * hidden * config.intermediate_size * layers),
     ]
-    of_mixer = {"bk": _bk_flops, "attention": _attention_flops, "local": _attention_flops, "resolvent": _resolvent_flops}
+    of_mixer = {
+        "bk": _bk_flops,
+        "attention": _attention_flops,
+        "local": _attention_flops,
+        "resolvent": _resolvent_flops,
+    }
     parts += _joined(
         part
         for alike, number in config.alike()

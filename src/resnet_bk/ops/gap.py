@@ -14,13 +14,15 @@ class _Gap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rate: Tensor) -> Tensor:
         ctx.save_for_backward(rate)
-        return (rate.clamp(max=LARGEST_RATE) / 2).sinh_().square_().mul_(4)
+        gap: Tensor = (rate.clamp(max=LARGEST_RATE) / 2).sinh_().square_().mul_(4)
+        return gap
 
     @staticmethod
     def backward(ctx: Any, grad_gap: Tensor) -> Tensor:
         (rate,) = ctx.saved_tensors
         slope = rate.clamp(max=LARGEST_RATE).sinh_().mul_(2)
-        return slope.mul_(grad_gap).masked_fill_(rate > LARGEST_RATE, 0)
+        grad_rate: Tensor = slope.mul_(grad_gap).masked_fill_(rate > LARGEST_RATE, 0)
+        return grad_rate
 
 
 def gap_of_rate(rate: Tensor) -> Tensor:
@@ -28,5 +30,5 @@ def gap_of_rate(rate: Tensor) -> Tensor:
 
     ``rate`` >= 0, of any shape; above 20 it counts as 20, and has no gradient.
     """
-    gap: Tensor = _Gap.apply(rate)
+    gap: Tensor = _Gap.apply(rate)  # type: ignore[no-untyped-call]
     return gap

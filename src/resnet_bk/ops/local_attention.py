@@ -40,15 +40,15 @@ def local_attention(
     mixed = _attend(q[:, :first], k[:, : before + first], v[:, : before + first], mask, dropout)
     if length <= window:
         return mixed
-    rest = [_blocks_before(x[:, before:], window) for x in (k, v)]
+    of_keys, of_values = (_blocks_before(x[:, before:], window) for x in (k, v))
     mask = _band(window, q.device)
     if documents is not None:
         of_keys_GW2 = _blocks_before(documents, window, fill=-1)
         of_queries_GW = _blocks(documents[:, window:], window, fill=-1)
         mask = (mask & (of_queries_GW.unsqueeze(-1) == of_keys_GW2.unsqueeze(-2))) | _own(window, q.device)
         mask = mask.unsqueeze(1)
-    others = _attend(_blocks(q[:, window:], window), *rest, mask, dropout)
-    others = others.view(len(q), -1, *q.shape[2:])[:, : length - window]
+    others = _attend(_blocks(q[:, window:], window), of_keys, of_values, mask, dropout)
+    others = others.reshape(len(q), -1, *q.shape[2:])[:, : length - window]
     return torch.cat([mixed, others], dim=1)
 
 
@@ -94,7 +94,8 @@ def _blocks(x: Tensor, window: int, fill: int = 0) -> Tensor:
 
 def _blocks_before(x: Tensor, window: int, fill: int = 0) -> Tensor:
     """From the second block on, each with the one before it: ``(B (blocks - 1), 2 W, ...)``."""
-    blocks = _padded(x, window, fill).unflatten(1, (-1, window))
+    blocks = _padded(x, window, fill)
+    blocks = blocks.reshape(len(blocks), -1, window, *blocks.shape[2:])
     return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
 
 

@@ -165,7 +165,8 @@ def _trace(
     with _imagined(machine) as recorder:
         model, optimizer, step, batch = prepare()
         if with_first_step:  # as gradients of a sharded model are parts of larger tensors, which only a step makes so
-            step()
+            with recorder.naming(model):  # without which what is computed again is not as on a GPU
+                step()
         else:
             _first_update(model, optimizer)
         weights = _numbers(recorder, (*model.parameters(), *model.buffers()))
