@@ -15,7 +15,7 @@ from resnet_bk.frugal.checkpointing import SAVED_OPERATORS, checkpoint_blocks, u
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["resolvent", "bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention", "local"]
 POLICIES = ["full", "selective", "offload"]
 BATCH, LENGTH, WIDTH = 4, 20, 32
 every_policy = pytest.mark.parametrize("policy", POLICIES)

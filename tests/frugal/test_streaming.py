@@ -256,7 +256,7 @@ def test_bfloat16_autocast(inside):
         assert_same(plain, streamed)
 
 
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_the_language_model_trains_alike(mixer):
     config = ResNetBKConfig.from_preset("tiny", mixer=mixer, hidden_size=32, num_layers=3, vocab_size=61)
     torch.manual_seed(0)

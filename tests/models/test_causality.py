@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
 
-@pytest.fixture(scope="module", params=["resolvent", "bk", "attention"])
+@pytest.fixture(scope="module", params=["resolvent", "bk", "attention", "local"])
 def model(request):
     torch.manual_seed(0)
     return ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", mixer=request.param)).double()

@@ -52,13 +52,13 @@ def compare(backend, mixer, training, **overrides):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_one_graph_gives_the_same_loss_and_gradients(mixer, training):
     compare("aot_eager", mixer, training, router_bias_update_rate=0.01)
 
 
 @needs_compiler
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_compiled_code_gives_the_same_loss_and_gradients(mixer):
     # What joins two blocks is the same for all mixers, and a second one takes as long to compile as the first.
     layers = 2 if mixer == "attention" else 1
@@ -66,7 +66,7 @@ def test_compiled_code_gives_the_same_loss_and_gradients(mixer):
         compare("inductor", mixer, training=True, num_layers=layers)
 
 
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_logits_without_targets_are_one_graph_too(mixer):
     torch._dynamo.reset()
     model, row = tiny(mixer=mixer).eval(), tokens()

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["resolvent", "bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention", "local"]
 
 
 def build(mixer):

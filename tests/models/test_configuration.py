@@ -14,7 +14,7 @@ def built_parameters(config):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_formula_counts_what_the_model_has(name, mixer):
     config = ResNetBKConfig.from_preset(name, mixer=mixer)
@@ -22,7 +22,7 @@ def test_the_formula_counts_what_the_model_has(name, mixer):
 
 
 @pytest.mark.parametrize(("name", "millions"), [("100m", 100), ("1b", 1000), ("7b", 7000), ("70b", 70_000)])
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_named_sizes_have_the_size_they_name(name, millions, mixer):
     total = total_parameters(ResNetBKConfig.from_preset(name, mixer=mixer))
     assert abs(total - millions * 1e6) <= 0.03 * millions * 1e6

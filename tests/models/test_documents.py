@@ -12,6 +12,9 @@ KINDS = {
     "vector": {"mixer": "resolvent", "resolvent_state": "vector"},
     "bk": {"mixer": "bk"},
     "attention": {"mixer": "attention"},
+    "local": {"mixer": "local", "local_attention_window": 16},
+    "local-wide": {"mixer": "local"},
+    "hybrid": {"mixer": "resolvent", "local_attention_every": 2, "local_attention_window": 32},
     "position-table": {"mixer": "attention", "max_position_embeddings": 400},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

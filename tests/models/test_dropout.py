@@ -5,7 +5,7 @@ import torch
 
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["resolvent", "bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention", "local"]
 
 
 def model(mixer: str, dropout: float) -> ResNetBKForCausalLM:

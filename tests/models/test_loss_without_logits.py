@@ -47,7 +47,7 @@ def test_neither_targets_nor_logits_is_refused():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention"])
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_loss_and_gradients_are_those_of_the_logits(mixer, tied):
     model = tiny(mixer=mixer, tie_word_embeddings=tied)
     ours, theirs = loss_and_gradients(model), loss_and_gradients(model, return_logits=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from resnet_bk import layers
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-MIXERS = ["resolvent", "bk", "attention"]
+MIXERS = ["resolvent", "bk", "attention", "local"]
 
 
 def tiny(**overrides):

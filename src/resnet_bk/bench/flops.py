@@ -78,7 +78,7 @@ WITHOUT_PRODUCTS = frozenset(
         *("log1p", "log_sigmoid_backward", "log_sigmoid_forward", "logical_and", "logical_or", "lt", "maximum"),
         *("minimum", "mish", "mish_backward", "mul", "nan_to_num", "ne", "neg", "pow", "reciprocal", "relu"),
         *("remainder", "round", "rsqrt", "rsub", "sgn", "sigmoid", "sigmoid_backward", "sign", "silu"),
-        *("silu_backward", "sin", "softplus", "softplus_backward", "sqrt", "sub", "tanh", "tanh_backward"),
+        *("silu_backward", "sin", "sinh", "softplus", "softplus_backward", "sqrt", "sub", "tanh", "tanh_backward"),
         *("threshold_backward", "_prelu_kernel", "_prelu_kernel_backward"),
         # Sums over one tensor, and what is made of them: norms, softmax, losses, pooling.
         *("all", "amax", "aminmax", "any", "avg_pool2d", "avg_pool2d_backward", "binary_cross_entropy_with_logits"),
