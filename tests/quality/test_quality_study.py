@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ SHAPE: dict[str, Any] = {
     "resolvent_longest_memory": 32.0,
 }
 AVAILABLE = [contestant for contestant in CONTESTANTS.values() if contestant.is_available]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of this size gain nothing from two, and lose much on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 37])
