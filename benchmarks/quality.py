@@ -1,14 +1,17 @@
-"""Is it better? Contestants of equal size on the same tokens, each at its best learning rate, with three seeds.
+"""Is it better? Contestants of equal size on the same tokens, each at its best rate and dropout, with three seeds.
 
     python benchmarks/quality.py run --data tinyshakespeare.txt --out benchmarks/results/gpu/quality.json --jobs 6
+    python benchmarks/quality.py merge --into benchmarks/results/gpu/quality.json other.json
     python benchmarks/quality.py document
 
-`run` trains every cell (study, contestant, rate, seed) in a process of its own, `--jobs` of them on each GPU, or on the
-CPU where there is none, and writes the document after each; what it has is not run again, so an interrupted study
-goes on. The first seed tries all rates; the best by the half of the held-out text that chooses is trained with the
-other seeds, and the other half is what claims are made by. Before all else, ours and attention's steps are timed, in
-turns and alone; the quicker one is then also trained for as many steps as fit in the time of the slower one.
+`run` trains every cell (study, contestant, rate, dropout, seed) in a process of its own, `--jobs` of them on each GPU,
+or on the CPU where there is none, and writes the results after each; what they have is not run again, so an interrupted
+study goes on. The first seed tries all rates with all dropouts; the best by the half of the held-out text that chooses
+is trained with the other seeds, and the other half is what claims are made by. Before all else, ours and attention's
+steps are timed, in turns and alone; the quicker one is then also trained for as many steps as fit in the time of the
+slower one, where one run has both.
 
+`merge` adds the results of machines that ran side by side, each with contestants or studies of its own.
 `document` writes the tables and figures of docs/quality.md from the results.
 """
 
@@ -20,15 +23,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
+from quality_study.cells import Cell, Results, keep, merge, nothing
 from quality_study.contestants import CONTESTANTS
 from quality_study.speed import TIMED, step_seconds
 from quality_study.studies import PUBLISHED, STUDIES, Study
-from quality_study.training import Cell, run
+from quality_study.training import run
 from resnet_bk.bench.process import Ended, run_apart
 from resnet_bk.bench.suite import failure_kind
 from resnet_bk.environment import describe_environment
@@ -50,6 +53,9 @@ def main() -> None:
     running.add_argument(
         "--stop-after", type=float, default=float("inf"), help="seconds; no cell begins that would end later"
     )
+    merging = commands.add_parser("merge", help="add other machines' results")
+    merging.add_argument("--into", type=Path, required=True, help="the results that grow")
+    merging.add_argument("others", type=Path, nargs="+")
     document = commands.add_parser("document", help="write docs/quality.md's tables and figures")
     document.add_argument("--check", action="store_true", help="only say whether they are those of the results")
     arguments = parser.parse_args()
@@ -57,6 +63,9 @@ def main() -> None:
         from quality_study.document import write
 
         sys.exit(write(check=arguments.check))
+    if arguments.command == "merge":
+        merge_files(arguments.into, arguments.others)
+        return
     studies = [STUDIES[name] for name in arguments.studies]
     if arguments.data is None and any(study.corpus == "characters" for study in studies):
         parser.error("these studies read Tiny Shakespeare: give --data")
@@ -65,15 +74,25 @@ def main() -> None:
     Runner(studies, arguments).run()
 
 
+def merge_files(into: Path, others: list[Path]) -> None:
+    """Says what the results hold then, and which of the others' did not go in because they had their own."""
+    results = read_json(into) if into.exists() else nothing()
+    for other in others:
+        for name in merge(results, read_json(other)):
+            print(f"{name}: {into} has another measurement, which stays")
+    write_json(into, results)
+    print(f"{into}: {len(results['cells'])} cells of {len(results['environments'])} environments")
+
+
 class Runner:
-    """Cells on devices: of each contestant of each study first the rates, then the seeds; earlier studies first."""
+    """Cells on devices: of each contestant of each study first the sweep, then the seeds; earlier studies first."""
 
     def __init__(self, studies: list[Study], arguments: argparse.Namespace) -> None:
         self.studies, self.arguments = studies, arguments
         self.began = time.monotonic()
         self.devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
         out = arguments.out
-        self.results: dict[str, Any] = read_json(out) if out.exists() else {"cells": {}, "steps": {}}
+        self.results: Results = read_json(out) if out.exists() else nothing()
         self.lock = threading.RLock()
         self.waiting: queue.PriorityQueue[tuple[float, int, Cell | None, Callable[[], None]]] = queue.PriorityQueue()
         self.counter, self.outstanding = itertools.count(), 0
@@ -83,10 +102,8 @@ class Runner:
         self.time_steps()
         with self.lock:
             for study in self.studies:
-                for name in study.contestants:
-                    chosen = self.arguments.contestants or study.contestants
-                    if name in chosen and CONTESTANTS[name].is_available:
-                        self.sweep(study, name)
+                for name in self.chosen(study):
+                    self.sweep(study, name)
             if not self.outstanding:
                 return
         workers = [
@@ -99,11 +116,16 @@ class Runner:
         for worker in workers:
             worker.join()
 
+    def chosen(self, study: Study) -> list[str]:
+        """Who of the study's contestants is to run here, and can."""
+        wanted = self.arguments.contestants or study.contestants
+        return [name for name in study.contestants if name in wanted and CONTESTANTS[name].is_available]
+
     def time_steps(self) -> None:
         """Alone on the first device, before anything else is there."""
         for study in self.studies:
             key = f"{study.name} on {self.device_name()}"
-            if study.corpus is None or key in self.results["steps"] or not set(TIMED) <= set(study.contestants):
+            if study.corpus is None or key in self.results["steps"] or not set(TIMED) <= set(self.chosen(study)):
                 continue
             arguments = (study.name, self.arguments.data, self.devices[0], self.arguments.threads)
             ended = run_apart(step_seconds, arguments, timeout=LONGEST_CELL, kind_of=failure_kind)
@@ -113,7 +135,11 @@ class Runner:
         return torch.cuda.get_device_name(0) if self.devices[0] != "cpu" else "CPU"
 
     def sweep(self, study: Study, contestant: str) -> None:
-        cells = [Cell(study=study.name, contestant=contestant, rate=rate, seed=study.seeds[0]) for rate in study.rates]
+        first = study.seeds[0]
+        cells = [
+            Cell(study=study.name, contestant=contestant, rate=rate, dropout=dropout, seed=first)
+            for rate, dropout in itertools.product(study.rates, study.dropouts)
+        ]
         self.submit_all(study, 0, cells, lambda: self.other_seeds(study, cells))
 
     def other_seeds(self, study: Study, swept: list[Cell]) -> None:
@@ -176,17 +202,10 @@ class Runner:
                         self.waiting.put((float("inf"), next(self.counter), None, lambda: None))
 
     def keep(self, kind: str, name: str, ended: Ended) -> None:
-        found: dict[str, Any] = {"failure": msgspec.to_builtins(ended.failure)} if ended.result is None else {}
-        if ended.result is not None:
-            found = msgspec.json.decode(ended.result)
+        failed = {"failure": msgspec.to_builtins(ended.failure)}
+        found = failed if ended.result is None else msgspec.json.decode(ended.result)
         with self.lock:
-            self.results[kind][name] = found
-            environment = describe_environment()
-            # Cells may come from several machines.
-            known = self.results.setdefault("environments", [])
-            if environment not in known:
-                known.append(environment)
-            found["environment"] = known.index(environment)
+            keep(self.results, kind, name, found, describe_environment())
             write_json(self.arguments.out, self.results)
             gone = time.monotonic() - self.began
             what = found.get("failure") or found.get("answers") or found.get("test") or found

@@ -12,22 +12,28 @@ from quality_study.mixers import Change, ChangedResolvent, GatedDeltaNet
 from resnet_bk.layers import CausalAttention
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
-# Dense unless a contestant says otherwise: what is compared is the mixer.
-BASE: dict[str, Any] = {"num_experts": 1, "router_aux_loss_coef": 0.0, "tie_word_embeddings": True}
+# Dense unless a contestant says otherwise: what is compared is the mixer. One in all blocks, but for hybrids.
+BASE: dict[str, Any] = {
+    "num_experts": 1,
+    "router_aux_loss_coef": 0.0,
+    "tie_word_embeddings": True,
+    "local_attention_every": 0,
+}
+HYBRID = {"local_attention_every": ResNetBKConfig.local_attention_every}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """A name for keys of results and a label for people; ``fields`` of the configuration that differ; ``change`` of the
-    resolvent mixer, or ``layer`` for another mixer altogether; ``attention_every`` has attention in every so many-th
-    block; ``needs`` is a package without which it is left out."""
+    resolvent mixer, or ``layer`` for another mixer in its place; with ``is_rotary`` a hybrid's attention is the
+    Transformer's, with rotary positions; ``needs`` is a package without which it is left out."""
 
     name: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
     change: Change | None = None
     layer: Callable[[ResNetBKConfig], nn.Module] | None = None
-    attention_every: int = 0
+    is_rotary: bool = False
     needs: str | None = None
 
     @property
@@ -35,70 +41,77 @@ class Contestant:
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 
+def _of(name: str, label: str, **fields: Any) -> Contestant:
+    """The library's, with these fields."""
+    return Contestant(name=name, label=label, fields=fields)
+
+
 def _changed(name: str, label: str, **change: Any) -> Contestant:
     return Contestant(name=name, label=label, change=Change(**change))
+
+
+def _hybrid(name: str, label: str, **fields: Any) -> Contestant:
+    return Contestant(name=f"hybrid-{name}", label=label, fields={**HYBRID, **fields})
+
+
+def _changed_hybrid(name: str, label: str, **change: Any) -> Contestant:
+    return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, change=Change(**change))
 
 
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
-        Contestant(name="resolvent", label="Resolvent (ours)"),
-        Contestant(name="attention", label="Transformer", fields={"mixer": "attention"}),
-        Contestant(
-            name="attention-plain", label="Transformer, no convolution", fields={"mixer": "attention", "conv_size": 0}
-        ),
+        _of("hybrid", "ResNet-BK (ours)", **HYBRID),
+        _of("resolvent", "resolvent alone"),
+        _of("attention", "Transformer", mixer="attention"),
+        _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
+        # The Mamba family, alone and in our hybrid's place for the resolvent.
         _changed("gated", "real-gated linear attention (Mamba-2's kind)", decay="gated"),
-        Contestant(name="deltanet", label="Gated DeltaNet (flash-linear-attention)", layer=GatedDeltaNet, needs="fla"),
-        # What each part is worth.
-        Contestant(name="scattering", label="scattering regime", fields={"resolvent_regime": "scattering"}),
-        Contestant(name="vector", label="vector state", fields={"resolvent_state": "vector"}),
-        Contestant(name="no-convolution", label="no convolution", fields={"conv_size": 0}),
-        Contestant(name="half-state", label="keys half as wide", fields={"resolvent_key_size": "half"}),
-        Contestant(name="double-state", label="keys twice as wide", fields={"resolvent_key_size": "double"}),
-        Contestant(name="moe", label="4 experts, one a token", fields={"num_experts": 4, "router_aux_loss_coef": 0.01}),
-        _changed("no-rotation", "no rotation", rotation="none"),
-        _changed("constant-rotation", "one angle per head", rotation="constant"),
-        _changed("token-rotation", "angles chosen by tokens", rotation="tokens"),
-        _changed("constant-gap", "gap does not depend on tokens", constant_gap=True),
-        _changed("own-gap", "l = f(w): no memory of earlier gaps", decay="own gap"),
-        _changed("diagonal", "with the seed's diagonal features", diagonal=True),
-        # What may be better.
-        _changed("input-gate", "with an input gate", write="gate"),
-        _changed("gap-write", "writes as much as it forgets", write="gap"),
         _changed("mamba2", "Mamba-2's decays and writes, no rotation", decay="gated", write="gap", rotation="none"),
-        _changed("delta", "with delta-rule writes", delta=True),
         _changed(
             "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
         ),
-        _changed("linear-keys", "no silu on queries and keys", features="linear"),
-        _changed("linear-keys-no-rotation", "neither silu on them nor rotation", features="linear", rotation="none"),
-        _changed("linear-delta", "delta-rule writes, no silu on keys", features="linear", delta=True),
-        _changed("softmax-keys", "softmax over queries' and keys' coordinates", features="softmax"),
+        Contestant(name="deltanet", label="Gated DeltaNet (flash-linear-attention)", layer=GatedDeltaNet, needs="fla"),
+        _changed_hybrid("gated", "hybrid with real-gated linear attention", decay="gated"),
+        _changed_hybrid(
+            "mamba2", "hybrid with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"
+        ),
+        # Of the hybrid, one thing at a time: its attention,
+        Contestant(name="hybrid-rotary", label="rotary positions in attention", fields=HYBRID, is_rotary=True),
+        _hybrid("window-64", "attention to 64 tokens", local_attention_window=64),
+        _hybrid("half", "ours, attention in every second block", local_attention_every=2),
+        _hybrid("third", "ours, attention in every third block", local_attention_every=3),
+        # decays,
+        _changed_hybrid("gap", "gap softplus(.) times a learned one", decay="gap"),
+        _changed_hybrid("constant-gap", "gap does not depend on tokens", constant_gap=True),
+        _changed_hybrid("own-gap", "l = exp(-r): no memory of earlier gaps", decay="own gap"),
+        _hybrid("scattering", "scattering regime", resolvent_regime="scattering"),
+        # writes,
+        _changed_hybrid("keeps-writes", "ours, dropout drops no writes", keeps_writes=True),
+        _changed_hybrid("input-gate", "with an input gate", write="gate"),
+        _changed_hybrid("gap-write", "writes as much as it forgets", write="gap"),
+        _changed_hybrid("delta", "with delta-rule writes", delta=True),
+        # keys and the state,
+        _changed_hybrid("linear-keys", "no silu on queries and keys", features="linear"),
         Contestant(
-            name="taylor",
+            name="hybrid-taylor",
             label="exp(a q.k) to second order, keys half as wide",
-            fields={"resolvent_key_size": "half"},
+            fields={**HYBRID, "resolvent_key_size": "half"},
             change=Change(features="taylor"),
         ),
-        _changed("long", "memories from 16 tokens on", shortest_memory=16.0),
-        _changed("long-gate", "memories from 16 tokens on, input gate", shortest_memory=16.0, write="gate"),
-        _changed("lost-writes", "a tenth of the writes lost in training", lost_writes=0.1),
-        Contestant(name="few-heads", label="half as many heads, twice as wide", fields={"num_resolvent_heads": "half"}),
-        Contestant(
-            name="few-heads-delta",
-            label="half as many heads, delta-rule writes",
-            fields={"num_resolvent_heads": "half"},
-            change=Change(delta=True),
-        ),
-        Contestant(name="hybrid", label="hybrid: attention in every fourth block", attention_every=4),
-        Contestant(name="hybrid-half", label="hybrid: attention in every second block", attention_every=2),
+        _changed_hybrid("no-rotation", "no rotation", rotation="none"),
+        _changed_hybrid("constant-rotation", "one angle per head", rotation="constant"),
+        _changed_hybrid("token-rotation", "angles chosen by tokens", rotation="tokens"),
+        _hybrid("half-state", "keys half as wide", resolvent_key_size="half"),
+        _hybrid("double-state", "keys twice as wide", resolvent_key_size="double"),
+        _hybrid("vector", "vector state", resolvent_state="vector"),
+        # and what is around them.
+        _hybrid("no-convolution", "no convolution", conv_size=0),
+        _changed_hybrid("diagonal", "with the seed's diagonal features", diagonal=True),
+        _hybrid("moe", "4 experts, one a token", num_experts=4, router_aux_loss_coef=0.01),
         # The seed's mixer and its gradient rules.
-        Contestant(name="bk", label="the seed's mixer, exact gradient", fields={"mixer": "bk", "conv_size": 0}),
-        Contestant(
-            name="bk-blend",
-            label="the seed's mixer, blended gradient",
-            fields={"mixer": "bk", "conv_size": 0, "bk_grad": "blend"},
-        ),
+        _of("bk", "the seed's mixer, exact gradient", mixer="bk", conv_size=0),
+        _of("bk-blend", "the seed's mixer, blended gradient", mixer="bk", conv_size=0, bk_grad="blend"),
     )
 }
 
@@ -106,10 +119,7 @@ CONTESTANTS = {
 def config_of(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKConfig:
     """The configuration but for the experts' width."""
     fields = {**BASE, "conv_size": 4, **shape, **contestant.fields}
-    heads = fields["num_bk_heads"] = fields["num_attention_heads"]
-    if fields.get("num_resolvent_heads") == "half":
-        heads //= 2
-    fields["num_resolvent_heads"] = heads
+    heads = fields["num_bk_heads"] = fields["num_resolvent_heads"] = fields["num_attention_heads"]
     size = fields["hidden_size"] // heads
     key_size = fields.get("resolvent_key_size")
     fields["resolvent_key_size"] = {"half": size // 2, "double": 2 * size}.get(key_size, key_size)
@@ -138,11 +148,11 @@ def _parameters(contestant: Contestant, shape: dict[str, Any]) -> int:
 
 
 def _model(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKForCausalLM:
+    """The library's model, with the study's mixers where it has resolvents, and rotary attention where it has local."""
     config = config_of(contestant, shape)
     model = ResNetBKForCausalLM(config)
-    every = contestant.attention_every
-    for index, block in enumerate(model.model.layers):
-        if every and index % every == every // 2:
+    for mixer, block in zip(config.layer_mixers, model.model.layers, strict=True):
+        if mixer == "local" and contestant.is_rotary:
             block.mixer = CausalAttention(
                 hidden_size=config.hidden_size,
                 num_heads=config.num_attention_heads,
@@ -150,9 +160,9 @@ def _model(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKForCausalLM
                 conv_size=config.conv_size,
                 dropout=config.dropout,
             )
-        elif contestant.change is not None:
+        elif mixer == "resolvent" and contestant.change is not None:
             block.mixer = ChangedResolvent(config, contestant.change)
-        elif contestant.layer is not None:
+        elif mixer == "resolvent" and contestant.layer is not None:
             block.mixer = contestant.layer(config)
     return model
 

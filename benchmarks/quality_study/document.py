@@ -3,157 +3,232 @@
 import io
 import statistics
 from pathlib import Path
-from typing import Any
 
 from markers import between_markers
-from quality_study.contestants import CONTESTANTS
-from quality_study.studies import PUBLISHED, STUDIES, Study
+from quality_study.cells import Cell, Results
+from quality_study.editions import Edition, current, first
+from quality_study.studies import Study
 from quality_study.summary import Difference, Row, difference, rows, standard_error
-from resnet_bk.files import read_json, write_text
+from resnet_bk.environment import summary_line
+from resnet_bk.files import write_text
 
 ROOT = Path(__file__).parents[2]
-RESULTS = [ROOT / "benchmarks" / "results" / kind / "quality.json" for kind in ("gpu", "cpu")]
-DOCUMENT, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "images" / "quality-by-position.svg"
-OURS, BASELINE = "resolvent", "attention"
-SHOWN = ("resolvent", "attention", "gated", "hybrid")
-BY_POSITION = ("embedded-1m", "embedded-30m")
+DOCUMENT, IMAGES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
+OURS, BASELINE = "hybrid", "attention"
+CALLED = {"attention": "the Transformer", "hybrid": "ResNet-BK", "resolvent": "the resolvent as it is"}
+FAMILIES = {
+    "the best of the Mamba family": ("gated", "mamba2", "gated-delta", "deltanet"),
+    "the best of it in the same hybrid": ("hybrid-gated", "hybrid-mamba2"),
+}
+BY_POSITION = "quality-by-position.svg"
+SHOWN = ("hybrid", "attention", "resolvent")
+FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")
 
 
 def write(*, check: bool) -> int:
     """Writes both; with ``check`` only says, by 1, that the text is not that of the results."""
-    results = all_results()
-    text = DOCUMENT.read_text(encoding="utf-8")
-    wanted = between_markers(text, "findings", findings(results))
-    for name in PUBLISHED:
-        if f"<!-- {name}: begin -->" in wanted:
-            wanted = between_markers(wanted, name, table(results, STUDIES[name]))
+    text, now, before = DOCUMENT.read_text(encoding="utf-8"), current(), first()
+    wanted = text
+    for name, content in {**contents(now), **tables(before), "first-sources": sources(before)}.items():
+        wanted = between_markers(wanted, name, content)
     if check:
         if wanted != text:
             print("docs/quality.md is not that of its results: python benchmarks/quality.py document")
         return int(wanted != text)
     write_text(DOCUMENT, wanted)
-    write_text(PICTURE, picture(results))
+    if _has_positions(now):
+        write_text(IMAGES / BY_POSITION, picture(now, ("embedded-1m",), SHOWN))
+    write_text(IMAGES / "quality-first-by-position.svg", picture(before, ("embedded-1m", "embedded-30m"), FIRST_SHOWN))
     return 0
 
 
-def all_results() -> dict[str, Any]:
-    """The cells of all machines: no study is on two of them."""
-    return {"cells": {name: cell for path in RESULTS for name, cell in read_json(path)["cells"].items()}}
+def contents(edition: Edition) -> dict[str, str]:
+    """What stands between the markers of each name, of the study as it is."""
+    return {
+        "findings": findings(edition),
+        "sources": sources(edition),
+        "by-position": by_position(edition),
+        **tables(edition),
+    }
 
 
-def findings(results: dict[str, Any]) -> str:
-    """A sentence for each study of text: who is ahead, by how much, with the interval."""
+def tables(edition: Edition) -> dict[str, str]:
+    """Each study's, by the name of its markers."""
+    return {f"{edition.prefix}{name}": table(edition, study) for name, study in edition.studies.items()}
+
+
+def sources(edition: Edition) -> str:
+    """The machines, versions and commits that cells were measured with."""
+    lines = [
+        f"- [{name}](../{name}): {summary_line(environment)}, commit {environment['commit']}"
+        for name, results in edition.files.items()
+        for environment in results.get("environments", [])
+    ]
+    return "\n".join(dict.fromkeys(lines)) or "Nothing is measured yet."
+
+
+def findings(edition: Edition) -> str:
+    """A sentence or more for each study of text: who is ahead, by how much, with the interval."""
     sentences = []
-    for name in PUBLISHED:
-        study = STUDIES[name]
-        found = {row.contestant: row for row in rows(results, study) if row.share == 1}
-        if study.corpus is None or not {OURS, BASELINE} <= set(found):
-            continue
-        sentences.append(f"- {study.label}: {_verdict(found)}")
-    return "\n".join(sentences)
+    for study in edition.studies.values():
+        found = {(row.contestant, row.share != 1): row for row in rows(edition.results, study)}
+        # Ablations are of a study that is here already.
+        if study.corpus is not None and study.base == BASELINE and (OURS, False) in found:
+            said = [*_against_baseline(found), *_against_families(edition, found)]
+            sentences += [f"- {study.label}: {' '.join(said)}"] if said else []
+    return "\n".join(sentences) or "Nothing is measured yet."
 
 
-def _verdict(found: dict[str, Row]) -> str:
-    ours, theirs = found[OURS].losses, found[BASELINE].losses
-    gap = difference(ours, theirs)
+def _against_baseline(found: dict[tuple[str, bool], Row]) -> list[str]:
+    """At equal steps, and at equal time where the quicker one was trained for longer."""
+    if (BASELINE, False) not in found:
+        return []
+    ours, theirs = found[OURS, False], found[BASELINE, False]
+    said = [f"{_verdict(ours, theirs)}."]
+    longer = [row for (name, is_longer), row in found.items() if is_longer and name in (OURS, BASELINE)]
+    for row in longer:
+        who, pair = ("ours", (row, theirs)) if row.contestant == OURS else ("the Transformer", (ours, row))
+        said.append(f"At equal time, which is {row.share:.2f} times the steps for {who}: {_verdict(*pair)}.")
+    return said
+
+
+def _verdict(ours: Row, theirs: Row) -> str:
+    gap = difference(ours.losses, theirs.losses)
     if gap is None:
         return (
-            f"test loss {statistics.mean(ours):.3f} against the Transformer's {statistics.mean(theirs):.3f}, with "
-            f"{len(ours)} and {len(theirs)} seeds, which carries no claim."
+            f"test loss {_mean(ours):.3f} against the Transformer's {_mean(theirs):.3f}, {_without_claim(ours, theirs)}"
         )
-    interval = (
-        f"{abs(gap.value):.3f} (95%: {min(abs(gap.low), abs(gap.high)):.3f} to {max(abs(gap.low), abs(gap.high)):.3f})"
-    )
     if gap.low <= 0 <= gap.high:
-        return f"no difference is shown; ours minus the Transformer's is {_signed(gap)}."
+        return f"no difference is shown; ours minus the Transformer's is {_signed(gap)}"
+    near, far = sorted((abs(gap.low), abs(gap.high)))
     where, verdict = ("below", "wins") if gap.value < 0 else ("above", "loses")
-    return f"the resolvent's test loss is **{where}** the Transformer's by {interval}: it **{verdict}**."
+    interval = f"{abs(gap.value):.3f} (95%: {near:.3f} to {far:.3f})"
+    return f"our test loss is **{where}** the Transformer's by {interval}: ours **{verdict}**"
+
+
+def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
+    """The best rival is the one of the lowest test loss: what this choice flatters is the rival."""
+    said = []
+    for family, names in FAMILIES.items():
+        rivals = [found[name, False] for name in names if (name, False) in found]
+        if not rivals:
+            continue
+        ours, best = found[OURS, False], min(rivals, key=_mean)
+        gap = difference(ours.losses, best.losses)
+        if gap is None:
+            verdict = f"ours is at {_mean(ours):.3f}, {_without_claim(ours, best)}"
+        elif gap.errors <= 1:
+            verdict = f"ours is not above it by more than one standard error; the difference is {_signed(gap)}"
+        else:
+            verdict = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {_signed(gap)}"
+        said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {verdict}.")
+    return said
+
+
+def _mean(row: Row) -> float:
+    return statistics.mean(row.losses)
+
+
+def _without_claim(ours: Row, theirs: Row) -> str:
+    return f"with {len(ours.losses)} and {len(theirs.losses)} seeds, which carries no claim"
 
 
 def _signed(gap: Difference) -> str:
     return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
 
 
-def table(results: dict[str, Any], study: Study) -> str:
-    """One study, as Markdown."""
-    found = rows(results, study)
-    if not found:
-        return "Not measured."
-    lines = _answers(study, found) if study.tests else _losses(results, study, found)
-    failed = sorted(
-        {
-            name.split("/")[1]
-            for name, cell in results["cells"].items()
-            if name.startswith(f"{study.name}/") and "failure" in cell
-        }
-    )
-    missing = [
-        CONTESTANTS[name].label
-        for name in study.contestants
-        if name not in {row.contestant for row in found} and name not in failed
-    ]
-    if failed:
-        lines += [
-            "",
-            "Failed: " + "; ".join(f"{CONTESTANTS[name].label}: {_failure(results, study, name)}" for name in failed),
-        ]
+def table(edition: Edition, study: Study) -> str:
+    """One study, as Markdown, with who failed and who is missing."""
+    found = rows(edition.results, study)
+    lines = [] if not found else _answers(edition, study, found) if study.tests else _losses(edition, study, found)
+    failures = _failures(edition.results, study)
+    measured = {row.contestant for row in found}
+    missing = [edition.labels[name] for name in study.contestants if name not in {*measured, *failures}]
+    if failures:
+        said = "; ".join(f"{edition.labels[name]}: {message}" for name, message in failures.items())
+        lines += ["", f"Failed: {said}"]
     if missing:
-        lines += ["", "Not measured: " + ", ".join(missing) + "."]
-    return "\n".join(lines)
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
+    return "\n".join(lines).strip()
 
 
-def _losses(results: dict[str, Any], study: Study, found: list[Row]) -> list[str]:
-    baseline = next((row for row in found if row.contestant == BASELINE and row.share == 1), None)
-    reference = baseline or next((row for row in _reference(results) if row.contestant == OURS), None)
-    against = "the Transformer" if baseline is not None else "the resolvent as it is"
-    lines = [
-        f"| contestant | parameters | rate | test loss ± standard error | seeds | minus {against} (95%) |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def _failures(results: Results, study: Study) -> dict[str, str]:
+    """What went wrong, by contestant."""
+    found: dict[str, str] = {}
+    for name, result in results["cells"].items():
+        cell = Cell.named(name)
+        if cell.study == study.name and "failure" in result:
+            found.setdefault(cell.contestant, str(result["failure"]["message"]))
+    return dict(sorted(found.items()))
+
+
+def _losses(edition: Edition, study: Study, found: list[Row]) -> list[str]:
+    reference = _reference(edition, study)
+    has_dropouts = len(study.dropouts) > 1
+    columns = ["contestant", "parameters", "rate", *(["dropout"] if has_dropouts else [])]
+    columns += ["test loss ± standard error", "seeds", f"minus {CALLED[study.base]} (95%)"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in found:
         gap = None if reference is None or row == reference else difference(row.losses, reference.losses)
-        share = "" if row.share == 1 else f", as long as the slower one ({row.share:.2f} times the steps)"
-        edge = " (edge)" if row.is_at_an_edge else ""
         error = f" ± {standard_error(row.losses):.3f}" if len(row.losses) > 1 else ""
-        lines.append(
-            f"| {CONTESTANTS[row.contestant].label}{share} | {row.parameters:,} | {row.rate:g}{edge} | "
-            f"{statistics.mean(row.losses):.3f}{error} | {len(row.losses)} | {'' if gap is None else _signed(gap)} |"
-        )
+        cells = [
+            _who(edition, row),
+            f"{row.parameters:,}",
+            *_settings(row, has_dropouts),
+            f"{_mean(row):.3f}{error}",
+            str(len(row.losses)),
+            "" if gap is None else _signed(gap),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if study.published_loss:
-        held_out = ", ".join(
-            f"{CONTESTANTS[row.contestant].label} {statistics.mean(cell['held_out'] for cell in row.cells):.4f}"
-            for row in found
+        held_out = "; ".join(
+            f"{_who(edition, row)} {statistics.mean(cell['held_out'] for cell in row.cells):.4f}" for row in found
         )
         lines += ["", f"On all that is held out, as nanoGPT's published {study.published_loss}: {held_out}."]
     return lines
 
 
-def _reference(results: dict[str, Any]) -> list[Row]:
-    return [row for row in rows(results, STUDIES["embedded-1m"]) if row.share == 1]
+def _who(edition: Edition, row: Row) -> str:
+    share = "" if row.share == 1 else f", as long as the slower one ({row.share:.2f} times the steps)"
+    return f"{edition.labels[row.contestant]}{share}"
 
 
-def _answers(study: Study, found: list[Row]) -> list[str]:
+def _settings(row: Row, has_dropouts: bool) -> list[str]:
+    """The rate and, where a study has several, the dropout that were the best."""
+    rate = f"{row.rate:g}{' (edge)' if row.has_rate_at_edge else ''}"
+    dropout = f"{row.dropout:g}{' (edge)' if row.has_dropout_at_edge else ''}"
+    return [rate, dropout] if has_dropouts else [rate]
+
+
+def _reference(edition: Edition, study: Study) -> Row | None:
+    """The base at the study's own steps."""
+    of = edition.studies[edition.bases.get(study.name, study.name)]
+    return next((row for row in rows(edition.results, of) if row.contestant == study.base and row.share == 1), None)
+
+
+def _answers(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     lines = [
         f"| contestant | rate | seeds | {' | '.join(study.tests)} |",
         f"| --- | --- | --- |{' --- |' * len(study.tests)}",
     ]
     for row in found:
         shares = [f"{100 * statistics.mean(cell['answers'][test] for cell in row.cells):.1f}%" for test in study.tests]
-        lines.append(
-            f"| {CONTESTANTS[row.contestant].label} | {row.rate:g} | {len(row.cells)} | {' | '.join(shares)} |"
-        )
+        lines.append(f"| {edition.labels[row.contestant]} | {row.rate:g} | {len(row.cells)} | {' | '.join(shares)} |")
     return lines
 
 
-def _failure(results: dict[str, Any], study: Study, contestant: str) -> str:
-    return next(
-        str(cell["failure"]["message"])
-        for name, cell in results["cells"].items()
-        if name.startswith(f"{study.name}/{contestant}/") and "failure" in cell
-    )
+def by_position(edition: Edition) -> str:
+    """The figure's place in the document."""
+    if not _has_positions(edition):
+        return "Not measured yet."
+    return f"![Test loss over the position in a window four times as long as training's](images/{BY_POSITION})"
 
 
-def picture(results: dict[str, Any]) -> str:
+def _has_positions(edition: Edition) -> bool:
+    return any(row.contestant in SHOWN for row in rows(edition.results, edition.studies["embedded-1m"]))
+
+
+def picture(edition: Edition, names: tuple[str, ...], shown: tuple[str, ...]) -> str:
     """Loss over the position in windows four times as long as training's, as SVG."""
     import matplotlib as mpl
 
@@ -161,22 +236,24 @@ def picture(results: dict[str, Any]) -> str:
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(BY_POSITION), figsize=(8, 3.6), layout="constrained")
-        for axis, name in zip(axes, BY_POSITION, strict=True):
-            study = STUDIES[name]
-            for row in rows(results, study):
-                if row.contestant not in SHOWN or row.share != 1:
+        figure, (all_axes,) = plt.subplots(
+            1, len(names), figsize=(8 if len(names) > 1 else 5.5, 3.6), layout="constrained", squeeze=False
+        )
+        for axis, name in zip(all_axes, names, strict=True):
+            study = edition.studies[name]
+            for row in rows(edition.results, study):
+                if row.contestant not in shown or row.share != 1:
                     continue
                 means = [
                     statistics.mean(values) for values in zip(*(cell["by_position"] for cell in row.cells), strict=True)
                 ]
                 width = 4 * study.length / len(means)
                 places = [width * (index + 0.5) for index in range(len(means))]
-                marker = "osD^"[SHOWN.index(row.contestant)]
-                axis.plot(places, means, marker=marker, markersize=3, label=CONTESTANTS[row.contestant].label)
+                marker = "osD^"[shown.index(row.contestant)]
+                axis.plot(places, means, marker=marker, markersize=3, label=edition.labels[row.contestant])
             axis.axvline(study.length, color="0.6", linestyle=":")
             axis.set(title=study.label, xlabel="position in the window (tokens)", ylabel="test loss (nats a token)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from quality_study.delta import delta_chunked
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.resolvent import SHORTEST_MEMORY, memories
+from resnet_bk.layers.resolvent import SHORTEST_MEMORY, TYPICAL_SOFTPLUS, memories
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
+from resnet_bk.ops.gap import gap_of_rate
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.projections import queries_keys_values
 from resnet_bk.ops.rotation import rotate
 
-Decay = Literal["chain", "own gap", "gated"]
+Decay = Literal["chain", "gap", "own gap", "gated"]
 Rotation = Literal["positions", "none", "constant", "tokens"]
 Write = Literal["all", "gate", "gap"]
-Features = Literal["silu", "linear", "softmax", "taylor"]
+Features = Literal["silu", "linear", "taylor"]
 TEMPERATURE = 8.0  # of the Taylor features at the start: exp(8 s) to second order, s from -1 to 1
 
 
@@ -30,15 +31,15 @@ TEMPERATURE = 8.0  # of the Taylor features at the start: exp(8 s) to second ord
 class Change:
     """What differs from the resolvent mixer in the tunnelling regime.
 
-    ``decay``: l of the chain, 1 / (1 + w_i + m_{i-1}), which knows of the gaps before; of a chain with this token's gap
-    everywhere; or exp(-w), Mamba-2's kind. ``rotation`` of keys and queries: by positions at fixed rates, none, by an
-    angle per head, or by an angle that tokens choose. ``constant_gap``: the decay does not depend on tokens. ``write``:
-    all of each token; as much as it says itself (a gate); or as much as it makes the head forget, w of this token,
-    Mamba-2's way. ``delta``: a write first takes away what is read under its key. ``features`` of queries and keys:
-    silu; nothing; softmax, addresses that can become sharp; or those whose products are exp(a s) to second order, s
-    their cosine and a learned (S. Arora et al., "Based", 2024). ``shortest_memory``: of the first head at the start, in
-    tokens. ``lost_writes``: share of tokens, of each head, that are not written in training. ``diagonal``: the seed's
-    features, Re G and Im G, are added to the output.
+    ``decay``, with r = softplus(W x) * rate: l of the chain whose gap is 4 sinh(r / 2)^2, the library's; of the chain
+    whose gap is softplus(W x) times a learned one, as the library had it first; of a chain that has this token's gap
+    everywhere, which is exp(-r) from the library's rates on; or exp(-r), Mamba-2's kind, from the earlier study's rates
+    on. ``rotation`` of keys and queries: by positions at fixed rates, none, by an angle per head, or by an angle that
+    tokens choose. ``constant_gap``: the decay does not depend on tokens. ``write``: all of each token; as much as it
+    says itself (a gate); or as much as it makes the head forget, softplus(W x), Mamba-2's way. ``delta``: a write first
+    takes away what is read under its key. ``features`` of queries and keys: silu; nothing; or those whose products are
+    exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``keeps_writes``: dropout
+    leaves them alone. ``diagonal``: the seed's features, Re G and Im G, are added to the output.
     """
 
     decay: Decay = "chain"
@@ -47,8 +48,7 @@ class Change:
     write: Write = "all"
     delta: bool = False
     features: Features = "silu"
-    shortest_memory: float = SHORTEST_MEMORY
-    lost_writes: float = 0.0
+    keeps_writes: bool = False
     diagonal: bool = False
 
 
@@ -60,11 +60,12 @@ class ChangedResolvent(nn.Module):
         hidden, heads = config.hidden_size, config.num_resolvent_heads
         self.change, self.num_heads, self.key_size = change, heads, config.key_size
         self.longest_memory, self.residual = config.resolvent_longest_memory, 1 / math.sqrt(2 * config.num_layers)
+        self.dropout = 0.0 if change.keeps_writes else config.dropout
         channels = heads * (2 * self.key_size + hidden // heads)
         self.qkv = nn.Linear(hidden, channels, bias=False)
         self.convolution = ShortConvolution(channels, config.conv_size) if config.conv_size else None
         self.potential = nn.Linear(hidden, heads, bias=False)
-        self.log_gap = nn.Parameter(torch.empty(heads))
+        self.log_rate = nn.Parameter(torch.empty(heads))  # the logarithm of a gap where the decay is made of gaps
         self.skip = nn.Parameter(torch.ones(heads))
         self.gate = nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden // heads, eps=config.layer_norm_eps)
@@ -86,9 +87,11 @@ class ChangedResolvent(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
-        memory = memories(self.num_heads, self.change.shortest_memory, self.longest_memory)
-        gap = 1 / memory if self.change.decay == "gated" else 4 * torch.sinh(0.5 / memory) ** 2
-        self.log_gap.copy_(torch.log(gap / math.log(2)))
+        memory = memories(self.num_heads, SHORTEST_MEMORY, self.longest_memory)
+        wanted = gap_of_rate(1 / memory) if self.change.decay == "gap" else 1 / memory
+        # A constant one is softplus(0) itself; the old gaps and Mamba-2's kind begin as if all were.
+        is_of_zero = self.change.constant_gap or self.change.decay in ("gap", "gated")
+        self.log_rate.copy_(torch.log(wanted / (math.log(2) if is_of_zero else TYPICAL_SOFTPLUS)))
         self.output.weight.normal_(std=self.output.in_features**-0.5 * self.residual)
         if self.change.features == "taylor":
             self.log_temperature.fill_(math.log(TEMPERATURE))
@@ -123,10 +126,7 @@ class ChangedResolvent(nn.Module):
         q, k, v = qkv_BNC.unflatten(-1, (self.num_heads, -1)).split(
             [size, size, qkv_BNC.shape[-1] // self.num_heads - 2 * size], -1
         )
-        if self.change.features == "softmax":
-            q, k = (size * F.softmax(part.float(), dim=-1) for part in (q, k))
-        else:
-            q, k = (F.rms_norm(part.float(), (size,), eps=1e-6) for part in (q, k))
+        q, k = (F.rms_norm(part.float(), (size,), eps=1e-6) for part in (q, k))
         if rotary is not None:
             cos_BN1C, sin_BN1C = (table.unsqueeze(2) for table in rotary)
             q, k = (rotate(part, cos_BN1C, sin_BN1C) for part in (q, k))
@@ -141,40 +141,35 @@ class ChangedResolvent(nn.Module):
         return torch.cat([torch.ones_like(first[..., :1]), first, second], dim=-1)
 
     def _carried(self, q: Tensor, k: Tensor, v: Tensor, x_BND: Tensor) -> Tensor:
-        w_BNH = self._gap(x_BND)
-        log_l_BNH, skip_H = self._log_l(w_BNH), self.key_size * self.skip
+        strength_BNH = self._strength(x_BND)
+        log_l_BNH, skip_H = self._log_l(strength_BNH * self.log_rate.exp()), self.key_size * self.skip
+        # Ones that are dropped in training, as the library does it; what is left is larger by as much.
+        written_BNH1 = F.dropout(torch.ones_like(k[..., :1]), self.dropout, self.training)
         if self.change.delta:
-            # Keys and queries have length K^(1/2); the rule wants 1, and what it reads is scaled back.
-            beta_BNH = torch.sigmoid(F.linear(x_BND, self.write.weight))
+            # Keys and queries have length K^(1/2); the rule wants 1, and what it reads is scaled back. It writes the
+            # difference to what is there already, so that what is left of the writes is to stay as large as it was.
+            beta_BNH = torch.sigmoid(F.linear(x_BND, self.write.weight)) * (written_BNH1.squeeze(-1) > 0)
             unit = self.key_size**-0.5
             o_BNHV = delta_chunked(q * unit, k * unit, v, log_l_BNH, beta_BNH)
             return (o_BNHV + self.skip[:, None] * v).to(v.dtype)
-        strength_BNH: Tensor | None = None
+        k = k * written_BNH1
         if self.change.write == "gate":
-            strength_BNH = 2 * torch.sigmoid(F.linear(x_BND, self.write.weight))
+            k = k * 2 * torch.sigmoid(F.linear(x_BND, self.write.weight)).unsqueeze(-1).to(k.dtype)
         if self.change.write == "gap":
-            strength_BNH = w_BNH / self.log_gap.exp()
-        if self.change.lost_writes and self.training:
-            strength_BNH = torch.ones_like(w_BNH) if strength_BNH is None else strength_BNH
-            strength_BNH = F.dropout(strength_BNH, self.change.lost_writes)
-        if strength_BNH is not None:
             k = k * strength_BNH.unsqueeze(-1).to(k.dtype)
         carried = bk_carry(q, k, v, log_l_BNH, angle=self._angle(x_BND), skip=skip_H)
         assert isinstance(carried, Tensor)
         return carried
 
-    def _gap(self, x_BND: Tensor) -> Tensor:
+    def _strength(self, x_BND: Tensor) -> Tensor:
+        """softplus(W x): how much each token wants each head to forget, before the head's own rate."""
         potential_BNH = F.linear(x_BND, self.potential.weight)
-        if self.change.constant_gap:
-            potential_BNH = torch.zeros_like(potential_BNH)
-        return F.softplus(potential_BNH) * self.log_gap.exp()
+        return F.softplus(torch.zeros_like(potential_BNH) if self.change.constant_gap else potential_BNH)
 
-    def _log_l(self, w_BNH: Tensor) -> Tensor:
-        if self.change.decay == "gated":
-            return -w_BNH
-        if self.change.decay == "own gap":
-            return -2 * torch.asinh(0.5 * w_BNH.sqrt())
-        log_l_BNH = bk_tunnel(w_BNH)
+    def _log_l(self, rate_BNH: Tensor) -> Tensor:
+        if self.change.decay in ("own gap", "gated"):
+            return -rate_BNH
+        log_l_BNH = bk_tunnel(rate_BNH if self.change.decay == "gap" else gap_of_rate(rate_BNH))
         assert isinstance(log_l_BNH, Tensor)
         return log_l_BNH
 
@@ -199,7 +194,10 @@ class ChangedResolvent(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """flash-linear-attention's layer in its authors' proportions (values twice as wide as keys), in our blocks."""
+    """flash-linear-attention's layer in its authors' proportions (values twice as wide as keys), in our blocks.
+
+    Dropout leaves its writes alone.
+    """
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from quality_study.training import batches_of, text_of, training_of
 from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.step import build_scaler, train_step
 
-TIMED = ("resolvent", "attention")
+TIMED = ("hybrid", "attention")
 TURNS, STEPS, WARM_UP = 5, 8, 8
 
 
@@ -23,9 +23,10 @@ def step_seconds(study_name: str, data: Path | None, device: str, threads: int) 
     text = text_of(study, data)
     batch = batches_of(study, text, seed=0)
     training = training_of(study, rate=1e-3, seed=0, steps=study.steps)
+    shape = {**study.shape, "vocab_size": text.vocab_size, "dropout": study.dropouts[-1]}
     ready = {}
     for name in TIMED:
-        model = build(CONTESTANTS[name], {**study.shape, "vocab_size": text.vocab_size}, seed=0).to(device).train()
+        model = build(CONTESTANTS[name], shape, seed=0).to(device).train()
         ready[name] = model, build_optimizer(model, training), build_scaler(model.device, training.precision)
     seconds: dict[str, list[float]] = {name: [] for name in TIMED}
     for turn in range(-1, TURNS):

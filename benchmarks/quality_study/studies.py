@@ -11,9 +11,10 @@ Corpus = Literal["characters", "embedded"]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """``rows`` of ``length`` tokens a step. Every contestant tries all ``rates`` with the first seed; the best one, by
-    what chooses, is then trained with the other seeds. With a ``tests`` dictionary what is learned is ``task``, and the
-    tests are what it is asked after training. ``evaluated_tokens`` of each half of the held-out text are read."""
+    """``rows`` of ``length`` tokens a step. Every contestant tries all ``rates`` with all ``dropouts`` with the first
+    seed; the best, by what chooses, is then trained with the other seeds. ``base`` is whom tables compare with. With a
+    ``tests`` dictionary what is learned is ``task``, and the tests are what it is asked after training.
+    ``evaluated_tokens`` of each half of the held-out text are read."""
 
     name: str
     label: str
@@ -23,6 +24,8 @@ class Study:
     steps: int
     rows: int
     length: int
+    dropouts: tuple[float, ...] = (0.0,)
+    base: str = "attention"
     corpus: Corpus | None = None
     task: Synthetic | None = None
     tests: dict[str, Synthetic] = field(default_factory=dict)
@@ -38,27 +41,20 @@ SMALL = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "resolve
 LARGE = {"hidden_size": 512, "num_layers": 9, "num_attention_heads": 8, "resolvent_longest_memory": 256.0}
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
-MAIN = ("resolvent", "attention", "gated", "gated-delta", "deltanet")
-RIVALS = (*MAIN, "hybrid", "delta")
+
+MAIN = ("hybrid", "attention", "resolvent")
+HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
+LARGE_RIVALS = ("hybrid", "attention", "gated", "mamba2", "hybrid-mamba2")
+# Two blocks: one in every fourth would be none.
+MEMORIES = ("hybrid-half", "attention", "resolvent")
 ABLATIONS = (
-    *("no-rotation", "constant-rotation", "token-rotation", "constant-gap", "own-gap", "no-convolution"),
-    *("half-state", "double-state", "vector", "scattering", "diagonal", "moe", "attention-plain"),
-    *("hybrid-half", "bk", "bk-blend", "lost-writes"),
+    *("hybrid-rotary", "hybrid-window-64", "hybrid-half", "hybrid-third"),
+    *("hybrid-gated", "hybrid-mamba2", "hybrid-gap", "hybrid-constant-gap", "hybrid-own-gap", "hybrid-scattering"),
+    *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta"),
+    *("hybrid-linear-keys", "hybrid-taylor", "hybrid-no-rotation", "hybrid-constant-rotation"),
+    *("hybrid-token-rotation", "hybrid-half-state", "hybrid-double-state", "hybrid-vector"),
+    *("hybrid-no-convolution", "hybrid-diagonal", "hybrid-moe", "attention-plain", "bk", "bk-blend"),
 )
-IMPROVEMENTS = (
-    *(
-        "input-gate",
-        "gap-write",
-        "mamba2",
-        "linear-keys",
-        "linear-keys-no-rotation",
-        "linear-delta",
-        "softmax-keys",
-        "taylor",
-    ),
-    *("long", "long-gate", "few-heads", "few-heads-delta"),
-)
-MEMORIES = ("resolvent", "attention", "gated-delta", "hybrid-half")
 RECALL_LENGTH, PAIRS = 128, 32
 
 
@@ -67,43 +63,63 @@ def _recall(times: int) -> Recall:
     return Recall(pairs=PAIRS, filler=(times - 1) * RECALL_LENGTH)
 
 
+def _nanogpt(name: str, steps: int, contestants: tuple[str, ...], **fields: Any) -> Study:
+    """nanoGPT's own setting for a GPU, but for the number of steps."""
+    return Study(
+        name=name,
+        label=f"Tiny Shakespeare by characters, nanoGPT's setting for a GPU, {steps:,} steps",
+        corpus="characters",
+        shape=NANOGPT,
+        contestants=contestants,
+        rates=(1e-3,),
+        dropouts=(0.2, 0.3),
+        steps=steps,
+        rows=64,
+        length=256,
+        precision="bf16",
+        evaluations=20,
+        published_loss=1.4697,
+        **fields,
+    )
+
+
+# The most important ones first: what runs, runs in this order.
 STUDIES = {
     study.name: study
     for study in (
         Study(
-            name="nanogpt",
-            label="Tiny Shakespeare by characters, nanoGPT's setting for a GPU",
-            corpus="characters",
-            shape={**NANOGPT, "dropout": 0.2},
-            contestants=("resolvent", "attention"),
-            rates=(1e-3, 2e-3),
-            steps=5000,
-            rows=64,
-            length=256,
-            precision="bf16",
-            evaluations=20,
-            published_loss=1.4697,
+            name="embedded-1m",
+            label="Python's source, about 1.1M parameters",
+            corpus="embedded",
+            shape=SMALL,
+            contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *HYBRID_RIVALS),
+            rates=(4e-3, 8e-3, 1.6e-2),
+            steps=1000,
+            rows=24,
+            length=128,
         ),
+        # The one ablation that takes a study with dropout.
+        _nanogpt("nanogpt", 2000, ("hybrid", "attention", "hybrid-keeps-writes")),
         Study(
-            name="nanogpt-short",
-            label="the same in 1,500 steps, with dropout 0.4",
+            name="shakespeare-1m",
+            label="Tiny Shakespeare by characters, about 0.8M parameters",
             corpus="characters",
-            shape={**NANOGPT, "dropout": 0.4},
-            contestants=("resolvent", "attention", "lost-writes", "hybrid"),
-            rates=(1e-3, 2e-3),
-            steps=1500,
-            rows=64,
-            length=256,
-            precision="bf16",
-            published_loss=1.4697,
+            shape=SMALL,
+            contestants=(*MAIN, "gated", "mamba2", *HYBRID_RIVALS),
+            rates=(4e-3, 8e-3),
+            dropouts=(0.0, 0.1),
+            steps=1000,
+            rows=24,
+            length=128,
         ),
         Study(
             name="embedded-30m",
             label="Python's source, about 30M parameters",
             corpus="embedded",
-            shape={**LARGE, "dropout": 0.1},
-            contestants=MAIN,
+            shape=LARGE,
+            contestants=LARGE_RIVALS,
             rates=(1e-3, 2e-3),
+            dropouts=(0.1, 0.2),
             steps=1000,
             rows=64,
             length=256,
@@ -113,32 +129,24 @@ STUDIES = {
             name="shakespeare-30m",
             label="Tiny Shakespeare by characters, about 30M parameters",
             corpus="characters",
-            shape={**LARGE, "dropout": 0.3},
-            contestants=MAIN,
+            shape=LARGE,
+            contestants=LARGE_RIVALS,
             rates=(1e-3, 2e-3),
+            dropouts=(0.2, 0.3),
             steps=1000,
             rows=64,
             length=256,
             precision="bf16",
         ),
         Study(
-            name="shakespeare-1m",
-            label="Tiny Shakespeare by characters, about 0.8M parameters",
-            corpus="characters",
-            shape=SMALL,
-            contestants=RIVALS,
-            rates=(2e-3, 4e-3, 8e-3),
-            steps=1000,
-            rows=24,
-            length=128,
-        ),
-        Study(
-            name="embedded-1m",
-            label="Python's source, about 1.1M parameters",
+            name="ablations",
+            label="one thing changed; Python's source, about 1.1M parameters",
             corpus="embedded",
             shape=SMALL,
-            contestants=RIVALS,
-            rates=(2e-3, 4e-3, 8e-3),
+            # Its own base, at the same rates as all others.
+            contestants=("hybrid", *ABLATIONS),
+            base="hybrid",
+            rates=(8e-3, 1.6e-2),
             steps=1000,
             rows=24,
             length=128,
@@ -153,7 +161,7 @@ STUDIES = {
                 "4x the pairs": Recall(pairs=4 * PAIRS),
             },
             shape=MEMORY,
-            contestants=(*MEMORIES, "gated", "delta"),
+            contestants=(*MEMORIES, "gated-delta"),
             rates=(1e-3, 3e-3),
             steps=4000,
             rows=256,
@@ -169,7 +177,7 @@ STUDIES = {
                 "2x the pairs": Recall(pairs=16, keys=32, values=32, fillers=2),
             },
             shape={"hidden_size": 64, "num_layers": 2, "num_attention_heads": 2},
-            contestants=("resolvent", "attention", "delta", "linear-keys", "softmax-keys", "taylor"),
+            contestants=(*MEMORIES, "gated-delta"),
             rates=(3e-3,),
             seeds=(0,),
             steps=800,
@@ -200,26 +208,16 @@ STUDIES = {
             rows=64,
             length=512,
         ),
-        Study(
-            name="ablations",
-            label="one thing changed; Python's source, about 1.1M parameters",
-            corpus="embedded",
-            shape=SMALL,
-            contestants=(*IMPROVEMENTS, *ABLATIONS),
-            rates=(4e-3, 8e-3),
-            seeds=(0, 1),
-            steps=1000,
-            rows=24,
-            length=128,
-        ),
+        _nanogpt("nanogpt-full", 5000, ("hybrid", "attention"), seeds=(0,)),
         # For tests and a first look: it says nothing.
         Study(
             name="smoke",
             label="that it runs",
             corpus="embedded",
             shape={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "resolvent_longest_memory": 32.0},
-            contestants=("resolvent", "attention"),
+            contestants=("hybrid", "attention"),
             rates=(4e-3,),
+            dropouts=(0.0, 0.1),
             steps=4,
             rows=2,
             length=32,
@@ -235,6 +233,7 @@ STUDIES = {
             shape={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2},
             contestants=("resolvent", "attention"),
             rates=(4e-3,),
+            dropouts=(0.0, 0.1),
             steps=4,
             rows=2,
             length=16,

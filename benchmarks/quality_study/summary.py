@@ -1,10 +1,13 @@
-"""What the cells of a study come to: each contestant at its best rate, over its seeds."""
+"""What the cells of a study come to: each contestant at its best rate and dropout, over its seeds."""
 
 import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
+from quality_study.cells import Cell, Results
 from quality_study.studies import Study
 from resnet_bk.chance import t_quantile
 
@@ -13,13 +16,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A contestant at the rate that chose it; ``cells`` are its seeds', in their order. ``swept`` are the rates that
-    were tried; ``share`` the part of the study's steps."""
+    """A contestant at the rate and dropout that were the best for it; ``cells`` are its seeds', in their order.
+    ``rates`` and ``dropouts`` are those that were tried; ``share`` the part of the study's steps."""
 
     contestant: str
     rate: float
+    dropout: float
     share: float
-    swept: tuple[float, ...]
+    rates: tuple[float, ...]
+    dropouts: tuple[float, ...]
     cells: tuple[dict[str, Any], ...]
 
     @property
@@ -31,28 +36,41 @@ class Row:
         return int(self.cells[0]["parameters"])
 
     @property
-    def is_at_an_edge(self) -> bool:
+    def has_rate_at_edge(self) -> bool:
         """Whether a rate beyond those that were tried might have done better."""
-        return len(self.swept) > 1 and self.rate in (min(self.swept), max(self.swept))
+        return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
+
+    @property
+    def has_dropout_at_edge(self) -> bool:
+        """The same of dropouts, of which there is none below 0."""
+        edges = {min(self.dropouts), max(self.dropouts)} - {0.0}
+        return len(self.dropouts) > 1 and self.dropout in edges
 
 
-def rows(results: dict[str, Any], study: Study) -> list[Row]:
+def rows(results: Results, study: Study) -> list[Row]:
     """All contestants that have something, in the study's order; behind them those with equal time."""
-    found: dict[tuple[str, float], dict[tuple[float, int], dict[str, Any]]] = {}
-    for name, cell in results["cells"].items():
-        study_name, contestant, rate, seed, *share = name.split("/")
-        if study_name == study.name and "choosing" in cell:
-            key = contestant, float(share[0]) if share else 1.0
-            found.setdefault(key, {})[float(rate), int(seed)] = cell
+    found: dict[tuple[str, float], dict[Cell, dict[str, Any]]] = {}
+    for name, result in results["cells"].items():
+        cell = Cell.named(name)
+        if cell.study == study.name and "choosing" in result:
+            found.setdefault((cell.contestant, cell.share), {})[cell] = result
     order = [(name, share) for share in sorted({share for _, share in found}) for name in study.contestants]
-    return [_row(study, *key, found[key]) for key in order if key in found]
+    return [_row(study, found[key]) for key in order if key in found]
 
 
-def _row(study: Study, contestant: str, share: float, cells: dict[tuple[float, int], dict[str, Any]]) -> Row:
-    first = {rate: cell for (rate, seed), cell in cells.items() if seed == study.seeds[0]}
-    best = min(first, key=lambda rate: float(first[rate]["choosing"]))
-    mine = [cells[best, seed] for seed in study.seeds if (best, seed) in cells]
-    return Row(contestant=contestant, rate=best, share=share, swept=tuple(sorted(first)), cells=tuple(mine))
+def _row(study: Study, cells: dict[Cell, dict[str, Any]]) -> Row:
+    swept = [cell for cell in cells if cell.seed == study.seeds[0]] or list(cells)
+    best = min(swept, key=lambda cell: float(cells[cell]["choosing"]))
+    mine = [replace(best, seed=seed) for seed in study.seeds]
+    return Row(
+        contestant=best.contestant,
+        rate=best.rate,
+        dropout=best.dropout,
+        share=best.share,
+        rates=tuple(sorted({cell.rate for cell in swept})),
+        dropouts=tuple(sorted({cell.dropout for cell in swept})),
+        cells=tuple(cells[cell] for cell in mine if cell in cells),
+    )
 
 
 def standard_error(values: list[float]) -> float:

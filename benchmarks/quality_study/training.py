@@ -1,4 +1,4 @@
-"""One cell: one contestant of one study, trained at one rate with one seed."""
+"""One cell: one contestant of one study, trained at one rate and dropout with one seed."""
 
 import math
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
+from quality_study.cells import Cell
 from quality_study.contestants import CONTESTANTS, build
 from quality_study.studies import STUDIES, Study
 from quality_study.tasks import Batch, Text, accuracy, characters, embedded, loss_by_position
@@ -23,21 +23,6 @@ from resnet_bk.training.step import build_scaler, train_step
 
 BUCKETS = 16  # of positions
 LONGER = 4  # times the training length, for the loss by position
-
-
-class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """``share`` of the study's steps, 1 but where time is to be equal."""
-
-    study: str
-    contestant: str
-    rate: float
-    seed: int
-    share: float = 1.0
-
-    @property
-    def name(self) -> str:
-        share = "" if self.share == 1 else f"/{self.share:.3f}"
-        return f"{self.study}/{self.contestant}/{self.rate:g}/{self.seed}{share}"
 
 
 def text_of(study: Study, data: Path | None) -> Text | None:
@@ -73,7 +58,8 @@ def run(cell: Cell, data: Path | None, device: str, threads: int) -> dict[str, A
     study = STUDIES[cell.study]
     text = text_of(study, data)
     vocab_size = (text or study.task).vocab_size
-    model = build(CONTESTANTS[cell.contestant], {**study.shape, "vocab_size": vocab_size}, cell.seed).to(device)
+    shape = {**study.shape, "vocab_size": vocab_size, "dropout": cell.dropout}
+    model = build(CONTESTANTS[cell.contestant], shape, cell.seed).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = _train(model, study, cell, text)
     return {"parameters": parameters, "intermediate_size": model.config.intermediate_size, **found}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from quality_study.cells import Cell, Results, keep, merge, nothing  # noqa: E402
 from quality_study.contestants import CONTESTANTS, build, config_of  # noqa: E402
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
-from quality_study.mixers import Change, ChangedResolvent  # noqa: E402
+from quality_study.document import contents, findings, table, write  # noqa: E402
+from quality_study.editions import Edition, of_files  # noqa: E402
+from quality_study.mixers import Change, ChangedResolvent, Decay  # noqa: E402
+from quality_study.studies import STUDIES  # noqa: E402
+from quality_study.summary import Row  # noqa: E402
 from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
-from resnet_bk.layers import ResolventMixer  # noqa: E402
+from resnet_bk.files import write_json  # noqa: E402
+from resnet_bk.layers import LocalAttention, ResolventMixer  # noqa: E402
+from resnet_bk.layers.resolvent import SHORTEST_MEMORY, memories  # noqa: E402
+from resnet_bk.models import ResNetBKConfig  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 
 SHAPE: dict[str, Any] = {
@@ -28,6 +37,15 @@ SHAPE: dict[str, Any] = {
     "resolvent_longest_memory": 32.0,
 }
 AVAILABLE = [contestant for contestant in CONTESTANTS.values() if contestant.is_available]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of this size gain nothing from two, and lose much on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 37])
@@ -50,23 +68,72 @@ def test_the_delta_rule_by_chunks_is_its_definition_with_every_gradient(length: 
     torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), arguments), gradients)
 
 
-def test_without_a_change_the_changed_mixer_is_the_librarys() -> None:
-    model = build(CONTESTANTS["resolvent"], SHAPE, seed=1).eval()
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("name", ["resolvent", "hybrid"])
+def test_without_a_change_the_changed_mixer_is_the_librarys(name: str, is_training: bool) -> None:
+    """In training with the writes that dropout takes, which are the same after the same seed."""
+    shape = {**SHAPE, "dropout": 0.3}
+    model = build(CONTESTANTS[name], shape, seed=1).train(is_training)
     ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = model(ids).logits
-    config = config_of(CONTESTANTS["resolvent"], SHAPE)
+
+    def logits() -> torch.Tensor:
+        torch.manual_seed(2)
+        return model(ids, use_cache=False).logits
+
+    expected, config, exchanged = logits(), config_of(CONTESTANTS[name], shape), 0
     for block in model.model.layers:
-        assert isinstance(block.mixer, ResolventMixer)
-        changed = ChangedResolvent(config, Change())
-        changed.load_state_dict(block.mixer.state_dict())
-        block.mixer = changed
-    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+        if isinstance(block.mixer, ResolventMixer):
+            changed = ChangedResolvent(config, Change()).train(is_training)
+            changed.load_state_dict(block.mixer.state_dict())
+            block.mixer, exchanged = changed, exchanged + 1
+    assert exchanged == (3 if name == "hybrid" else 4)
+    torch.testing.assert_close(logits(), expected)
+
+
+def test_ours_is_the_librarys_default() -> None:
+    config, default = config_of(CONTESTANTS["hybrid"], SHAPE), ResNetBKConfig()
+    for name in ("mixer", "local_attention_every", "local_attention_window", "conv_size", "resolvent_regime"):
+        assert getattr(config, name) == getattr(default, name)
+    assert [type(block.mixer) for block in build(CONTESTANTS["hybrid"], SHAPE, seed=0).model.layers] == [
+        *(ResolventMixer, ResolventMixer, LocalAttention, ResolventMixer)
+    ]
 
 
 def test_a_change_begins_with_the_memories_of_the_library() -> None:
-    ours, changed = (build(CONTESTANTS[name], SHAPE, seed=1) for name in ("resolvent", "input-gate"))
+    ours, changed = (build(CONTESTANTS[name], SHAPE, seed=1) for name in ("hybrid", "hybrid-input-gate"))
     for mine, other in zip(ours.model.layers, changed.model.layers, strict=True):
-        torch.testing.assert_close(other.mixer.log_gap, mine.mixer.log_gap)
+        if isinstance(mine.mixer, ResolventMixer):
+            torch.testing.assert_close(other.mixer.log_rate, mine.mixer.log_rate)
+
+
+@pytest.mark.parametrize("decay", ["gap", "gated"])
+def test_decays_that_begin_as_if_all_tokens_were_alike_have_the_memories_then(decay: Decay) -> None:
+    config = config_of(CONTESTANTS["resolvent"], SHAPE)
+    mixer = ChangedResolvent(config, Change(decay=decay, constant_gap=True))
+    mixer.begin()
+    rates = -mixer._log_l(mixer._strength(torch.zeros(1, 4000, 64)) * mixer.log_rate.exp())[0, -1]
+    torch.testing.assert_close(1 / rates, memories(2, SHORTEST_MEMORY, 32.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gated", "mamba2", "gated-delta", "hybrid-mamba2"])
+def test_rivals_lose_writes_in_training_as_ours_do(name: str) -> None:
+    """What a head reads is a sum of writes alone here: where all are dropped, only the skip is left."""
+    mixer = build(CONTESTANTS[name], {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
+    assert isinstance(mixer, ChangedResolvent) and mixer.dropout == 0.3
+    x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.unflatten(-1, (2, 32)) for _ in range(3))
+    with torch.no_grad():
+        mixer.dropout = 1 - 1e-7
+        dropped = mixer._carried(q, k, v, x)
+        skipped = v if name == "gated-delta" else 32 * v
+    torch.testing.assert_close(dropped, skipped)
+    assert not torch.equal(mixer.eval()._carried(q, k, v, x), skipped)
+
+
+def test_one_that_keeps_its_writes_has_all_other_dropout() -> None:
+    model = build(CONTESTANTS["hybrid-keeps-writes"], {**SHAPE, "dropout": 0.3}, seed=0)
+    assert model.model.layers[0].mixer.dropout == 0 and model.model.layers[2].mixer.dropout == 0.3
+    assert model.model.dropout.p == 0.3
 
 
 @pytest.mark.parametrize("contestant", AVAILABLE, ids=lambda contestant: contestant.name)
@@ -87,7 +154,7 @@ def test_contestants_have_one_size_and_none_reads_ahead(contestant: Any) -> None
     loss.backward()
     without = [name for name, parameter in trained.named_parameters() if parameter.grad is None]
     # With a constant gap, nobody asks what tokens want.
-    assert all(contestant.name == "constant-gap" and "potential" in name for name in without)
+    assert all(contestant.name == "hybrid-constant-gap" and "potential" in name for name in without)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +185,107 @@ def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         return [line for line in done.stdout.splitlines() if "smoke-recall/" in line]
 
-    assert len(run("--contestants", "resolvent")) == 3
-    assert len(run()) == 3
-    assert run() == []
+    # Two dropouts with the first seed, the better one with the two others.
+    assert len(run("--contestants", "resolvent")) == 4
+    assert len(run()) == 4
     cells = json.loads(out.read_text())["cells"]
-    assert len(cells) == 6 and all(0 <= cell["answers"]["4x"] <= 1 for cell in cells.values())
+    assert len(cells) == 8 and all(0 <= cell["answers"]["4x"] <= 1 for cell in cells.values())
+    for name in ("resolvent", "attention"):
+        mine = {Cell.named(key): cell for key, cell in cells.items() if Cell.named(key).contestant == name}
+        swept = [cell for cell in mine if cell.seed == 0]
+        assert {cell.dropout for cell in swept} == {0.0, 0.1}
+        best = min(swept, key=lambda cell: mine[cell]["choosing"])
+        assert {cell.dropout for cell in mine if cell.seed} == {best.dropout}
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        (Cell(study="s", contestant="hybrid", rate=2e-3, dropout=0.2, seed=0), "s/hybrid/0.002/d0.2/0"),
+        (Cell(study="s", contestant="hybrid", rate=2e-3, seed=1, share=1.25), "s/hybrid/0.002/d0/1/1.250"),
+    ],
+)
+def test_a_cells_name_says_all_of_it(cell: Cell, name: str) -> None:
+    assert cell.name == name and Cell.named(name) == cell
+
+
+def test_the_first_studys_names_have_no_dropout() -> None:
+    assert Cell.named("s/gated/0.002/1/1.381") == Cell(study="s", contestant="gated", rate=2e-3, seed=1, share=1.381)
+
+
+def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path) -> None:
+    def results(machine: str, **cells: Any) -> Results:
+        found = nothing()
+        for name, cell in cells.items():
+            keep(found, "cells", name, cell, {"machine": machine})
+        keep(found, "steps", f"on {machine}", {"hybrid": 1.0}, {"machine": machine})
+        return found
+
+    failed = {"failure": {"message": "no"}}
+    paths = [tmp_path / f"{name}.json" for name in "abc"]
+    write_json(paths[1], results("b", one={"test": 1.0}, two={"test": 2.0}, three=failed))
+    write_json(paths[2], results("c", two={"test": 2.5}, three={"test": 3.0}, one={"test": 1.0}))
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), "merge", "--into", *map(str, paths)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    merged = json.loads(paths[0].read_text())
+    machines = {
+        name: merged["environments"][cell["environment"]]["machine"]
+        for kind in ("cells", "steps")
+        for name, cell in merged[kind].items()
+    }
+    assert machines == {"one": "b", "two": "b", "three": "c", "on b": "b", "on c": "c"}
+    assert merged["cells"]["two"]["test"] == 2.0 and merged["cells"]["three"]["test"] == 3.0
+    assert "two" in said and "one" not in said
+    # Once more, nothing changes.
+    assert merge(merged, json.loads(paths[1].read_text())) == [] and merged == json.loads(paths[0].read_text())
+
+
+def _edition(**tests: dict[float, list[float]]) -> Edition:
+    """embedded-1m by contestant and rate, with a test loss for each seed; what chooses is the same loss."""
+    results = nothing()
+    for contestant, by_rate in tests.items():
+        for rate, losses in by_rate.items():
+            for seed, loss in enumerate(losses):
+                cell = Cell(study="embedded-1m", contestant=contestant.replace("_", "-"), rate=rate, seed=seed)
+                found = {"choosing": loss, "test": loss, "parameters": 1000, "by_position": [loss] * 16}
+                keep(results, "cells", cell.name, found, {"machine": "a"})
+    return of_files({"quality.json": results})
+
+
+def test_with_nothing_measured_the_document_says_so() -> None:
+    edition = of_files({"quality.json": nothing()})
+    for name, content in contents(edition).items():
+        assert content.startswith(("Not measured yet", "Nothing is measured yet")), name
+
+
+def test_findings_are_those_of_the_losses() -> None:
+    good, bad = [2.0, 2.01, 2.02], [3.0, 3.01, 3.02]
+    said = findings(_edition(hybrid={8e-3: good}, attention={8e-3: bad}, gated={8e-3: bad}, hybrid_gated={8e-3: good}))
+    assert "**below** the Transformer's by 1.000" in said and "ours **wins**" in said
+    assert said.count("ours is not above it by more than one standard error") == 2
+    said = findings(_edition(hybrid={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good}))
+    assert "ours **loses**" in said and "ours is **above** it by" in said
+    assert "carries no claim" in findings(_edition(hybrid={8e-3: good[:1]}, attention={8e-3: bad}))
+
+
+def test_tables_say_which_rates_and_dropouts_are_at_an_edge() -> None:
+    edition = _edition(hybrid={4e-3: [3.0], 8e-3: [2.0], 1.6e-2: [3.0]}, attention={4e-3: [2.0], 8e-3: [3.0]})
+    lines = table(edition, STUDIES["embedded-1m"]).splitlines()
+    assert "| 0.008 |" in lines[2] and "| 0.004 (edge) |" in lines[3]
+
+    def at_edge(dropout: float, *tried: float) -> bool:
+        swept: dict[str, Any] = {"contestant": "a", "rate": 1.0, "share": 1.0, "rates": (1.0,), "cells": ()}
+        return Row(dropout=dropout, dropouts=tried, **swept).has_dropout_at_edge
+
+    assert at_edge(0.3, 0.2, 0.3) and at_edge(0.2, 0.2, 0.3) and at_edge(0.1, 0.0, 0.1)
+    assert not (at_edge(0.0, 0.0, 0.1) or at_edge(0.2, 0.2) or at_edge(0.2, 0.1, 0.2, 0.3))
+
+
+def test_the_document_is_that_of_its_results() -> None:
+    assert write(check=True) == 0
+
+
+def test_the_published_studies_have_contestants_that_there_are() -> None:
+    for study in STUDIES.values():
+        assert set(study.contestants) <= set(CONTESTANTS) and len(set(study.contestants)) == len(study.contestants)
+        assert study.base in study.contestants

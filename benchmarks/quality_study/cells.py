@@ -1,0 +1,73 @@
+"""What is run one at a time, and the results that they are written to."""
+
+from typing import Any, Self
+
+import msgspec
+
+Results = dict[str, Any]  # cells and steps by name, and the environments that they say by number
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """One contestant of one study at one rate, dropout and seed; ``share`` of the study's steps, 1 but where time is to
+    be equal."""
+
+    study: str
+    contestant: str
+    rate: float
+    dropout: float = 0.0
+    seed: int
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        share = "" if self.share == 1 else f"/{self.share:.3f}"
+        return f"{self.study}/{self.contestant}/{self.rate:g}/d{self.dropout:g}/{self.seed}{share}"
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The cell of a name; the first study's names have no dropout."""
+        study, contestant, rate, *rest = name.split("/")
+        dropout = float(rest.pop(0)[1:]) if rest[0].startswith("d") else 0.0
+        seed, *share = rest
+        return cls(
+            study=study,
+            contestant=contestant,
+            rate=float(rate),
+            dropout=dropout,
+            seed=int(seed),
+            share=float(share[0]) if share else 1.0,
+        )
+
+
+def nothing() -> Results:
+    """Results before anything has run."""
+    return {"cells": {}, "steps": {}, "environments": []}
+
+
+def keep(results: Results, kind: str, name: str, found: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Adds what was found to the ``kind`` of results, with the number of its machine."""
+    known = results.setdefault("environments", [])
+    if environment not in known:
+        known.append(environment)
+    results[kind][name] = {**found, "environment": known.index(environment)}
+
+
+def merge(into: Results, other: Results) -> list[str]:
+    """Adds what ``other`` has; returns the names of what both had measured otherwise, where ``into`` stays as it is.
+
+    A failure gives way to a measurement. Which of two measurements stays depends on the order alone, not on them.
+    """
+    differing = []
+    for kind in ("cells", "steps"):
+        for name, found in other[kind].items():
+            environment = other["environments"][found["environment"]]
+            mine = into[kind].get(name)
+            if mine is None or ("failure" in mine and "failure" not in found):
+                keep(into, kind, name, found, environment)
+            elif "failure" not in found and not _is_same(mine, found):
+                differing.append(name)
+    return differing
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return {**one, "environment": None} == {**other, "environment": None}
