@@ -37,6 +37,7 @@ SURFACE = {
         "BKBlock",
         "BKMixer",
         "CausalAttention",
+        "LocalAttention",
         "MixerBlock",
         "MixtureOfExperts",
         "ResolventMixer",

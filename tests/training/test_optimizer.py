@@ -26,7 +26,7 @@ def tiny(**overrides):
 
 
 def is_matrix_that_decays(name, tied):
-    vectors = ("norm", "bias", "energy", "raw_eta", "log_gap", "log_amplitude", "skip", "convolution")
+    vectors = ("norm", "bias", "energy", "raw_eta", "log_rate", "log_amplitude", "skip", "convolution")
     vectors_and_tables = (*vectors, "embed_tokens", "embed_positions")
     return not any(part in name for part in vectors_and_tables) and not (tied and name == "lm_head.weight")
 

@@ -52,7 +52,7 @@ class Profile:
 #     bidirectional    5.33   5.17   5.03   5.06   5.03   4.98   4.98
 #
 # Neighbours differ by 0.1 without a pattern, so that a finer choice would mean nothing.
-FIXED_RATES = {"resolvent": 0.02, "attention": 0.012, "local": 0.012, "bk": 0.02, "blend": 0.005, "bidirectional": 0.02}
+FIXED_RATES = {"resolvent": 0.02, "attention": 0.012, "bk": 0.02, "blend": 0.005, "bidirectional": 0.02}
 FIXED_RATES_WIDTH = 64
 FOREIGN_RATE = 1e-3  # of a model about which nothing is known, where nothing is tuned: Adam's default
 
@@ -60,9 +60,9 @@ FOREIGN_RATE = 1e-3  # of a model about which nothing is known, where nothing is
 def fixed_rate(kind: str, hidden_size: int) -> float:
     """The learning rate of a mixer or variant that is not tuned: what did well at preset seed, where it was measured.
 
-    Wider models take less in proportion, the usual rule for Adam.
+    Wider models take less in proportion, the usual rule for Adam. Local attention takes attention's.
     """
-    return FIXED_RATES[kind] * min(1.0, FIXED_RATES_WIDTH / hidden_size)
+    return FIXED_RATES["attention" if kind == "local" else kind] * min(1.0, FIXED_RATES_WIDTH / hidden_size)
 
 
 def rate_of(kind: str | None, hidden_size: int | None) -> float:
