@@ -72,6 +72,16 @@ def test_the_state_has_a_constant_size():
     assert sizes == [2 * 3 * 2 * 8] * 3  # layers x rows x heads x complex64
 
 
+def test_local_attention_remembers_its_window_and_no_more():
+    model = trained("hybrid", steps=1)
+    sizes, cache = [], None
+    for length in (40, 1, 500):
+        cache = model(torch.randint(128, (3, length)), past_key_values=cache, use_cache=True).past_key_values
+        sizes.append(cache.num_bytes)
+    assert len(set(sizes)) == 1
+    assert cache.layers[1].state["keys"].shape == (3, 15, 2, 16)
+
+
 def test_prefill_in_pieces_is_prefill_at_once(model):
     row = torch.randint(128, (2, 40))
     whole = model(row, use_cache=True)

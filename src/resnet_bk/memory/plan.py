@@ -4,6 +4,7 @@ A step has a few moments at which it may need most; the plan of a strategy is th
 GPU. What a step needs on a CPU is found by tracing it (``planner.trace``), as is what only a trace knows of a GPU.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
@@ -440,12 +441,11 @@ def _kept(config: ResNetBKConfig, shape: TrainingShape, strategy: Strategy, bloc
     """What so many blocks keep for backward; ``times`` is their number in formulas."""
     inputs = 4 * shape.tokens * config.hidden_size
     if strategy.checkpointing in ("none", "selective"):
-        kinds = config.alike(blocks)
-        return [
-            _times(part, number, times if len(kinds) == 1 else str(number))
-            for alike, number in kinds
-            for part in _kept_by_a_block(alike, shape, strategy)
-        ]
+        # What blocks of different mixers have alike is one part.
+        numbers: Counter[Part] = Counter()
+        for alike, number in config.alike(blocks):
+            numbers.update(dict.fromkeys(_kept_by_a_block(alike, shape, strategy), number))
+        return [_times(part, number, times if number == blocks else str(number)) for part, number in numbers.items()]
     if strategy.goes_by_block:
         blocks, times = 0, "0"
     elif _moves_inputs(strategy, inputs) and blocks > IN_FLIGHT:
