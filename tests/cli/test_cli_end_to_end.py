@@ -191,7 +191,7 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
         ),
         (
             ["--ladder", "--sequence-length", "1024", "--batch-size", "1"],
-            ["70,102M", "streamed weights", "h100s with FSDP2", "is in brackets"],
+            ["69,556M", "streamed weights", "h100s with FSDP2", "is in brackets"],
         ),
         (["--preset", "100m", "--mixer", "attention"], ["mixer attention", "query, key and value projections"]),
     ],

@@ -103,3 +103,15 @@ def test_every_field_is_saved_so_that_a_new_default_changes_no_saved_model(tmp_p
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert {name: saved[name] for name in config.own_fields()} == config.own_fields()
+
+
+@pytest.mark.parametrize("every", range(7))
+def test_numbers_and_ends_of_mixers_are_those_of_the_blocks(every):
+    for num_layers in range(1, 16):
+        config = ResNetBKConfig(num_layers=num_layers, local_attention_every=every)
+        mixers = config.layer_mixers
+        for first in range(num_layers + 1):
+            assert config.mixer_numbers(first) == {mixer: mixers[:first].count(mixer) for mixer in set(mixers[:first])}
+        for mixer in config.mixer_numbers():
+            indices = [index for index, found in enumerate(mixers) if found == mixer]
+            assert config.ends_of(mixer) == (indices[0], indices[-1])

@@ -10,7 +10,6 @@ KINDS = {
     "attention": {"mixer": "attention"},
     "resolvent": {},
     "scattering": {"resolvent_regime": "scattering"},
-    "local": {"mixer": "local", "local_attention_window": 9},
     "hybrid": {"num_layers": 3, "local_attention_every": 2, "local_attention_window": 16},
 }
 PATTERN = "to be or not to be that is the question whether tis nobler in the mind to suffer "

@@ -295,7 +295,7 @@ def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
     if model.mixer == "resolvent":
         chains, carry = choose_backend(device).name, choose_carry_backend(device).name
         words += f" ({model.resolvent_regime}, chains on the {chains} backend, carry on {carry})"
-    if local := model.layer_mixers.count("local"):
+    if model.mixer == "resolvent" and (local := model.mixer_numbers().get("local")):
         words += (
             f", local attention over {model.local_attention_window:,} tokens in {local} of {model.num_layers} blocks"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.models.configuration import Mixer
 
 # The component of a parameter, by the first of these that its name contains.
 COMPONENTS = {
@@ -42,20 +43,20 @@ class PartCounts:
 class ParameterCounts:
     """Numbers of parameters. ``active`` ones take part in one token's computation: one expert of each block.
 
-    ``blocks`` are one by one, ``outside`` is what is in none, ``largest`` the largest single tensor.
+    ``blocks`` has one block of each mixer, ``outside`` is what is in none, ``largest`` the largest single tensor.
     """
 
     by_component: dict[str, int]
     total: int
     active: int
-    blocks: tuple[PartCounts, ...]
+    blocks: dict[Mixer, PartCounts]
     outside: PartCounts
     largest: int
 
     @property
     def block(self) -> PartCounts:
         """The largest block."""
-        return max(self.blocks, key=lambda counts: counts.total)
+        return max(self.blocks.values(), key=lambda counts: counts.total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
     Layers of a mixer are alike: one is built, and stands for all of them.
     """
     by_component: dict[str, int] = {}
-    of_mixers: dict[str, list[tuple[str, int]]] = {}
+    of_mixers: dict[Mixer, list[tuple[str, int]]] = {}
     for alike, number in config.alike():
         outside, of_mixers[alike.mixer] = _sizes(alike)
         for name, size in of_mixers[alike.mixer]:
@@ -89,7 +90,7 @@ def count_parameters(config: ResNetBKConfig) -> ParameterCounts:
         by_component=by_component,
         total=total,
         active=total - idle,
-        blocks=tuple(_part(of_mixers[mixer]) for mixer in config.layer_mixers),
+        blocks={mixer: _part(sizes) for mixer, sizes in of_mixers.items()},
         outside=_part(outside),
         largest=max(size for sizes in (outside, *of_mixers.values()) for _, size in sizes),
     )

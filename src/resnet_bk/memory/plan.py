@@ -201,14 +201,19 @@ class _Step:
         """What no moment is without."""
         strategy, config, counts = self.strategy, self.config, self.counts
         layers, pieces = config.num_layers, self.shape.micro_batches
-        blocks = [counts.block] * min(2, layers) if strategy.stream_weights else counts.blocks
+        blocks = min(2, layers) if strategy.stream_weights else layers
+        stored = (
+            blocks * _stored(counts.block, strategy)
+            if strategy.stream_weights
+            else _stored_blocks(config, counts, strategy)
+        )
         # Step by block, each micro-batch keeps what it is told of its tokens.
         tables = pieces if strategy.goes_by_block else 1
         return [
             Part(
                 name="weights",
-                num_bytes=sum(_stored(block, strategy) for block in blocks) + _stored(counts.outside, strategy),
-                formula=f"{strategy.weight_bytes} ({len(blocks)} P_b + P_o)",
+                num_bytes=stored + _stored(counts.outside, strategy),
+                formula=f"{strategy.weight_bytes} ({blocks} P_b + P_o)",
             ),
             Part(name="optimizer", num_bytes=0 if strategy.offload_optimizer else 8 * counts.total, formula="8 P"),
             Part(name="token ids and targets", num_bytes=16 * pieces * self.shape.tokens, formula="16 M T"),
@@ -340,19 +345,18 @@ class _StepByPiece(_Step):
             where, others = {layers - 1: ("the last block", "(L - 1)"), 0: ("the first block", "0")}.get(
                 index, (f"block {index + 1}", str(index))
             )
-            passed = [before, self._head_gradient(), self._block_gradients(layers - 1 - index)]
+            passed = [before, self._head_gradient(), self._gradients_behind(index + 1)]
             kept = _kept(config, self.shape, self.strategy, index, others)
-            for moment in self._block_moments(config.of_mixer(config.layer_mixers[index])):
+            for moment in self._block_moments(config.of_mixer(config.mixer_of(index))):
                 parts = [*passed, *kept, *moment.parts, *self._never_taken(), self._expert_gradients(moment)]
                 yield f"in {where}: {moment.name}", parts
-        blocks = [before, self._block_gradients(layers)]
+        blocks = [before, self._gradients_behind(0)]
         yield AT_THE_EMBEDDING, [*blocks, *self._embedding_gradient()]
 
     def _ends(self) -> list[int]:
         """Each mixer's last and first block; a single block's twice would be once."""
-        mixers = self.config.layer_mixers
-        last = {mixer: index for index, mixer in enumerate(mixers)}
-        return sorted({*last.values(), *(mixers.index(mixer) for mixer in last)}, reverse=True)
+        ends = (self.config.ends_of(mixer) for mixer in self.config.mixer_numbers())
+        return sorted({index for both in ends for index in both}, reverse=True)
 
     def _gradients_before(self) -> Part:
         size = 4 if self._several and not self.strategy.offload_optimizer else 0
@@ -364,11 +368,17 @@ class _StepByPiece(_Step):
             return self._of_head(self.strategy.weight_bytes if self.config.tie_word_embeddings else 0)
         return self._of_head(4)
 
-    def _block_gradients(self, blocks: int) -> Part:
+    def _gradients_behind(self, index: int) -> Part:
+        """Of the blocks from this one on, if they stay."""
+        blocks = self.config.num_layers - index
         if self.strategy.offload_optimizer or self._several:
             blocks = 0
-        passed = self.counts.blocks[self.config.num_layers - blocks :]
-        return Part(name=GRADIENTS, num_bytes=4 * sum(block.total for block in passed), formula=f"4 x {blocks} P_b")
+        numbers = 0
+        if blocks:
+            before = self.config.mixer_numbers(index)
+            for mixer, number in self.config.mixer_numbers().items():
+                numbers += (number - before.get(mixer, 0)) * self.counts.blocks[mixer].total
+        return Part(name=GRADIENTS, num_bytes=4 * numbers, formula=f"4 x {blocks} P_b")
 
     def _expert_gradients(self, moment: BlockMoment) -> Part:
         if self.strategy.offload_optimizer:
@@ -471,6 +481,11 @@ def _stored(counts: PartCounts, strategy: Strategy) -> int:
     return strategy.weight_bytes * (counts.total - counts.float32) + 4 * counts.float32
 
 
+def _stored_blocks(config: ResNetBKConfig, counts: ParameterCounts, strategy: Strategy) -> int:
+    """All of them."""
+    return sum(number * _stored(counts.blocks[mixer], strategy) for mixer, number in config.mixer_numbers().items())
+
+
 def _host_parts(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts
 ) -> dict[str, int]:
@@ -487,7 +502,7 @@ def _host_parts(
             if offloaded
             else 0
         ),
-        "streamed weights": sum(_stored(block, strategy) for block in counts.blocks) if strategy.stream_weights else 0,
+        "streamed weights": _stored_blocks(config, counts, strategy) if strategy.stream_weights else 0,
         "offloaded activations": _waiting(strategy, config, shape),
     }
 

@@ -1,7 +1,6 @@
 """The model's configuration."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import fields
@@ -155,7 +154,7 @@ class ResNetBKConfig(PreTrainedConfig):
     def _check_local_attention(self) -> None:
         if self.local_attention_every < 0:
             raise ValueError(f"local_attention_every is {self.local_attention_every}; give 0 for none, or more")
-        if "local" not in self.layer_mixers:
+        if "local" not in self.mixer_numbers():
             return
         if not self.causal:
             raise ValueError("local attention is causal; with causal=False choose mixer bk or attention")
@@ -201,24 +200,41 @@ class ResNetBKConfig(PreTrainedConfig):
 
     @property
     def layer_mixers(self) -> tuple[Mixer, ...]:
-        """The mixer of each block. Local attention comes in the middle of each ``local_attention_every`` blocks."""
+        """The mixer of each block."""
+        return tuple(self.mixer_of(index) for index in range(self.num_layers))
+
+    def mixer_of(self, index: int) -> Mixer:
+        """The mixer of a block. Local attention comes in the middle of each ``local_attention_every`` blocks."""
         every = self.local_attention_every if self.mixer == "resolvent" else 0
-        return tuple(
-            "local" if every and index % every == every // 2 else self.mixer for index in range(self.num_layers)
-        )
+        return "local" if every and index % every == every // 2 else self.mixer
+
+    def mixer_numbers(self, num_layers: int | None = None) -> dict[Mixer, int]:
+        """How many of the first ``num_layers`` blocks (None for all) have which mixer, without going through them."""
+        layers = self.num_layers if num_layers is None else num_layers
+        every = self.local_attention_every if self.mixer == "resolvent" else 0
+        local = (layers + every - 1 - every // 2) // every if every else 0
+        numbers: dict[Mixer, int] = {self.mixer: layers - local, "local": local}
+        if self.mixer == "local":
+            numbers = {"local": layers}
+        return {mixer: number for mixer, number in numbers.items() if number}
+
+    def ends_of(self, mixer: Mixer) -> tuple[int, int]:
+        """The first and the last block that have this mixer, one of :meth:`mixer_numbers`."""
+        indices = range(self.num_layers)
+        first = next(index for index in indices if self.mixer_of(index) == mixer)
+        return first, next(index for index in reversed(indices) if self.mixer_of(index) == mixer)
 
     def of_mixer(self, mixer: Mixer) -> Self:
         """The same with this mixer in every block."""
-        if set(self.layer_mixers) == {mixer}:
+        if set(self.mixer_numbers()) == {mixer}:
             return self
         other = copy(self)
         other.mixer, other.local_attention_every = mixer, 0
         return other
 
     def alike(self, num_layers: int | None = None) -> list[tuple[Self, int]]:
-        """How many of the first ``num_layers`` blocks (None for all) have which mixer, as models of one mixer each."""
-        numbers = Counter(self.layer_mixers[:num_layers])
-        return [(self.of_mixer(mixer), number) for mixer, number in numbers.items()]
+        """:meth:`mixer_numbers` with a model of each mixer alone."""
+        return [(self.of_mixer(mixer), number) for mixer, number in self.mixer_numbers(num_layers).items()]
 
     @property
     def key_size(self) -> int:

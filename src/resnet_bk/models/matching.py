@@ -12,7 +12,8 @@ def total_parameters(config: "ResNetBKConfig") -> int:
     moe = hidden * experts + 2 * experts * hidden * config.intermediate_size
     norm = 2 * hidden
     blocks = sum(
-        moe + mixer_parameters(config, mixer) + (norm if mixer == "bk" else 2 * norm) for mixer in config.layer_mixers
+        number * (moe + mixer_parameters(config, mixer) + (norm if mixer == "bk" else 2 * norm))
+        for mixer, number in config.mixer_numbers().items()
     )
     positions = (config.max_position_embeddings or 0) * hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)

@@ -65,7 +65,7 @@ def step_cost(
 
     With several ``ranks``, which share weights, gradients and moments, ``shape`` is one rank's.
     """
-    link_seconds = _link_seconds(shape, counts, device, ranks)
+    link_seconds = _link_seconds(config, shape, counts, device, ranks)
     device_seconds = _device_seconds(strategy, config, shape, device)
     bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
     host_seconds = _host_seconds(strategy, shape, counts, device)
@@ -140,12 +140,15 @@ def _bus_seconds(
     return (max(gradients, weights) + waiting) / device.rates.bus
 
 
-def _link_seconds(shape: TrainingShape, counts: ParameterCounts, device: Device, ranks: int) -> float:
+def _link_seconds(
+    config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, device: Device, ranks: int
+) -> float:
     """Of every micro-batch blocks are gathered twice, what is outside of them once, and all gradients added up: of each
     a rank receives the others' shares, in float32."""
     if ranks == 1:
         return 0.0
-    numbers = 2 * sum(block.total for block in counts.blocks) + counts.outside.total + counts.total
+    blocks = sum(number * counts.blocks[mixer].total for mixer, number in config.mixer_numbers().items())
+    numbers = 2 * blocks + counts.outside.total + counts.total
     return shape.micro_batches * 4 * numbers * (ranks - 1) / ranks / device.link
 
 

@@ -1,7 +1,7 @@
 """What a training step will hold in memory, found by running it with tensors that have shapes and no numbers."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -135,7 +135,7 @@ def trace_training(config: ResNetBKConfig, training: TrainingConfig, machine: Ma
 
     with imagined_ranks(ranks) if ranks > 1 else nullcontext((ALONE, None)) as (world, mesh):
         trace, blocks = _trace(lambda: prepare(world, mesh), machine, with_first_step=ranks > 1)
-    trace = _with_blocks(trace, blocks, config.layer_mixers, streamed=training.stream_weights)
+    trace = _with_blocks(trace, blocks, config, streamed=training.stream_weights)
     return _with_resident(trace, _left_out(config, own, layers, training_shape(small).micro_batches))
 
 
@@ -200,20 +200,20 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _enough_blocks(config: ResNetBKConfig) -> int:
     """So many that each mixer is among them."""
-    mixers = config.layer_mixers
-    return max(ENOUGH_BLOCKS, *(1 + mixers.index(mixer) for mixer in mixers))
+    return max(ENOUGH_BLOCKS, *(1 + config.ends_of(mixer)[0] for mixer in config.mixer_numbers()))
 
 
-def _with_blocks(trace: Trace, blocks: list[list[Event]], mixers: Sequence[str], *, streamed: bool) -> Trace:
-    """The trace with the weights on the device of blocks with these ``mixers``, of which the first were traced and all
-    of one mixer are alike; of ``streamed`` ones there are the two largest."""
+def _with_blocks(trace: Trace, blocks: list[list[Event]], config: ResNetBKConfig, *, streamed: bool) -> Trace:
+    """The trace with the weights on the device of all blocks of ``config``, of which the first were traced and those of
+    one mixer are alike; of ``streamed`` ones there are the two largest."""
     if streamed:
         by_size = sorted(blocks, key=lambda block: -sum(event.num_bytes for event in block))
         gone = {event.tensor for block in by_size[2:] for event in block}
         return replace(trace, resident=[event for event in trace.resident if event.tensor not in gone])
     origins, kinds, resident = list(trace.origins), dict(trace.kinds), list(trace.resident)
-    for mixer in mixers[len(blocks) :]:
-        for event in blocks[mixers.index(mixer)]:
+    for index in range(len(blocks), config.num_layers):
+        first, _ = config.ends_of(config.mixer_of(index))
+        for event in blocks[first]:
             kinds[len(origins)] = "weights"
             resident.append(Event(len(origins), event.num_bytes))
             origins.append(origins[event.tensor])
