@@ -83,7 +83,9 @@ def mixer_in_words(contestant: Contestant) -> str:
     if mixer not in MIXERS:
         return f"from {contestant.source}"
     every = contestant.config.get("local_attention_every", 0) if mixer == "resolvent" else 0
-    hybrid = f", {MIXERS['local']} in one block of {every}" if every else ""
+    # In the middle of so many blocks: a shallow model has none.
+    has_local = every and contestant.config.get("num_layers", 0) > every // 2
+    hybrid = f", {MIXERS['local']} in one block of {every}" if has_local else ""
     return MIXERS[mixer] + hybrid + (f", behind a short convolution over {size} tokens" if size else "")
 
 
