@@ -6,10 +6,10 @@
 
 `run` trains every cell (study, contestant, rate, dropout, seed) in a process of its own, `--jobs` of them on each GPU,
 or on the CPU where there is none, and writes the results after each; what they have is not run again, so an interrupted
-study goes on. The first seed tries all rates with all dropouts; the best by the half of the held-out text that chooses
-is trained with the other seeds, and the other half is what claims are made by. Before all else, ours and attention's
-steps are timed, in turns and alone; the quicker one is then also trained for as many steps as fit in the time of the
-slower one, where one run has both.
+study goes on. The first seed tries all rates with the study's first dropout, then the other dropouts at the best rate;
+the best of all by the half of the held-out text that chooses is trained with the other seeds, and the other half is
+what claims are made by. Before all else, ours and attention's steps are timed, in turns and alone; the quicker one is
+then also trained for as many steps as fit in the time of the slower one, where one run has both.
 
 `merge` adds the results of machines that ran side by side, each with contestants or studies of its own.
 `document` writes the tables and figures of docs/quality.md from the results.
@@ -135,21 +135,39 @@ class Runner:
         return torch.cuda.get_device_name(0) if self.devices[0] != "cpu" else "CPU"
 
     def sweep(self, study: Study, contestant: str) -> None:
-        first = study.seeds[0]
+        first, *others = study.dropouts
         cells = [
-            Cell(study=study.name, contestant=contestant, rate=rate, dropout=dropout, seed=first)
-            for rate, dropout in itertools.product(study.rates, study.dropouts)
+            Cell(study=study.name, contestant=contestant, rate=rate, dropout=first, seed=study.seeds[0])
+            for rate in study.rates
         ]
-        self.submit_all(study, 0, cells, lambda: self.other_seeds(study, cells))
+        self.submit_all(study, 0, cells, lambda: self.other_dropouts(study, cells, others))
 
-    def other_seeds(self, study: Study, swept: list[Cell]) -> None:
+    def other_dropouts(self, study: Study, swept: list[Cell], dropouts: list[float]) -> None:
+        best = self.best(swept)
+        if best is not None:
+            cells = [msgspec.structs.replace(best, dropout=dropout) for dropout in dropouts]
+            self.submit_all(study, 0.25, cells, lambda: self.other_seeds(study, [*swept, *cells]))
+
+    def best(self, swept: list[Cell]) -> Cell | None:
+        """By the loss that chooses; None where not all have run, or all have failed."""
         results = self.results["cells"]
         if not all(cell.name in results for cell in swept):
+            return None
+        # What was swept before with more of the same contestant counts too.
+        tried = {cell.name: cell for cell in [*self.known(swept[0]), *swept]}
+        measured = [cell for cell in tried.values() if "choosing" in results[cell.name]]
+        return min(measured, key=lambda cell: float(results[cell.name]["choosing"]), default=None)
+
+    def known(self, like: Cell) -> list[Cell]:
+        """All that has run of its study and contestant with its seed, at the study's own steps."""
+        cells = map(Cell.named, self.results["cells"])
+        whose = like.study, like.contestant, like.seed, 1.0
+        return [cell for cell in cells if (cell.study, cell.contestant, cell.seed, cell.share) == whose]
+
+    def other_seeds(self, study: Study, swept: list[Cell]) -> None:
+        best = self.best(swept)
+        if best is None:
             return
-        measured = [cell for cell in swept if "choosing" in results[cell.name]]
-        if not measured:
-            return
-        best = min(measured, key=lambda cell: float(results[cell.name]["choosing"]))
         cells = [msgspec.structs.replace(best, seed=seed) for seed in study.seeds[1:]]
         longer = self.as_long_as_the_slower(study, best.contestant)
         if longer is not None:

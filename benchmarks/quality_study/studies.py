@@ -11,10 +11,13 @@ Corpus = Literal["characters", "embedded"]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """``rows`` of ``length`` tokens a step. Every contestant tries all ``rates`` with all ``dropouts`` with the first
-    seed; the best, by what chooses, is then trained with the other seeds. ``base`` is whom tables compare with. With a
-    ``tests`` dictionary what is learned is ``task``, and the tests are what it is asked after training.
-    ``evaluated_tokens`` of each half of the held-out text are read."""
+    """``rows`` of ``length`` tokens a step.
+
+    Every contestant tries all ``rates`` with the first of ``dropouts``, then the other dropouts at the best rate, with
+    the first seed; the best of all, by what chooses, is then trained with the other seeds. ``base`` is whom tables
+    compare with. With a ``tests`` dictionary what is learned is ``task``, and the tests are what it is asked after
+    training. ``evaluated_tokens`` of each half of the held-out text are read.
+    """
 
     name: str
     label: str
@@ -39,12 +42,14 @@ class Study:
 
 SMALL = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "resolvent_longest_memory": 128.0}
 LARGE = {"hidden_size": 512, "num_layers": 9, "num_attention_heads": 8, "resolvent_longest_memory": 256.0}
+HALF_NANOGPT = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "resolvent_longest_memory": 256.0}
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
 
 MAIN = ("hybrid", "attention", "resolvent")
 HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
-LARGE_RIVALS = ("hybrid", "attention", "gated", "mamba2", "hybrid-mamba2")
+LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate")
+SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
 MEMORIES = ("hybrid-half", "attention", "resolvent")
 ABLATIONS = (
@@ -55,6 +60,12 @@ ABLATIONS = (
     *("hybrid-token-rotation", "hybrid-half-state", "hybrid-double-state", "hybrid-vector"),
     *("hybrid-no-convolution", "hybrid-diagonal", "hybrid-moe", "attention-plain", "bk", "bk-blend"),
 )
+# What might do better where the text is short.
+SHAKESPEARE_ABLATIONS = (
+    *("hybrid-rotary", "hybrid-half", "hybrid-gated", "hybrid-mamba2"),
+    *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta", "hybrid-no-rotation", "hybrid-token-rotation"),
+    *("hybrid-double-state", "hybrid-no-convolution", "hybrid-diagonal", "attention-plain"),
+)
 RECALL_LENGTH, PAIRS = 128, 32
 
 
@@ -64,22 +75,20 @@ def _recall(times: int) -> Recall:
 
 
 def _nanogpt(name: str, steps: int, contestants: tuple[str, ...], **fields: Any) -> Study:
-    """nanoGPT's own setting for a GPU, but for the number of steps."""
+    """nanoGPT's own setting for a GPU, but for the number of steps and for what ``fields`` say."""
+    label = f"Tiny Shakespeare by characters, nanoGPT's setting for a GPU, {steps:,} steps"
+    given: dict[str, Any] = {"label": label, "shape": NANOGPT, "rates": (1e-3, 2e-3), "dropouts": (0.3, 0.2, 0.4)}
     return Study(
         name=name,
-        label=f"Tiny Shakespeare by characters, nanoGPT's setting for a GPU, {steps:,} steps",
         corpus="characters",
-        shape=NANOGPT,
         contestants=contestants,
-        rates=(1e-3,),
-        dropouts=(0.2, 0.3),
         steps=steps,
         rows=64,
         length=256,
         precision="bf16",
         evaluations=20,
         published_loss=1.4697,
-        **fields,
+        **(given | fields),
     )
 
 
@@ -93,21 +102,32 @@ STUDIES = {
             corpus="embedded",
             shape=SMALL,
             contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *HYBRID_RIVALS),
-            rates=(4e-3, 8e-3, 1.6e-2),
+            rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+            seeds=SIX_SEEDS,
             steps=1000,
             rows=24,
             length=128,
         ),
-        # The one ablation that takes a study with dropout.
-        _nanogpt("nanogpt", 2000, ("hybrid", "attention", "hybrid-keeps-writes")),
+        # With the one ablation that takes a study with dropout.
+        _nanogpt(
+            "nanogpt", 2000, ("hybrid", "attention", "resolvent", "mamba2", "hybrid-mamba2", "hybrid-keeps-writes")
+        ),
+        _nanogpt(
+            "nanogpt-small",
+            2000,
+            ("hybrid", "attention"),
+            label="the same with models of less than half the size",
+            shape=HALF_NANOGPT,
+        ),
         Study(
             name="shakespeare-1m",
             label="Tiny Shakespeare by characters, about 0.8M parameters",
             corpus="characters",
             shape=SMALL,
             contestants=(*MAIN, "gated", "mamba2", *HYBRID_RIVALS),
-            rates=(4e-3, 8e-3),
+            rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
             dropouts=(0.0, 0.1),
+            seeds=SIX_SEEDS,
             steps=1000,
             rows=24,
             length=128,
@@ -118,8 +138,8 @@ STUDIES = {
             corpus="embedded",
             shape=LARGE,
             contestants=LARGE_RIVALS,
-            rates=(1e-3, 2e-3),
-            dropouts=(0.1, 0.2),
+            rates=(5e-4, 1e-3, 2e-3, 4e-3),
+            dropouts=(0.1, 0.0, 0.2),
             steps=1000,
             rows=64,
             length=256,
@@ -131,8 +151,8 @@ STUDIES = {
             corpus="characters",
             shape=LARGE,
             contestants=LARGE_RIVALS,
-            rates=(1e-3, 2e-3),
-            dropouts=(0.2, 0.3),
+            rates=(5e-4, 1e-3, 2e-3),
+            dropouts=(0.3, 0.2),
             steps=1000,
             rows=64,
             length=256,
@@ -147,6 +167,18 @@ STUDIES = {
             contestants=("hybrid", *ABLATIONS),
             base="hybrid",
             rates=(8e-3, 1.6e-2),
+            steps=1000,
+            rows=24,
+            length=128,
+        ),
+        Study(
+            name="ablations-shakespeare",
+            label="one thing changed; Tiny Shakespeare by characters, about 0.8M parameters",
+            corpus="characters",
+            shape=SMALL,
+            contestants=("hybrid", *SHAKESPEARE_ABLATIONS),
+            base="hybrid",
+            rates=(4e-3, 8e-3),
             steps=1000,
             rows=24,
             length=128,
@@ -208,7 +240,7 @@ STUDIES = {
             rows=64,
             length=512,
         ),
-        _nanogpt("nanogpt-full", 5000, ("hybrid", "attention"), seeds=(0,)),
+        _nanogpt("nanogpt-full", 5000, ("hybrid", "attention"), rates=(1e-3,), dropouts=(0.3,), seeds=(0,)),
         # For tests and a first look: it says nothing.
         Study(
             name="smoke",
