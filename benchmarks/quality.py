@@ -4,12 +4,13 @@
     python benchmarks/quality.py merge --into benchmarks/results/gpu/quality.json other.json
     python benchmarks/quality.py document
 
-`run` trains every cell (study, contestant, rate, dropout, seed) in a process of its own, `--jobs` of them on each GPU,
-or on the CPU where there is none, and writes the results after each; what they have is not run again, so an interrupted
-study goes on. The first seed tries all rates with the study's first dropout, then the other dropouts at the best rate;
-the best of all by the half of the held-out text that chooses is trained with the other seeds, and the other half is
-what claims are made by. Before all else, ours and attention's steps are timed, in turns and alone; the quicker one is
-then also trained for as many steps as fit in the time of the slower one, where one run has both.
+`run` trains every cell (study, contestant, rate, dropout, weight decay, seed) in a process of its own, `--jobs` of them
+on each GPU, or on the CPU where there is none, and writes the results after each; what they have is not run again, so
+an interrupted study goes on. The first seed tries all rates with the study's first dropout and weight decay, then the
+other decays at the best rate, then the other dropouts at the best of these; the best of all by the half of the held-out
+text that chooses is trained with the other seeds, and the other half is what claims are made by. Before all else, ours
+and attention's steps are timed, in turns and alone; the quicker one is then also trained for as many steps as fit in
+the time of the slower one, where one run has both.
 
 `merge` adds the results of machines that ran side by side, each with contestants or studies of its own.
 `document` writes the tables and figures of docs/quality.md from the results.
@@ -46,6 +47,7 @@ def main() -> None:
     running = commands.add_parser("run", help="train what is missing")
     running.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(PUBLISHED))
     running.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="only these")
+    running.add_argument("--cells", nargs="+", metavar="NAME", help="only these of the studies, as results name them")
     running.add_argument("--data", type=Path, help="the text of Tiny Shakespeare")
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--jobs", type=int, default=1, help="processes on each device")
@@ -102,6 +104,10 @@ class Runner:
         self.time_steps()
         with self.lock:
             for study in self.studies:
+                if self.arguments.cells:
+                    named = map(Cell.named, self.arguments.cells)
+                    self.submit_all(study, 0, [cell for cell in named if cell.study == study.name], lambda: None)
+                    continue
                 for name in self.chosen(study):
                     self.sweep(study, name)
             if not self.outstanding:
@@ -135,18 +141,31 @@ class Runner:
         return torch.cuda.get_device_name(0) if self.devices[0] != "cpu" else "CPU"
 
     def sweep(self, study: Study, contestant: str) -> None:
-        first, *others = study.dropouts
-        cells = [
-            Cell(study=study.name, contestant=contestant, rate=rate, dropout=first, seed=study.seeds[0])
-            for rate in study.rates
-        ]
-        self.submit_all(study, 0, cells, lambda: self.other_dropouts(study, cells, others))
+        first = Cell(
+            study=study.name,
+            contestant=contestant,
+            rate=study.rates[0],
+            dropout=study.dropouts[0],
+            weight_decay=study.weight_decays[0],
+            seed=study.seeds[0],
+        )
+        knobs = [("rate", study.rates), ("weight_decay", study.weight_decays), ("dropout", study.dropouts)]
+        self.turn(study, first, [], knobs)
 
-    def other_dropouts(self, study: Study, swept: list[Cell], dropouts: list[float]) -> None:
-        best = self.best(swept)
-        if best is not None:
-            cells = [msgspec.structs.replace(best, dropout=dropout) for dropout in dropouts]
-            self.submit_all(study, 0.25, cells, lambda: self.other_seeds(study, [*swept, *cells]))
+    def turn(self, study: Study, at: Cell, tried: list[Cell], knobs: list[tuple[str, tuple[float, ...]]]) -> None:
+        """Tries all values of the first knob, then of the others, each at the best so far; then the other seeds."""
+        (knob, values), *later = knobs
+        cells = [msgspec.structs.replace(at, **{knob: value}) for value in values]
+
+        def then() -> None:
+            best = self.best([*tried, *cells])
+            if best is not None and later:
+                self.turn(study, best, [*tried, *cells], later)
+            elif best is not None:
+                self.other_seeds(study, best)
+
+        # What was begun is ended first.
+        self.submit_all(study, 0.2 * (3 - len(knobs)), cells, then)
 
     def best(self, swept: list[Cell]) -> Cell | None:
         """By the loss that chooses; None where not all have run, or all have failed."""
@@ -164,15 +183,12 @@ class Runner:
         whose = like.study, like.contestant, like.seed, 1.0
         return [cell for cell in cells if (cell.study, cell.contestant, cell.seed, cell.share) == whose]
 
-    def other_seeds(self, study: Study, swept: list[Cell]) -> None:
-        best = self.best(swept)
-        if best is None:
-            return
+    def other_seeds(self, study: Study, best: Cell) -> None:
         cells = [msgspec.structs.replace(best, seed=seed) for seed in study.seeds[1:]]
         longer = self.as_long_as_the_slower(study, best.contestant)
         if longer is not None:
             cells += [msgspec.structs.replace(best, seed=seed, share=longer) for seed in study.seeds]
-        self.submit_all(study, 0.5, cells, lambda: None)
+        self.submit_all(study, 0.6, cells, lambda: None)
 
     def as_long_as_the_slower(self, study: Study, contestant: str) -> float | None:
         """How many times the steps fit in the slower one's time; None for the slower one, and for all others."""

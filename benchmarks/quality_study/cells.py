@@ -7,33 +7,40 @@ import msgspec
 Results = dict[str, Any]  # cells and steps by name, and the environments that they say by number
 
 
+WEIGHT_DECAY = 0.1
+
+
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One contestant of one study at one rate, dropout and seed; ``share`` of the study's steps, 1 but where time is to
-    be equal."""
+    """One contestant of one study at one rate, dropout, weight decay and seed; ``share`` of the study's steps, 1 but
+    where time is to be equal."""
 
     study: str
     contestant: str
     rate: float
     dropout: float = 0.0
+    weight_decay: float = WEIGHT_DECAY
     seed: int
     share: float = 1.0
 
     @property
     def name(self) -> str:
         share = "" if self.share == 1 else f"/{self.share:.3f}"
-        return f"{self.study}/{self.contestant}/{self.rate:g}/d{self.dropout:g}/{self.seed}{share}"
+        decay = "" if self.weight_decay == WEIGHT_DECAY else f"/w{self.weight_decay:g}"
+        return f"{self.study}/{self.contestant}/{self.rate:g}/d{self.dropout:g}{decay}/{self.seed}{share}"
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """The cell of a name; the first study's names have no dropout."""
+        """The cell of a name; the first study's names have no dropout, and none says the usual weight decay."""
         study, contestant, rate, *rest = name.split("/")
         dropout = float(rest.pop(0)[1:]) if rest[0].startswith("d") else 0.0
+        weight_decay = float(rest.pop(0)[1:]) if rest[0].startswith("w") else WEIGHT_DECAY
         seed, *share = rest
         return cls(
             study=study,
             contestant=contestant,
             rate=float(rate),
             dropout=dropout,
+            weight_decay=weight_decay,
             seed=int(seed),
             share=float(share[0]) if share else 1.0,
         )

@@ -164,8 +164,13 @@ def _failures(results: Results, study: Study) -> dict[str, str]:
 
 def _losses(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     reference = _reference(edition, study)
-    has_dropouts = len(study.dropouts) > 1
-    columns = ["contestant", "parameters", "rate", *(["dropout"] if has_dropouts else [])]
+    settings = [
+        ("rate", True),
+        ("dropout", len(study.dropouts) > 1),
+        ("weight decay", any(len(row.weight_decays) > 1 for row in found)),
+    ]
+    swept = [name for name, is_shown in settings if is_shown]
+    columns = ["contestant", "parameters", *swept]
     columns += ["test loss ± standard error", "seeds", f"minus {CALLED[study.base]} (95%)"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in found:
@@ -174,7 +179,7 @@ def _losses(edition: Edition, study: Study, found: list[Row]) -> list[str]:
         cells = [
             _who(edition, row),
             f"{row.parameters:,}",
-            *_settings(row, has_dropouts),
+            *_settings(row, swept),
             f"{_mean(row):.3f}{error}",
             str(len(row.losses)),
             "" if gap is None else _signed(gap),
@@ -193,11 +198,14 @@ def _who(edition: Edition, row: Row) -> str:
     return f"{edition.labels[row.contestant]}{share}"
 
 
-def _settings(row: Row, has_dropouts: bool) -> list[str]:
-    """The rate and, where a study has several, the dropout that were the best."""
-    rate = f"{row.rate:g}{' (edge)' if row.has_rate_at_edge else ''}"
-    dropout = f"{row.dropout:g}{' (edge)' if row.has_dropout_at_edge else ''}"
-    return [rate, dropout] if has_dropouts else [rate]
+def _settings(row: Row, names: list[str]) -> list[str]:
+    """Those that were swept: the best of each, and whether more or less of it might have been better still."""
+    found = {
+        "rate": (row.rate, row.has_rate_at_edge),
+        "dropout": (row.dropout, row.has_dropout_at_edge),
+        "weight decay": (row.weight_decay, row.has_weight_decay_at_edge),
+    }
+    return [f"{value:g}{' (edge)' if is_at_edge else ''}" for value, is_at_edge in (found[name] for name in names)]
 
 
 def _reference(edition: Edition, study: Study) -> Row | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from quality_study.cells import Cell
 from quality_study.contestants import CONTESTANTS, build
 from quality_study.studies import STUDIES
 from quality_study.training import batches_of, text_of, training_of
@@ -22,7 +23,7 @@ def step_seconds(study_name: str, data: Path | None, device: str, threads: int) 
     study = STUDIES[study_name]
     text = text_of(study, data)
     batch = batches_of(study, text, seed=0)
-    training = training_of(study, rate=1e-3, seed=0, steps=study.steps)
+    training = training_of(study, Cell(study=study_name, contestant=TIMED[0], rate=1e-3, seed=0), steps=study.steps)
     shape = {**study.shape, "vocab_size": text.vocab_size, "dropout": study.dropouts[-1]}
     ready = {}
     for name in TIMED:

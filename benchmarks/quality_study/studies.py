@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quality_study.cells import WEIGHT_DECAY
 from quality_study.tasks import Copying, Needle, Recall, Synthetic
 from resnet_bk.training.config import Precision
 
@@ -13,10 +14,11 @@ Corpus = Literal["characters", "embedded"]
 class Study:
     """``rows`` of ``length`` tokens a step.
 
-    Every contestant tries all ``rates`` with the first of ``dropouts``, then the other dropouts at the best rate, with
-    the first seed; the best of all, by what chooses, is then trained with the other seeds. ``base`` is whom tables
-    compare with. With a ``tests`` dictionary what is learned is ``task``, and the tests are what it is asked after
-    training. ``evaluated_tokens`` of each half of the held-out text are read.
+    Every contestant tries all ``rates`` with the first of ``dropouts`` and of ``weight_decays``, then the other decays
+    at the best rate and the other dropouts at the best of these, with the first seed; the best of all, by what chooses,
+    is then trained with the other seeds. ``base`` is whom tables compare with. With a ``tests`` dictionary what is
+    learned is ``task``, and the tests are what it is asked after training. ``evaluated_tokens`` of each half of the
+    held-out text are read.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Study:
     rows: int
     length: int
     dropouts: tuple[float, ...] = (0.0,)
+    weight_decays: tuple[float, ...] = (WEIGHT_DECAY,)
     base: str = "attention"
     corpus: Corpus | None = None
     task: Synthetic | None = None

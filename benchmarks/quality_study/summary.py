@@ -16,15 +16,18 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A contestant at the rate and dropout that were the best for it; ``cells`` are its seeds', in their order.
-    ``rates`` and ``dropouts`` are those that were tried; ``share`` the part of the study's steps."""
+    """A contestant at the rate, weight decay and dropout that were the best for it; ``cells`` are its seeds', in their
+    order. ``rates``, ``weight_decays`` and ``dropouts`` are those that were tried; ``share`` the part of the study's
+    steps."""
 
     contestant: str
     rate: float
     dropout: float
+    weight_decay: float
     share: float
     rates: tuple[float, ...]
     dropouts: tuple[float, ...]
+    weight_decays: tuple[float, ...]
     cells: tuple[dict[str, Any], ...]
 
     @property
@@ -38,13 +41,21 @@ class Row:
     @property
     def has_rate_at_edge(self) -> bool:
         """Whether a rate beyond those that were tried might have done better."""
-        return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
+        return _is_at_edge(self.rate, self.rates)
 
     @property
     def has_dropout_at_edge(self) -> bool:
         """The same of dropouts, of which there is none below 0."""
-        edges = {min(self.dropouts), max(self.dropouts)} - {0.0}
-        return len(self.dropouts) > 1 and self.dropout in edges
+        return self.dropout > 0 and _is_at_edge(self.dropout, self.dropouts)
+
+    @property
+    def has_weight_decay_at_edge(self) -> bool:
+        """The same of weight decays."""
+        return _is_at_edge(self.weight_decay, self.weight_decays)
+
+
+def _is_at_edge(value: float, tried: tuple[float, ...]) -> bool:
+    return len(tried) > 1 and value in (min(tried), max(tried))
 
 
 def rows(results: Results, study: Study) -> list[Row]:
@@ -66,9 +77,11 @@ def _row(study: Study, cells: dict[Cell, dict[str, Any]]) -> Row:
         contestant=best.contestant,
         rate=best.rate,
         dropout=best.dropout,
+        weight_decay=best.weight_decay,
         share=best.share,
         rates=tuple(sorted({cell.rate for cell in swept})),
         dropouts=tuple(sorted({cell.dropout for cell in swept})),
+        weight_decays=tuple(sorted({cell.weight_decay for cell in swept})),
         cells=tuple(cells[cell] for cell in mine if cell in cells),
     )
 

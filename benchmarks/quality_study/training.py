@@ -35,17 +35,18 @@ def text_of(study: Study, data: Path | None) -> Text | None:
     return characters(data)
 
 
-def training_of(study: Study, *, rate: float, seed: int, steps: int) -> TrainingConfig:
+def training_of(study: Study, cell: Cell, *, steps: int) -> TrainingConfig:
     """As nanoGPT has it: AdamW with betas 0.9 and 0.99, a cosine to a tenth of the rate at the last step."""
     return TrainingConfig(
         steps=steps,
         decay_steps=steps,
         batch_size=study.rows,
         sequence_length=study.length,
-        learning_rate=rate,
+        learning_rate=cell.rate,
+        weight_decay=cell.weight_decay,
         warmup_steps=study.warmup_steps,
         beta2=0.99,
-        seed=seed,
+        seed=cell.seed,
         precision=study.precision,
     )
 
@@ -67,7 +68,7 @@ def run(cell: Cell, data: Path | None, device: str, threads: int) -> dict[str, A
 
 def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | None) -> dict[str, Any]:
     steps = max(1, round(study.steps * cell.share))
-    training = training_of(study, rate=cell.rate, seed=cell.seed, steps=steps)
+    training = training_of(study, cell, steps=steps)
     optimizer, scaler = build_optimizer(model, training), build_scaler(model.device, training.precision)
     batch = batches_of(study, text, cell.seed)
     # Every loss that is asked for is of weights at that step; the best of them by what chooses is the model's.

@@ -203,6 +203,7 @@ def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     [
         (Cell(study="s", contestant="hybrid", rate=2e-3, dropout=0.2, seed=0), "s/hybrid/0.002/d0.2/0"),
         (Cell(study="s", contestant="hybrid", rate=2e-3, seed=1, share=1.25), "s/hybrid/0.002/d0/1/1.250"),
+        (Cell(study="s", contestant="hybrid", rate=2e-3, weight_decay=1.0, seed=1), "s/hybrid/0.002/d0/w1/1"),
     ],
 )
 def test_a_cells_name_says_all_of_it(cell: Cell, name: str) -> None:
@@ -275,7 +276,9 @@ def test_tables_say_which_rates_and_dropouts_are_at_an_edge() -> None:
 
     def at_edge(dropout: float, *tried: float) -> bool:
         swept: dict[str, Any] = {"contestant": "a", "rate": 1.0, "share": 1.0, "rates": (1.0,), "cells": ()}
-        return Row(dropout=dropout, dropouts=tried, **swept).has_dropout_at_edge
+        row = Row(dropout=dropout, dropouts=tried, weight_decay=0.1, weight_decays=(0.1,), **swept)
+        assert not row.has_weight_decay_at_edge
+        return row.has_dropout_at_edge
 
     assert at_edge(0.3, 0.2, 0.3) and at_edge(0.2, 0.2, 0.3) and at_edge(0.1, 0.0, 0.1)
     assert not (at_edge(0.0, 0.0, 0.1) or at_edge(0.2, 0.2) or at_edge(0.2, 0.1, 0.2, 0.3))
