@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quality_study.mixers import Change, ChangedResolvent, GatedDeltaNet
-from resnet_bk.layers import CausalAttention
+from quality_study.mixers import Change, ChangedResolvent, GatedDeltaNet, PartlyRotaryAttention
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
 # Dense unless a contestant says otherwise: what is compared is the mixer. One in all blocks, but for hybrids.
@@ -25,15 +24,15 @@ HYBRID = {"local_attention_every": ResNetBKConfig.local_attention_every}
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """A name for keys of results and a label for people; ``fields`` of the configuration that differ; ``change`` of the
-    resolvent mixer, or ``layer`` for another mixer in its place; with ``is_rotary`` a hybrid's attention is the
-    Transformer's, with rotary positions; ``needs`` is a package without which it is left out."""
+    resolvent mixer, or ``layer`` for another mixer in its place; ``rotary`` is the share of coordinates, those of the
+    shortest waves, that have rotary positions in a hybrid's attention; ``needs`` is a package without which it is left out."""
 
     name: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
     change: Change | None = None
     layer: Callable[[ResNetBKConfig], nn.Module] | None = None
-    is_rotary: bool = False
+    rotary: float = 0.0
     needs: str | None = None
 
     @property
@@ -77,7 +76,9 @@ CONTESTANTS = {
             "mamba2", "hybrid with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"
         ),
         # Of the hybrid, one thing at a time: its attention,
-        Contestant(name="hybrid-rotary", label="rotary positions in attention", fields=HYBRID, is_rotary=True),
+        Contestant(name="hybrid-rotary", label="ours, rotary positions in attention", fields=HYBRID, rotary=1.0),
+        Contestant(name="hybrid-half-rotary", label="ours, half of them in attention", fields=HYBRID, rotary=0.5),
+        Contestant(name="hybrid-quarter-rotary", label="ours, a quarter of them", fields=HYBRID, rotary=0.25),
         _hybrid("window-64", "attention to 64 tokens", local_attention_window=64),
         _hybrid("half", "ours, attention in every second block", local_attention_every=2),
         _hybrid("third", "ours, attention in every third block", local_attention_every=3),
@@ -152,14 +153,8 @@ def _model(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKForCausalLM
     config = config_of(contestant, shape)
     model = ResNetBKForCausalLM(config)
     for mixer, block in zip(config.layer_mixers, model.model.layers, strict=True):
-        if mixer == "local" and contestant.is_rotary:
-            block.mixer = CausalAttention(
-                hidden_size=config.hidden_size,
-                num_heads=config.num_attention_heads,
-                causal=True,
-                conv_size=config.conv_size,
-                dropout=config.dropout,
-            )
+        if mixer == "local" and contestant.rotary:
+            block.mixer = PartlyRotaryAttention(config, contestant.rotary)
         elif mixer == "resolvent" and contestant.change is not None:
             block.mixer = ChangedResolvent(config, contestant.change)
         elif mixer == "resolvent" and contestant.layer is not None:
@@ -171,7 +166,7 @@ def begin(model: ResNetBKForCausalLM) -> None:
     """The start of mixers that are not the library's."""
     for block in model.model.layers:
         mixer = block.mixer
-        if isinstance(mixer, ChangedResolvent | CausalAttention):
+        if isinstance(mixer, ChangedResolvent | PartlyRotaryAttention):
             mixer.apply(model._init_weights)
         if isinstance(mixer, ChangedResolvent | GatedDeltaNet):
             mixer.begin()

@@ -1,5 +1,6 @@
 """Mixers that only the study has: the resolvent's with one thing changed, or added; and others' layers."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quality_study.delta import delta_chunked
+from resnet_bk.layers import CausalAttention
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.resolvent import SHORTEST_MEMORY, TYPICAL_SOFTPLUS, memories
@@ -191,6 +193,28 @@ class ChangedResolvent(nn.Module):
             )
         diagonal_BND: Tensor = self.diagonal_output(g_BNH2.flatten(-2).to(self.diagonal_output.weight.dtype))
         return diagonal_BND
+
+
+class PartlyRotaryAttention(CausalAttention):
+    """The Transformer's, but that only a share of the pairs of coordinates turns: those of the shortest waves."""
+
+    def __init__(self, config: ResNetBKConfig, share: float) -> None:
+        super().__init__(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            causal=True,
+            conv_size=config.conv_size,
+            dropout=config.dropout,
+        )
+        self.share = share
+
+    def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """As attention's."""
+        assert context.rotary is not None
+        cos_BNC, sin_BNC = context.rotary
+        is_still_C = torch.arange(cos_BNC.shape[-1], device=cos_BNC.device) >= self.share * cos_BNC.shape[-1]
+        rotary = cos_BNC.masked_fill(is_still_C, 1), sin_BNC.masked_fill(is_still_C, 0)
+        return super().forward(x_BND, dataclasses.replace(context, rotary=rotary), state)
 
 
 class GatedDeltaNet(nn.Module):

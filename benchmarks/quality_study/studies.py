@@ -49,14 +49,15 @@ HALF_NANOGPT = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
 
+POSITIONS = ("hybrid-rotary", "hybrid-half-rotary")
 MAIN = ("hybrid", "attention", "resolvent")
 HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
-LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate")
+LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
 MEMORIES = ("hybrid-half", "attention", "resolvent")
 ABLATIONS = (
-    *("hybrid-rotary", "hybrid-window-64", "hybrid-half", "hybrid-third"),
+    *(*POSITIONS, "hybrid-quarter-rotary", "hybrid-window-64", "hybrid-half", "hybrid-third"),
     *("hybrid-gated", "hybrid-mamba2", "hybrid-gap", "hybrid-constant-gap", "hybrid-own-gap", "hybrid-scattering"),
     *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta"),
     *("hybrid-linear-keys", "hybrid-taylor", "hybrid-no-rotation", "hybrid-constant-rotation"),
@@ -65,7 +66,7 @@ ABLATIONS = (
 )
 # What might do better where the text is short.
 SHAKESPEARE_ABLATIONS = (
-    *("hybrid-rotary", "hybrid-half", "hybrid-gated", "hybrid-mamba2"),
+    *(*POSITIONS, "hybrid-quarter-rotary", "hybrid-half", "hybrid-gated", "hybrid-mamba2"),
     *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta", "hybrid-no-rotation", "hybrid-token-rotation"),
     *("hybrid-double-state", "hybrid-no-convolution", "hybrid-diagonal", "attention-plain"),
 )
@@ -118,7 +119,7 @@ STUDIES = {
         _nanogpt(
             "nanogpt-small",
             2000,
-            ("hybrid", "attention"),
+            ("hybrid", "attention", *POSITIONS),
             label="the same with models of less than half the size",
             shape=HALF_NANOGPT,
         ),
