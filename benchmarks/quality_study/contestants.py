@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quality_study.mixers import Change, ChangedResolvent, GatedDeltaNet, PartlyRotaryAttention
+from quality_study.mixers import Change, ChangedResolvent, GatedDeltaNet, PositionedAttention, Positions
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
 # Dense unless a contestant says otherwise: what is compared is the mixer. One in all blocks, but for hybrids.
@@ -24,15 +24,15 @@ HYBRID = {"local_attention_every": ResNetBKConfig.local_attention_every}
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """A name for keys of results and a label for people; ``fields`` of the configuration that differ; ``change`` of the
-    resolvent mixer, or ``layer`` for another mixer in its place; ``rotary`` is the share of coordinates, those of the
-    shortest waves, that have rotary positions in a hybrid's attention; ``needs`` is a package without which it is left out."""
+    resolvent mixer, or ``layer`` for another mixer in its place; ``positions`` of a hybrid's attention, which has none;
+    ``needs`` is a package without which it is left out."""
 
     name: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
     change: Change | None = None
     layer: Callable[[ResNetBKConfig], nn.Module] | None = None
-    rotary: float = 0.0
+    positions: Positions | None = None
     needs: str | None = None
 
     @property
@@ -57,6 +57,10 @@ def _changed_hybrid(name: str, label: str, **change: Any) -> Contestant:
     return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, change=Change(**change))
 
 
+def _positioned(name: str, label: str, **positions: Any) -> Contestant:
+    return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, positions=Positions(**positions))
+
+
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -76,9 +80,12 @@ CONTESTANTS = {
             "mamba2", "hybrid with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"
         ),
         # Of the hybrid, one thing at a time: its attention,
-        Contestant(name="hybrid-rotary", label="ours, rotary positions in attention", fields=HYBRID, rotary=1.0),
-        Contestant(name="hybrid-half-rotary", label="ours, half of them in attention", fields=HYBRID, rotary=0.5),
-        Contestant(name="hybrid-quarter-rotary", label="ours, a quarter of them", fields=HYBRID, rotary=0.25),
+        _positioned("rotary", "ours, rotary positions in attention", pairs=1),
+        _positioned("half-rotary", "ours, rotary positions of half of its coordinates", pairs=0.5),
+        _positioned("quarter-rotary", "ours, rotary positions of a quarter of them", pairs=0.25),
+        _positioned("rotary-heads", "ours, rotary positions in half of its heads", heads=0.5, pairs=1),
+        _positioned("forgetting", "ours, attention forgets as the resolvent does", forgets=True),
+        _positioned("fading", "ours, attention fades at a rate of each head", forgets=True, constant=True),
         _hybrid("window-64", "attention to 64 tokens", local_attention_window=64),
         _hybrid("half", "ours, attention in every second block", local_attention_every=2),
         _hybrid("third", "ours, attention in every third block", local_attention_every=3),
@@ -153,8 +160,8 @@ def _model(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKForCausalLM
     config = config_of(contestant, shape)
     model = ResNetBKForCausalLM(config)
     for mixer, block in zip(config.layer_mixers, model.model.layers, strict=True):
-        if mixer == "local" and contestant.rotary:
-            block.mixer = PartlyRotaryAttention(config, contestant.rotary)
+        if mixer == "local" and contestant.positions is not None:
+            block.mixer = PositionedAttention(config, contestant.positions)
         elif mixer == "resolvent" and contestant.change is not None:
             block.mixer = ChangedResolvent(config, contestant.change)
         elif mixer == "resolvent" and contestant.layer is not None:
@@ -166,7 +173,7 @@ def begin(model: ResNetBKForCausalLM) -> None:
     """The start of mixers that are not the library's."""
     for block in model.model.layers:
         mixer = block.mixer
-        if isinstance(mixer, ChangedResolvent | PartlyRotaryAttention):
+        if isinstance(mixer, ChangedResolvent | PositionedAttention):
             mixer.apply(model._init_weights)
-        if isinstance(mixer, ChangedResolvent | GatedDeltaNet):
+        if isinstance(mixer, ChangedResolvent | GatedDeltaNet | PositionedAttention):
             mixer.begin()

@@ -1,6 +1,5 @@
 """Mixers that only the study has: the resolvent's with one thing changed, or added; and others' layers."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quality_study.delta import delta_chunked
-from resnet_bk.layers import CausalAttention
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.resolvent import SHORTEST_MEMORY, TYPICAL_SOFTPLUS, memories
@@ -195,26 +193,83 @@ class ChangedResolvent(nn.Module):
         return diagonal_BND
 
 
-class PartlyRotaryAttention(CausalAttention):
-    """The Transformer's, but that only a share of the pairs of coordinates turns: those of the shortest waves."""
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What attention knows of them: rotary ones in the first ``heads`` of its heads, of the ``pairs`` of coordinates
+    with the shortest waves; or it ``forgets``: the logit of a token loses what the resolvent's l would lose on the way,
+    by gaps that tokens choose or that are ``constant``."""
 
-    def __init__(self, config: ResNetBKConfig, share: float) -> None:
-        super().__init__(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            causal=True,
-            conv_size=config.conv_size,
-            dropout=config.dropout,
-        )
-        self.share = share
+    heads: float = 1.0
+    pairs: float = 0.0
+    forgets: bool = False
+    constant: bool = False
+
+
+class PositionedAttention(nn.Module):
+    """Causal attention of whole rows, without padding, documents and decoding, with :class:`Positions`."""
+
+    def __init__(self, config: ResNetBKConfig, positions: Positions) -> None:
+        super().__init__()
+        hidden, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.positions, self.dropout = positions, config.dropout
+        self.longest_memory = 8 * config.resolvent_longest_memory
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.convolution = ShortConvolution(3 * hidden, config.conv_size) if config.conv_size else None
+        self.output = nn.Linear(hidden, hidden, bias=False)
+        if positions.forgets:
+            self.log_rate = nn.Parameter(torch.empty(self.num_heads))
+            self.potential = None if positions.constant else nn.Linear(hidden, self.num_heads, bias=False)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Its own parameters at the start; matrices are the model's business."""
+        if self.positions.forgets:
+            typical = math.log(2) if self.potential is None else TYPICAL_SOFTPLUS
+            self.log_rate.copy_(-torch.log(memories(self.num_heads, 4.0, self.longest_memory) * typical))
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """As attention's."""
+        """The mixed tokens ``(B, N, D)``; there is no state."""
+        assert context.padding is None and context.front_starts_BN is None and not state
+        qkv_BNC = self.qkv(x_BND)
+        if self.convolution is not None:
+            qkv_BNC, _ = self.convolution(qkv_BNC, None, None, None)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
+        if self.positions.pairs:
+            q, k = (self._turned(part, context) for part in (q, k))
+        mixed_BHNV = F.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q, k, v)),
+            attn_mask=self._lost(x_BND).to(v.dtype) if self.positions.forgets else None,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=not self.positions.forgets,
+        )
+        return self.output(mixed_BHNV.transpose(1, 2).flatten(2)), {}
+
+    def _turned(self, part_BNHC: Tensor, context: SequenceContext) -> Tensor:
         assert context.rotary is not None
-        cos_BNC, sin_BNC = context.rotary
-        is_still_C = torch.arange(cos_BNC.shape[-1], device=cos_BNC.device) >= self.share * cos_BNC.shape[-1]
-        rotary = cos_BNC.masked_fill(is_still_C, 1), sin_BNC.masked_fill(is_still_C, 0)
-        return super().forward(x_BND, dataclasses.replace(context, rotary=rotary), state)
+        cos_BN1C, sin_BN1C = (table.unsqueeze(2) for table in context.rotary)
+        is_still_C = (
+            torch.arange(cos_BN1C.shape[-1], device=cos_BN1C.device) >= self.positions.pairs * cos_BN1C.shape[-1]
+        )
+        count = round(self.positions.heads * self.num_heads)
+        turned = rotate(
+            part_BNHC[:, :, :count], cos_BN1C.masked_fill(is_still_C, 1), sin_BN1C.masked_fill(is_still_C, 0)
+        )
+        return torch.cat([turned, part_BNHC[:, :, count:]], dim=2)
+
+    def _lost(self, x_BND: Tensor) -> Tensor:
+        """Of each query and key, from the key on to the query ``(B, H, N, N)``; -inf where the key is later."""
+        with torch.autocast(x_BND.device.type, enabled=False):
+            single_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+            if self.potential is None:
+                potential_BNH = single_BND.new_zeros(*x_BND.shape[:2], self.num_heads)
+            else:
+                potential_BNH = F.linear(single_BND, self.potential.weight)
+            log_l_BNH = bk_tunnel(gap_of_rate(F.softplus(potential_BNH) * self.log_rate.exp()))
+            assert isinstance(log_l_BNH, Tensor)
+            sum_BHN = log_l_BNH.cumsum(1).transpose(1, 2)
+            lost = sum_BHN.unsqueeze(-1) - sum_BHN.unsqueeze(-2)
+            later = torch.ones_like(lost[0, 0], dtype=torch.bool).triu(1)
+            return lost.masked_fill(later, -math.inf)
 
 
 class GatedDeltaNet(nn.Module):

@@ -49,7 +49,8 @@ HALF_NANOGPT = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
 
-POSITIONS = ("hybrid-rotary", "hybrid-half-rotary")
+POSITIONS = ("hybrid-rotary", "hybrid-half-rotary", "hybrid-rotary-heads", "hybrid-forgetting")
+MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-fading")
 MAIN = ("hybrid", "attention", "resolvent")
 HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
@@ -57,7 +58,7 @@ SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
 MEMORIES = ("hybrid-half", "attention", "resolvent")
 ABLATIONS = (
-    *(*POSITIONS, "hybrid-quarter-rotary", "hybrid-window-64", "hybrid-half", "hybrid-third"),
+    *(*POSITIONS, *MORE_POSITIONS, "hybrid-window-64", "hybrid-half", "hybrid-third"),
     *("hybrid-gated", "hybrid-mamba2", "hybrid-gap", "hybrid-constant-gap", "hybrid-own-gap", "hybrid-scattering"),
     *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta"),
     *("hybrid-linear-keys", "hybrid-taylor", "hybrid-no-rotation", "hybrid-constant-rotation"),
@@ -66,7 +67,7 @@ ABLATIONS = (
 )
 # What might do better where the text is short.
 SHAKESPEARE_ABLATIONS = (
-    *(*POSITIONS, "hybrid-quarter-rotary", "hybrid-half", "hybrid-gated", "hybrid-mamba2"),
+    *(*POSITIONS, *MORE_POSITIONS, "hybrid-half", "hybrid-gated", "hybrid-mamba2"),
     *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta", "hybrid-no-rotation", "hybrid-token-rotation"),
     *("hybrid-double-state", "hybrid-no-convolution", "hybrid-diagonal", "attention-plain"),
 )
@@ -81,7 +82,13 @@ def _recall(times: int) -> Recall:
 def _nanogpt(name: str, steps: int, contestants: tuple[str, ...], **fields: Any) -> Study:
     """nanoGPT's own setting for a GPU, but for the number of steps and for what ``fields`` say."""
     label = f"Tiny Shakespeare by characters, nanoGPT's setting for a GPU, {steps:,} steps"
-    given: dict[str, Any] = {"label": label, "shape": NANOGPT, "rates": (1e-3, 2e-3), "dropouts": (0.3, 0.2, 0.4)}
+    given: dict[str, Any] = {
+        "label": label,
+        "shape": NANOGPT,
+        "rates": (1e-3, 2e-3),
+        "dropouts": (0.3, 0.2, 0.4),
+        "weight_decays": (0.1, 1.0),
+    }
     return Study(
         name=name,
         corpus="characters",
@@ -122,6 +129,8 @@ STUDIES = {
             ("hybrid", "attention", *POSITIONS),
             label="the same with models of less than half the size",
             shape=HALF_NANOGPT,
+            rates=(1e-3, 2e-3, 4e-3),
+            weight_decays=(0.1, 1.0, 2.0),
         ),
         Study(
             name="shakespeare-1m",
@@ -144,6 +153,7 @@ STUDIES = {
             contestants=LARGE_RIVALS,
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
+            weight_decays=(0.1, 0.5, 1.0),
             steps=1000,
             rows=64,
             length=256,
@@ -155,8 +165,9 @@ STUDIES = {
             corpus="characters",
             shape=LARGE,
             contestants=LARGE_RIVALS,
-            rates=(5e-4, 1e-3, 2e-3),
-            dropouts=(0.3, 0.2),
+            rates=(1e-3, 2e-3),
+            dropouts=(0.3,),
+            weight_decays=(1.0,),
             steps=1000,
             rows=64,
             length=256,
