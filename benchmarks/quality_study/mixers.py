@@ -197,12 +197,14 @@ class ChangedResolvent(nn.Module):
 class Positions:
     """What attention knows of them: rotary ones in the first ``heads`` of its heads, of the ``pairs`` of coordinates
     with the shortest waves; or it ``forgets``: the logit of a token loses what the resolvent's l would lose on the way,
-    by gaps that tokens choose or that are ``constant``."""
+    by gaps that tokens choose or that are ``constant``; or it ``fades``: the logit of a token loses a learned rate of
+    the head for each token on the way, wherever the text began."""
 
     heads: float = 1.0
     pairs: float = 0.0
     forgets: bool = False
     constant: bool = False
+    fades: bool = False
 
 
 class PositionedAttention(nn.Module):
@@ -216,6 +218,8 @@ class PositionedAttention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.convolution = ShortConvolution(3 * hidden, config.conv_size) if config.conv_size else None
         self.output = nn.Linear(hidden, hidden, bias=False)
+        if positions.fades:
+            self.log_rate = nn.Parameter(torch.empty(self.num_heads))
         if positions.forgets:
             self.log_rate = nn.Parameter(torch.empty(self.num_heads))
             self.potential = None if positions.constant else nn.Linear(hidden, self.num_heads, bias=False)
@@ -223,6 +227,8 @@ class PositionedAttention(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
+        if self.positions.fades:
+            self.log_rate.copy_(-torch.log(memories(self.num_heads, 4.0, self.longest_memory)))
         if self.positions.forgets:
             typical = math.log(2) if self.potential is None else TYPICAL_SOFTPLUS
             self.log_rate.copy_(-torch.log(memories(self.num_heads, 4.0, self.longest_memory) * typical))
@@ -236,11 +242,12 @@ class PositionedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
         if self.positions.pairs:
             q, k = (self._turned(part, context) for part in (q, k))
+        bias = self._lost(x_BND) if self.positions.forgets else self._faded(x_BND) if self.positions.fades else None
         mixed_BHNV = F.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (q, k, v)),
-            attn_mask=self._lost(x_BND).to(v.dtype) if self.positions.forgets else None,
+            attn_mask=None if bias is None else bias.to(v.dtype),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=not self.positions.forgets,
+            is_causal=bias is None,
         )
         return self.output(mixed_BHNV.transpose(1, 2).flatten(2)), {}
 
@@ -255,6 +262,12 @@ class PositionedAttention(nn.Module):
             part_BNHC[:, :, :count], cos_BN1C.masked_fill(is_still_C, 1), sin_BN1C.masked_fill(is_still_C, 0)
         )
         return torch.cat([turned, part_BNHC[:, :, count:]], dim=2)
+
+    def _faded(self, x_BND: Tensor) -> Tensor:
+        """The same at a constant rate of each head ``(H, N, N)``."""
+        places_N = torch.arange(x_BND.shape[1], device=x_BND.device)
+        distance = places_N.unsqueeze(1) - places_N
+        return (-self.log_rate.exp()[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
 
     def _lost(self, x_BND: Tensor) -> Tensor:
         """Of each query and key, from the key on to the query ``(B, H, N, N)``; -inf where the key is later."""

@@ -50,7 +50,7 @@ NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resol
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
 
 POSITIONS = ("hybrid-rotary", "hybrid-half-rotary", "hybrid-rotary-heads", "hybrid-forgetting")
-MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-fading")
+MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-fading", "hybrid-slopes")
 MAIN = ("hybrid", "attention", "resolvent")
 HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
@@ -127,7 +127,7 @@ STUDIES = {
             "nanogpt-small",
             2000,
             ("hybrid", "attention", *POSITIONS),
-            label="the same with models of less than half the size",
+            label="Tiny Shakespeare by characters, nanoGPT's setting with models of width 256, 2,000 steps",
             shape=HALF_NANOGPT,
             rates=(1e-3, 2e-3, 4e-3),
             weight_decays=(0.1, 1.0, 2.0),
