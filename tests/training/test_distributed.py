@@ -21,9 +21,13 @@ from small_training import finish, refused, resume, start
 
 from resnet_bk.cli.main import main
 from resnet_bk.errors import UserError
+from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
+from resnet_bk.planner.devices import device_for
+from resnet_bk.planner.predict import predict
 from resnet_bk.training.checkpoint import MOMENTS, WEIGHTS, checkpoints, step_of, verify_checkpoint
+from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.distributed import ALONE, World, joined, shard_model
 from resnet_bk.training.distributed_checkpoint import gathered_weights
 from resnet_bk.training.metrics import read_metrics
@@ -387,6 +391,24 @@ def test_rows_are_dealt_in_order_and_evenly():
     assert shares == [[0, 1], [2, 3], [4, 5]]
     with refused("batch_size 7 is for all 3 ranks together"):
         World(rank=2, size=3).rows(7)
+
+
+def test_ranks_take_one_plan_that_is_made_for_all_of_them(tmp_path, launcher, text_file):
+    flags = {"strategy": "auto", "host_memory": "8GB", "steps": 2, "batch_size": 4}
+    first, second = launcher.run(2, train_command(tmp_path / "run", text_file, **flags))
+    assert first.code == second.code == 0, first.errors
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    model, training = ResNetBKConfig(**recorded["model"]), TrainingConfig(**recorded["training"])
+    wanted = predict(model, training, device_for(torch.device("cpu")), ranks=2)
+    planned = f"planned: host {format_bytes(wanted.host_bytes)}, tensors {format_bytes(wanted.footprint.tensor_bytes)}"
+    assert f"{planned} on each device" in first.errors and not second.errors
+
+
+def test_ranks_are_refused_together_where_nothing_fits(tmp_path, launcher, text_file):
+    first, second = launcher.run(2, train_command(tmp_path / "run", text_file, host_memory="300MB"))
+    assert first.code == second.code == 2
+    assert "nothing fits" in first.errors and "on each of 2" in first.errors and not second.errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])

@@ -184,19 +184,18 @@ class TrainCommand:
             return config
         from resnet_bk.memory.units import format_bytes
         from resnet_bk.planner.devices import device_for
-        from resnet_bk.planner.search import choose_training, whole_machine
+        from resnet_bk.planner.search import whole_machine
+        from resnet_bk.planner.together import choose_together
         from resnet_bk.training.step import choose_device
 
         device = device_for(choose_device(config.training.device))
         budget = self._held_budget(config.training) if has_budget else whole_machine(device)
         fixed = set(given(self.training))
-        if world.size > 1:
-            fixed.add("offload_optimizer")  # of one process
-        chosen = choose_training(config.model, config.training, budget, device, fixed=fixed)
+        chosen = choose_together(config.model, config.training, budget, device, fixed=fixed, world=world)
         on_gpu = f"GPU {format_bytes(chosen.gpu_bytes)}, " if chosen.gpu_bytes else ""
         _remarks(world)(
             f"planned: {on_gpu}host {format_bytes(chosen.host_bytes)}, tensors "
-            f"{format_bytes(chosen.footprint.tensor_bytes)} on the device"
+            f"{format_bytes(chosen.tensor_bytes)} on {'the' if world.size == 1 else 'each'} device"
         )
         return replace(config, training=chosen.training)
 

@@ -144,6 +144,16 @@ class World:
         dist.broadcast(value, src=0)
         return int(value)
 
+    def bytes_of_main(self, content: bytes) -> bytes:
+        """Collective: rank 0's, whatever the others give."""
+        if self.size == 1:
+            return content
+        values = torch.empty(self.as_main(len(content)), dtype=torch.uint8)
+        if self.is_main:
+            values.copy_(torch.tensor(list(content), dtype=torch.uint8))
+        dist.broadcast(values, src=0)
+        return bytes(values.tolist())
+
     def wait(self) -> None:
         """Collective: returns when every rank is here."""
         self.any(False)
