@@ -158,11 +158,12 @@ class Runner:
         cells = [msgspec.structs.replace(at, **{knob: value}) for value in values]
 
         def then() -> None:
-            best = self.best([*tried, *cells])
+            swept = [*tried, *cells]
+            best = self.best(swept)
             if best is not None and later:
-                self.turn(study, best, [*tried, *cells], later)
+                self.turn(study, best, swept, later)
             elif best is not None:
-                self.other_seeds(study, best)
+                self.other_seeds(study, self.best([*swept, *self.beside(at)]) or best)
 
         # What was begun is ended first.
         self.submit_all(study, 0.2 * (3 - len(knobs)), cells, then)
@@ -172,13 +173,11 @@ class Runner:
         results = self.results["cells"]
         if not all(cell.name in results for cell in swept):
             return None
-        # What was swept before with more of the same contestant counts too.
-        tried = {cell.name: cell for cell in [*self.known(swept[0]), *swept]}
-        measured = [cell for cell in tried.values() if "choosing" in results[cell.name]]
+        measured = [cell for cell in swept if "choosing" in results[cell.name]]
         return min(measured, key=lambda cell: float(results[cell.name]["choosing"]), default=None)
 
-    def known(self, like: Cell) -> list[Cell]:
-        """All that has run of its study and contestant with its seed, at the study's own steps."""
+    def beside(self, like: Cell) -> list[Cell]:
+        """All that has run of its study and contestant with its seed, at the study's own steps, swept or not."""
         cells = map(Cell.named, self.results["cells"])
         whose = like.study, like.contestant, like.seed, 1.0
         return [cell for cell in cells if (cell.study, cell.contestant, cell.seed, cell.share) == whose]

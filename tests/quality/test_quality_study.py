@@ -1,12 +1,16 @@
 """The study's own parts: mixers equal what they vary, contestants are causal and of one size, tasks have answers."""
 
+import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import quality  # noqa: E402
 from quality_study.cells import Cell, Results, keep, merge, nothing  # noqa: E402
 from quality_study.contestants import CONTESTANTS, build, config_of  # noqa: E402
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
@@ -23,6 +28,7 @@ from quality_study.mixers import Change, ChangedResolvent, Decay  # noqa: E402
 from quality_study.studies import STUDIES  # noqa: E402
 from quality_study.summary import Row  # noqa: E402
 from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
+from resnet_bk.bench.process import Ended  # noqa: E402
 from resnet_bk.files import write_json  # noqa: E402
 from resnet_bk.layers import LocalAttention, ResolventMixer  # noqa: E402
 from resnet_bk.layers.resolvent import SHORTEST_MEMORY, memories  # noqa: E402
@@ -196,6 +202,36 @@ def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         assert {cell.dropout for cell in swept} == {0.0, 0.1}
         best = min(swept, key=lambda cell: mine[cell]["choosing"])
         assert {cell.dropout for cell in mine if cell.seed} == {best.dropout}
+
+
+def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, ran = {"rate": 2e-3, "weight_decay": 1.0, "dropout": 0.21}, []
+
+    def pretend(_: Any, arguments: tuple[Any, ...], **__: Any) -> Ended:
+        cell = arguments[0]
+        ran.append(cell)
+        loss = 1 + sum(abs(getattr(cell, knob) - value) for knob, value in best.items())
+        return Ended(seconds=0.0, result=json.dumps({"choosing": loss, "test": loss}).encode())
+
+    monkeypatch.setattr(quality, "run_apart", pretend)
+    monkeypatch.setattr(quality.Runner, "time_steps", lambda _: None)
+    knobs = {"rates": (1e-3, 2e-3), "weight_decays": (0.1, 1.0), "dropouts": (0.1, 0.2, 0.3)}
+    study = replace(STUDIES["smoke"], contestants=("hybrid",), **knobs)
+    given = {"out": tmp_path / "q.json", "jobs": 1, "threads": 1, "data": None, "contestants": None, "cells": None}
+    quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
+    # Two rates, one more decay, two more dropouts; then two more seeds of the best.
+    swept = [(1e-3, 0.1, 0.1), (2e-3, 0.1, 0.1), (2e-3, 1.0, 0.1), (2e-3, 1.0, 0.2), (2e-3, 1.0, 0.3)]
+    assert [(cell.rate, cell.weight_decay, cell.dropout) for cell in ran] == [*swept, *2 * [(2e-3, 1.0, 0.2)]]
+    assert [cell.seed for cell in ran] == [0, 0, 0, 0, 0, 1, 2]
+    # What is there is not run again; a better one that was run beside the sweep is what gets the seeds.
+    beside = Cell(study="smoke", contestant="hybrid", rate=2e-3, weight_decay=1.0, dropout=0.21, seed=0)
+    ran.clear()
+    quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
+    assert not ran
+    named = {**given, "cells": [beside.name]}
+    quality.Runner([study], argparse.Namespace(**named, stop_after=math.inf)).run()
+    quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
+    assert ran == [beside, *(msgspec.structs.replace(beside, seed=seed) for seed in (1, 2))]
 
 
 @pytest.mark.parametrize(
