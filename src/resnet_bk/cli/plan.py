@@ -236,7 +236,7 @@ class PlanCommand:
 
     def _introduce(self, config: "ResNetBKConfig", training: "TrainingConfig", plan: "Plan") -> None:
         result_console.print(
-            f"preset {self.preset}, mixer {config.mixer}: {plan.counts.total:,} parameters, "
+            f"preset {self.preset}, mixer {config.mixer}{_local_blocks(config)}: {plan.counts.total:,} parameters, "
             f"{plan.counts.active:,} active per token; "
             f"a step of {training.batch_size} x {training.sequence_length} = {training.tokens_per_step:,} tokens",
             soft_wrap=True,
@@ -300,3 +300,8 @@ class PlanCommand:
         if self.verify:
             document["verified"] = verification_document(*self._verified(config, training))
         return document
+
+
+def _local_blocks(config: "ResNetBKConfig") -> str:
+    local = config.mixer_numbers().get("local", 0) if config.mixer != "local" else 0
+    return f" with local attention in {local} of {config.num_layers} blocks" if local else ""
