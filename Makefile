@@ -23,7 +23,7 @@ demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF rep
 	@$(BIN)/python benchmarks/demo.py
 
 test: setup ## run every test, files side by side on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 test-fast: setup ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"

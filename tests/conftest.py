@@ -19,6 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent / "ops"))
 torch.set_num_threads(1 if WORKERS > 1 else 2)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that workers which take file after file end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_was_there_before():
     """Is looked through no more: much here collects garbage, which takes a second among all that tests import."""
