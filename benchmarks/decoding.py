@@ -5,7 +5,8 @@
 
 One row, float32, weights at their start: what a token costs does not depend on them. A step is one token through the
 model and its cache, and the likeliest next one. Contexts are made, not read: attention's cache holds random keys and
-values of the context's length, ours the state behind a short text, which has the same size behind a long one. All
+values of the context's length, local attention's those of its window, and a resolvent's is the state behind a short
+text, which has the same size behind a long one. All
 models and contexts take their steps in turns, forth and back, after steps that do not count. Total parameters are
 equal within 1%. Attention's keys and values are appended as transformers' dynamic cache does it, by a copy. Before
 anything is timed, each model's decoding is held against the full pass.
@@ -137,13 +138,17 @@ def decoder_behind(model: ResNetBKForCausalLM, context: int) -> Decoder | None:
     if config.mixer == "attention" and needed > free_bytes(device):
         return None
     cache = model(random_tokens(model, TEXT), use_cache=True).past_key_values
-    for layer in cache.layers:
-        if config.mixer == "attention":
-            shape = (1, config.num_attention_heads, context, config.hidden_size // config.num_attention_heads)
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for mixer, layer in zip(config.layer_mixers, cache.layers, strict=True):
+        shape = {
+            "attention": (1, heads, context, size),
+            "local": (1, min(context, config.local_attention_window - 1), heads, size),
+        }.get(mixer)
+        if shape is not None:
             layer.advance(
                 {**layer.state, **{name: torch.randn(shape, device=device) for name in ("keys", "values")}}, 0
             )
-        else:
+        if mixer != "attention":
             layer.num_tokens = context
     return Decoder(model=model, cache=cache, token_B1=random_tokens(model, 1))
 
