@@ -6,10 +6,10 @@
 One row, float32, weights at their start: what a token costs does not depend on them. A step is one token through the
 model and its cache, and the likeliest next one. Contexts are made, not read: attention's cache holds random keys and
 values of the context's length, local attention's those of its window, and a resolvent's is the state behind a short
-text, which has the same size behind a long one. All
-models and contexts take their steps in turns, forth and back, after steps that do not count. Total parameters are
-equal within 1%. Attention's keys and values are appended as transformers' dynamic cache does it, by a copy. Before
-anything is timed, each model's decoding is held against the full pass.
+text, which has the same size behind a long one. All models and contexts take their steps in turns, forth and back,
+after steps that do not count. Total parameters are equal within 1%. Attention's keys and values are appended as
+transformers' dynamic cache does it, by a copy. Before anything is timed, each model's decoding is held against the full
+pass.
 """
 
 import argparse

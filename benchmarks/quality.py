@@ -47,7 +47,9 @@ def main() -> None:
     running = commands.add_parser("run", help="train what is missing")
     running.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(PUBLISHED))
     running.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="only these")
-    running.add_argument("--cells", nargs="+", metavar="NAME", help="only these of the studies, as results name them")
+    running.add_argument(
+        "--cells", nargs="+", type=cell_named, metavar="NAME", help="only these of the studies, as results name them"
+    )
     running.add_argument("--data", type=Path, help="the text of Tiny Shakespeare")
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--jobs", type=int, default=1, help="processes on each device")
@@ -73,7 +75,22 @@ def main() -> None:
         parser.error("these studies read Tiny Shakespeare: give --data")
     if arguments.data is not None and not arguments.data.is_file():
         parser.error(f"--data {arguments.data} is not a file")
+    for cell in arguments.cells or []:
+        if cell.study not in arguments.studies:
+            parser.error(f"--cells {cell.name} is not of these studies: give --studies {cell.study}")
     Runner(studies, arguments).run()
+
+
+def cell_named(name: str) -> Cell:
+    """For the parser, which says in one line what is wrong."""
+    try:
+        cell = Cell.named(name)
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"{name} is no cell; they are like nanogpt/hybrid/0.001/d0.3/w1/0") from None
+    for kind, found, known in (("study", cell.study, STUDIES), ("contestant", cell.contestant, CONTESTANTS)):
+        if found not in known:
+            raise argparse.ArgumentTypeError(f"{name}: there is no {kind} {found}; choose one of {', '.join(known)}")
+    return cell
 
 
 def merge_files(into: Path, others: list[Path]) -> None:
@@ -105,8 +122,8 @@ class Runner:
         with self.lock:
             for study in self.studies:
                 if self.arguments.cells:
-                    named = map(Cell.named, self.arguments.cells)
-                    self.submit_all(study, 0, [cell for cell in named if cell.study == study.name], lambda: None)
+                    mine = [cell for cell in self.arguments.cells if cell.study == study.name]
+                    self.submit_all(study, 0, mine, lambda: None)
                     continue
                 for name in self.chosen(study):
                     self.sweep(study, name)

@@ -196,15 +196,12 @@ class ChangedResolvent(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Positions:
     """What attention knows of them: rotary ones in the first ``heads`` of its heads, of the ``pairs`` of coordinates
-    with the shortest waves; or it ``forgets``: the logit of a token loses what the resolvent's l would lose on the way,
-    by gaps that tokens choose or that are ``constant``; or it ``fades``: the logit of a token loses a learned rate of
-    the head for each token on the way, wherever the text began."""
+    with the shortest waves. Or its logits ``lose`` something for each token on the way: what the resolvent's l would,
+    by gaps that tokens choose or that are constant; or a learned rate of the head, wherever the text began."""
 
     heads: float = 1.0
     pairs: float = 0.0
-    forgets: bool = False
-    constant: bool = False
-    fades: bool = False
+    lose: Literal["nothing", "by tokens' gaps", "by a constant gap", "by the distance"] = "nothing"
 
 
 class PositionedAttention(nn.Module):
@@ -218,20 +215,18 @@ class PositionedAttention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.convolution = ShortConvolution(3 * hidden, config.conv_size) if config.conv_size else None
         self.output = nn.Linear(hidden, hidden, bias=False)
-        if positions.fades:
+        if positions.lose != "nothing":
             self.log_rate = nn.Parameter(torch.empty(self.num_heads))
-        if positions.forgets:
-            self.log_rate = nn.Parameter(torch.empty(self.num_heads))
-            self.potential = None if positions.constant else nn.Linear(hidden, self.num_heads, bias=False)
+        if positions.lose == "by tokens' gaps":
+            self.potential = nn.Linear(hidden, self.num_heads, bias=False)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
-        if self.positions.fades:
-            self.log_rate.copy_(-torch.log(memories(self.num_heads, 4.0, self.longest_memory)))
-        if self.positions.forgets:
-            typical = math.log(2) if self.potential is None else TYPICAL_SOFTPLUS
-            self.log_rate.copy_(-torch.log(memories(self.num_heads, 4.0, self.longest_memory) * typical))
+        typical = {"by tokens' gaps": TYPICAL_SOFTPLUS, "by a constant gap": math.log(2), "by the distance": 1.0}
+        if self.positions.lose in typical:
+            memory = memories(self.num_heads, 4.0, self.longest_memory)
+            self.log_rate.copy_(-torch.log(memory * typical[self.positions.lose]))
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The mixed tokens ``(B, N, D)``; there is no state."""
@@ -242,7 +237,7 @@ class PositionedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
         if self.positions.pairs:
             q, k = (self._turned(part, context) for part in (q, k))
-        bias = self._lost(x_BND) if self.positions.forgets else self._faded(x_BND) if self.positions.fades else None
+        bias = None if self.positions.lose == "nothing" else self._lost(x_BND)
         mixed_BHNV = F.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (q, k, v)),
             attn_mask=None if bias is None else bias.to(v.dtype),
@@ -263,26 +258,27 @@ class PositionedAttention(nn.Module):
         )
         return torch.cat([turned, part_BNHC[:, :, count:]], dim=2)
 
-    def _faded(self, x_BND: Tensor) -> Tensor:
-        """The same at a constant rate of each head ``(H, N, N)``."""
-        places_N = torch.arange(x_BND.shape[1], device=x_BND.device)
-        distance = places_N.unsqueeze(1) - places_N
-        return (-self.log_rate.exp()[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
-
     def _lost(self, x_BND: Tensor) -> Tensor:
         """Of each query and key, from the key on to the query ``(B, H, N, N)``; -inf where the key is later."""
         with torch.autocast(x_BND.device.type, enabled=False):
             single_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-            if self.potential is None:
-                potential_BNH = single_BND.new_zeros(*x_BND.shape[:2], self.num_heads)
-            else:
-                potential_BNH = F.linear(single_BND, self.potential.weight)
-            log_l_BNH = bk_tunnel(gap_of_rate(F.softplus(potential_BNH) * self.log_rate.exp()))
-            assert isinstance(log_l_BNH, Tensor)
+            log_l_BNH = self._log_l(single_BND)
             sum_BHN = log_l_BNH.cumsum(1).transpose(1, 2)
             lost = sum_BHN.unsqueeze(-1) - sum_BHN.unsqueeze(-2)
             later = torch.ones_like(lost[0, 0], dtype=torch.bool).triu(1)
             return lost.masked_fill(later, -math.inf)
+
+    def _log_l(self, x_BND: Tensor) -> Tensor:
+        rate_H = self.log_rate.exp()
+        if self.positions.lose == "by the distance":
+            return -rate_H.expand(*x_BND.shape[:2], -1)
+        if self.positions.lose == "by tokens' gaps":
+            potential_BNH = F.linear(x_BND, self.potential.weight)
+        else:
+            potential_BNH = x_BND.new_zeros(*x_BND.shape[:2], self.num_heads)
+        log_l_BNH = bk_tunnel(gap_of_rate(F.softplus(potential_BNH) * rate_H))
+        assert isinstance(log_l_BNH, Tensor)
+        return log_l_BNH
 
 
 class GatedDeltaNet(nn.Module):

@@ -103,21 +103,27 @@ def _nanogpt(name: str, steps: int, contestants: tuple[str, ...], **fields: Any)
     )
 
 
+def _small(**fields: Any) -> Study:
+    """About a million parameters; some three million tokens."""
+    return Study(shape=SMALL, steps=1000, rows=24, length=128, **fields)
+
+
+def _large(**fields: Any) -> Study:
+    """About 30 million parameters; some sixteen million tokens."""
+    return Study(shape=LARGE, contestants=LARGE_RIVALS, steps=1000, rows=64, length=256, precision="bf16", **fields)
+
+
 # The most important ones first: what runs, runs in this order.
 STUDIES = {
     study.name: study
     for study in (
-        Study(
+        _small(
             name="embedded-1m",
             label="Python's source, about 1.1M parameters",
             corpus="embedded",
-            shape=SMALL,
             contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *HYBRID_RIVALS),
             rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
             seeds=SIX_SEEDS,
-            steps=1000,
-            rows=24,
-            length=128,
         ),
         # With the one ablation that takes a study with dropout.
         _nanogpt(
@@ -132,71 +138,47 @@ STUDIES = {
             rates=(1e-3, 2e-3, 4e-3),
             weight_decays=(0.1, 1.0, 2.0),
         ),
-        Study(
+        _small(
             name="shakespeare-1m",
             label="Tiny Shakespeare by characters, about 0.8M parameters",
             corpus="characters",
-            shape=SMALL,
             contestants=(*MAIN, "gated", "mamba2", *HYBRID_RIVALS),
             rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
             dropouts=(0.0, 0.1),
             seeds=SIX_SEEDS,
-            steps=1000,
-            rows=24,
-            length=128,
         ),
-        Study(
+        _large(
             name="embedded-30m",
             label="Python's source, about 30M parameters",
             corpus="embedded",
-            shape=LARGE,
-            contestants=LARGE_RIVALS,
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
             weight_decays=(0.1, 0.5, 1.0),
-            steps=1000,
-            rows=64,
-            length=256,
-            precision="bf16",
         ),
-        Study(
+        _large(
             name="shakespeare-30m",
             label="Tiny Shakespeare by characters, about 30M parameters",
             corpus="characters",
-            shape=LARGE,
-            contestants=LARGE_RIVALS,
             rates=(1e-3, 2e-3),
             dropouts=(0.3,),
             weight_decays=(1.0,),
-            steps=1000,
-            rows=64,
-            length=256,
-            precision="bf16",
         ),
-        Study(
+        _small(
             name="ablations",
             label="one thing changed; Python's source, about 1.1M parameters",
             corpus="embedded",
-            shape=SMALL,
             # Its own base, at the same rates as all others.
             contestants=("hybrid", *ABLATIONS),
             base="hybrid",
             rates=(8e-3, 1.6e-2),
-            steps=1000,
-            rows=24,
-            length=128,
         ),
-        Study(
+        _small(
             name="ablations-shakespeare",
             label="one thing changed; Tiny Shakespeare by characters, about 0.8M parameters",
             corpus="characters",
-            shape=SMALL,
             contestants=("hybrid", *SHAKESPEARE_ABLATIONS),
             base="hybrid",
             rates=(4e-3, 8e-3),
-            steps=1000,
-            rows=24,
-            length=128,
         ),
         Study(
             name="recall",

@@ -129,7 +129,7 @@ def test_what_would_fit_fits_and_the_next_does_not():
         choose_training(model, replace(training, sequence_length=int(1.4 * found["sequence_length"])), budget, H100)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch_size=st.integers(1, 40), name=st.sampled_from(sorted(DEVICES)), accumulation=st.integers(1, 3))
 def test_every_candidate_is_a_configuration_with_the_same_tokens(batch_size, name, accumulation):
     training = TrainingConfig(

@@ -228,10 +228,30 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
     ran.clear()
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     assert not ran
-    named = {**given, "cells": [beside.name]}
+    named = {**given, "cells": [beside]}
     quality.Runner([study], argparse.Namespace(**named, stop_after=math.inf)).run()
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     assert ran == [beside, *(msgspec.structs.replace(beside, seed=seed) for seed in (1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smoke/hybrid", "smoke/hybrid is no cell"),
+        ("smoke/hybrid/0.1", "is no cell"),
+        ("smok/hybrid/0.1/0", "there is no study smok; choose one of embedded-1m"),
+        ("smoke/hybird/0.1/0", "there is no contestant hybird; choose one of hybrid"),
+        ("smoke/hybrid/0.1/0", "is not of these studies: give --studies smoke"),
+    ],
+)
+def test_a_mistyped_cell_is_one_line(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["quality.py", "run", "--out", str(tmp_path / "q.json"), "--studies", "smoke-recall", "--cells", name]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        quality.main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import tyro
 
 from resnet_bk.cli.console import print_json, remark, result_console
 from resnet_bk.cli.flags import ModelFlags, given
+from resnet_bk.cli.wording import local_attention_in_words
 from resnet_bk.errors import UserError
 
 if TYPE_CHECKING:
@@ -236,8 +237,8 @@ class PlanCommand:
 
     def _introduce(self, config: "ResNetBKConfig", training: "TrainingConfig", plan: "Plan") -> None:
         result_console.print(
-            f"preset {self.preset}, mixer {config.mixer}{_local_blocks(config)}: {plan.counts.total:,} parameters, "
-            f"{plan.counts.active:,} active per token; "
+            f"preset {self.preset}, mixer {config.mixer}{local_attention_in_words(config)}: "
+            f"{plan.counts.total:,} parameters, {plan.counts.active:,} active per token; "
             f"a step of {training.batch_size} x {training.sequence_length} = {training.tokens_per_step:,} tokens",
             soft_wrap=True,
         )
@@ -300,8 +301,3 @@ class PlanCommand:
         if self.verify:
             document["verified"] = verification_document(*self._verified(config, training))
         return document
-
-
-def _local_blocks(config: "ResNetBKConfig") -> str:
-    local = config.mixer_numbers().get("local", 0) if config.mixer != "local" else 0
-    return f" with local attention in {local} of {config.num_layers} blocks" if local else ""

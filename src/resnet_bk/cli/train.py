@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resnet_bk.cli.console import print_json, remark
 from resnet_bk.cli.flags import DataFlags, ModelFlags, TrainingFlags, given
 from resnet_bk.cli.progress import TrainingProgress
+from resnet_bk.cli.wording import local_attention_in_words
 from resnet_bk.errors import UserError
 from resnet_bk.training.config import DataConfig, TrainingConfig
 
@@ -294,10 +295,7 @@ def _mixer_in_words(model: "ResNetBKConfig", device: "torch.device") -> str:
     if model.mixer == "resolvent":
         chains, carry = choose_backend(device).name, choose_carry_backend(device).name
         words += f" ({model.resolvent_regime}, chains on the {chains} backend, carry on {carry})"
-    if model.mixer == "resolvent" and (local := model.mixer_numbers().get("local")):
-        words += (
-            f", local attention over {model.local_attention_window:,} tokens in {local} of {model.num_layers} blocks"
-        )
+    words += local_attention_in_words(model)
     if not model.conv_size:
         return words
     return f"{words}, convolution over {model.conv_size} tokens ({choose_convolution_backend(device).name} backend)"
