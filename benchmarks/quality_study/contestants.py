@@ -57,8 +57,13 @@ def _changed_hybrid(name: str, label: str, **change: Any) -> Contestant:
     return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, change=Change(**change))
 
 
-def _positioned(name: str, label: str, **positions: Any) -> Contestant:
-    return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, positions=Positions(**positions))
+def _positioned(name: str, label: str, every: int = HYBRID["local_attention_every"], **positions: Any) -> Contestant:
+    return Contestant(
+        name=f"hybrid-{name}",
+        label=label,
+        fields={"local_attention_every": every},
+        positions=Positions(**positions),
+    )
 
 
 CONTESTANTS = {
@@ -86,6 +91,7 @@ CONTESTANTS = {
         _positioned("rotary-heads", "ours, rotary positions in half of its heads", heads=0.5, pairs=1),
         _positioned("forgetting", "ours, attention forgets as the resolvent does", lose="by tokens' gaps"),
         _positioned("fading", "ours, it forgets at a constant gap of each head", lose="by a constant gap"),
+        _positioned("half-fading", "ours, that in every second block", every=2, lose="by a constant gap"),
         _positioned("slopes", "ours, attention fades with the distance alone", lose="by the distance"),
         _hybrid("window-64", "attention to 64 tokens", local_attention_window=64),
         _hybrid("half", "ours, attention in every second block", local_attention_every=2),

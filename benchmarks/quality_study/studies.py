@@ -49,14 +49,17 @@ HALF_NANOGPT = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "
 NANOGPT = {"hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, "resolvent_longest_memory": 256.0}
 MEMORY = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
 
-POSITIONS = ("hybrid-rotary", "hybrid-half-rotary", "hybrid-rotary-heads", "hybrid-forgetting")
-MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-fading", "hybrid-slopes")
+POSITIONS = (
+    *("hybrid-rotary", "hybrid-half-rotary", "hybrid-rotary-heads", "hybrid-forgetting"),
+    *("hybrid-fading", "hybrid-half-fading"),
+)
+MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-slopes")
 MAIN = ("hybrid", "attention", "resolvent")
 HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
-MEMORIES = ("hybrid-half", "attention", "resolvent")
+MEMORIES = ("hybrid-half", "hybrid-half-fading", "attention", "resolvent")
 ABLATIONS = (
     *(*POSITIONS, *MORE_POSITIONS, "hybrid-window-64", "hybrid-half", "hybrid-third"),
     *("hybrid-gated", "hybrid-mamba2", "hybrid-gap", "hybrid-constant-gap", "hybrid-own-gap", "hybrid-scattering"),
