@@ -86,7 +86,7 @@ def cell_named(name: str) -> Cell:
     try:
         cell = Cell.named(name)
     except (ValueError, IndexError):
-        raise argparse.ArgumentTypeError(f"{name} is no cell; they are like nanogpt/hybrid/0.001/d0.3/w1/0") from None
+        raise argparse.ArgumentTypeError(f"{name} is no cell; they are like nanogpt/ours/0.001/d0.3/w1/0") from None
     for kind, found, known in (("study", cell.study, STUDIES), ("contestant", cell.contestant, CONTESTANTS)):
         if found not in known:
             raise argparse.ArgumentTypeError(f"{name}: there is no {kind} {found}; choose one of {', '.join(known)}")
@@ -148,7 +148,8 @@ class Runner:
         """Alone on the first device, before anything else is there."""
         for study in self.studies:
             key = f"{study.name} on {self.device_name()}"
-            if study.corpus is None or key in self.results["steps"] or not set(TIMED) <= set(self.chosen(study)):
+            is_timed = set(TIMED) <= set(self.results["steps"].get(key, {}))
+            if study.corpus is None or is_timed or not set(TIMED) <= set(self.chosen(study)):
                 continue
             arguments = (study.name, self.arguments.data, self.devices[0], self.arguments.threads)
             ended = run_apart(step_seconds, arguments, timeout=LONGEST_CELL, kind_of=failure_kind)

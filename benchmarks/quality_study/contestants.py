@@ -18,14 +18,16 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "local_attention_every": 0,
 }
-HYBRID = {"local_attention_every": ResNetBKConfig.local_attention_every}
+EVERY = ResNetBKConfig.local_attention_every
+HYBRID = {"local_attention_every": EVERY}
+NOWHERE = Positions()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """A name for keys of results and a label for people; ``fields`` of the configuration that differ; ``change`` of the
-    resolvent mixer, or ``layer`` for another mixer in its place; ``positions`` of a hybrid's attention, which has none;
-    ``needs`` is a package without which it is left out."""
+    resolvent mixer, or ``layer`` for another mixer in its place; ``positions`` of a hybrid's attention, None for the
+    library's, which fades with the distance; ``needs`` is a package without which it is left out."""
 
     name: str
     label: str
@@ -49,15 +51,25 @@ def _changed(name: str, label: str, **change: Any) -> Contestant:
     return Contestant(name=name, label=label, change=Change(**change))
 
 
+def _ours(name: str, label: str, every: int = EVERY, **change: Any) -> Contestant:
+    """The library's hybrid, with another recurrent mixer where a change is given."""
+    return Contestant(
+        name=name,
+        label=label,
+        fields={"local_attention_every": every},
+        change=Change(**change) if change else None,
+    )
+
+
 def _hybrid(name: str, label: str, **fields: Any) -> Contestant:
-    return Contestant(name=f"hybrid-{name}", label=label, fields={**HYBRID, **fields})
+    return Contestant(name=f"hybrid-{name}", label=label, fields={**HYBRID, **fields}, positions=NOWHERE)
 
 
 def _changed_hybrid(name: str, label: str, **change: Any) -> Contestant:
-    return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, change=Change(**change))
+    return Contestant(name=f"hybrid-{name}", label=label, fields=HYBRID, change=Change(**change), positions=NOWHERE)
 
 
-def _positioned(name: str, label: str, every: int = HYBRID["local_attention_every"], **positions: Any) -> Contestant:
+def _positioned(name: str, label: str, every: int = EVERY, **positions: Any) -> Contestant:
     return Contestant(
         name=f"hybrid-{name}",
         label=label,
@@ -69,7 +81,12 @@ def _positioned(name: str, label: str, every: int = HYBRID["local_attention_ever
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
-        _of("hybrid", "ResNet-BK (ours)", **HYBRID),
+        _ours("ours", "ResNet-BK (ours)"),
+        _ours("ours-half", "ours, attention in every second block", every=2),
+        _ours("ours-gated", "ours with real-gated linear attention", decay="gated"),
+        _ours("ours-mamba2", "ours with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"),
+        # Attention without positions: what the parts were tried with.
+        Contestant(name="hybrid", label="hybrid without positions", fields=HYBRID, positions=NOWHERE),
         _of("resolvent", "resolvent alone"),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
@@ -80,29 +97,32 @@ CONTESTANTS = {
             "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
         ),
         Contestant(name="deltanet", label="Gated DeltaNet (flash-linear-attention)", layer=GatedDeltaNet, needs="fla"),
-        _changed_hybrid("gated", "hybrid with real-gated linear attention", decay="gated"),
+        _changed_hybrid("gated", "without positions, with real-gated linear attention", decay="gated"),
         _changed_hybrid(
-            "mamba2", "hybrid with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"
+            "mamba2",
+            "without positions, with Mamba-2's decays and writes",
+            decay="gated",
+            write="gap",
+            rotation="none",
         ),
         # Of the hybrid, one thing at a time: its attention,
-        _positioned("rotary", "ours, rotary positions in attention", pairs=1),
-        _positioned("half-rotary", "ours, rotary positions of half of its coordinates", pairs=0.5),
-        _positioned("quarter-rotary", "ours, rotary positions of a quarter of them", pairs=0.25),
-        _positioned("rotary-heads", "ours, rotary positions in half of its heads", heads=0.5, pairs=1),
-        _positioned("forgetting", "ours, attention forgets as the resolvent does", lose="by tokens' gaps"),
-        _positioned("fading", "ours, it forgets at a constant gap of each head", lose="by a constant gap"),
-        _positioned("half-fading", "ours, that in every second block", every=2, lose="by a constant gap"),
-        _positioned("slopes", "ours, attention fades with the distance alone", lose="by the distance"),
-        _hybrid("window-64", "attention to 64 tokens", local_attention_window=64),
-        _hybrid("half", "ours, attention in every second block", local_attention_every=2),
-        _hybrid("third", "ours, attention in every third block", local_attention_every=3),
+        _positioned("rotary", "rotary positions in attention", pairs=1),
+        _positioned("half-rotary", "rotary positions of half of its coordinates", pairs=0.5),
+        _positioned("quarter-rotary", "rotary positions of a quarter of them", pairs=0.25),
+        _positioned("rotary-heads", "rotary positions in half of its heads", heads=0.5, pairs=1),
+        _positioned("forgetting", "attention forgets as the resolvent does", lose="by tokens' gaps"),
+        _positioned("fading", "it forgets at a constant gap of each head", lose="by a constant gap"),
+        _positioned("half-fading", "that in every second block", every=2, lose="by a constant gap"),
+        _positioned("slopes", "attention fades with the distance (ours)", lose="by the distance"),
+        _hybrid("half", "attention in every second block", local_attention_every=2),
+        _hybrid("third", "attention in every third block", local_attention_every=3),
         # decays,
         _changed_hybrid("gap", "gap softplus(.) times a learned one", decay="gap"),
         _changed_hybrid("constant-gap", "gap does not depend on tokens", constant_gap=True),
         _changed_hybrid("own-gap", "l = exp(-r): no memory of earlier gaps", decay="own gap"),
         _hybrid("scattering", "scattering regime", resolvent_regime="scattering"),
         # writes,
-        _changed_hybrid("keeps-writes", "ours, dropout drops no writes", keeps_writes=True),
+        _changed_hybrid("keeps-writes", "dropout drops no writes", keeps_writes=True),
         _changed_hybrid("input-gate", "with an input gate", write="gate"),
         _changed_hybrid("gap-write", "writes as much as it forgets", write="gap"),
         _changed_hybrid("delta", "with delta-rule writes", delta=True),
@@ -113,6 +133,7 @@ CONTESTANTS = {
             label="exp(a q.k) to second order, keys half as wide",
             fields={**HYBRID, "resolvent_key_size": "half"},
             change=Change(features="taylor"),
+            positions=NOWHERE,
         ),
         _changed_hybrid("no-rotation", "no rotation", rotation="none"),
         _changed_hybrid("constant-rotation", "one angle per head", rotation="constant"),

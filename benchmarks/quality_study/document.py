@@ -14,14 +14,18 @@ from resnet_bk.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, IMAGES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
-OURS, BASELINE = "hybrid", "attention"
-CALLED = {"attention": "the Transformer", "hybrid": "ResNet-BK", "resolvent": "the resolvent as it is"}
+OURS, BASELINE = "ours", "attention"
+CALLED = {
+    "attention": "the Transformer",
+    "hybrid": "the hybrid without positions",
+    "resolvent": "the resolvent as it is",
+}
 FAMILIES = {
     "the best of the Mamba family": ("gated", "mamba2", "gated-delta", "deltanet"),
-    "the best of it in the same hybrid": ("hybrid-gated", "hybrid-mamba2"),
+    "the best of it in the same hybrid": ("ours-gated", "ours-mamba2"),
 }
 BY_POSITION = "quality-by-position.svg"
-SHOWN = ("hybrid", "attention", "resolvent")
+SHOWN = ("ours", "attention", "resolvent")
 FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")
 
 

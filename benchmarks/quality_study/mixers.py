@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from quality_study.delta import delta_chunked
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
-from resnet_bk.layers.resolvent import SHORTEST_MEMORY, TYPICAL_SOFTPLUS, memories
+from resnet_bk.layers.memories import memories
+from resnet_bk.layers.resolvent import SHORTEST_MEMORY, TYPICAL_SOFTPLUS
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry

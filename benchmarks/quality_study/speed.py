@@ -13,7 +13,7 @@ from quality_study.training import batches_of, text_of, training_of
 from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.step import build_scaler, train_step
 
-TIMED = ("hybrid", "attention")
+TIMED = ("ours", "attention")
 TURNS, STEPS, WARM_UP = 5, 8, 8
 
 

@@ -54,14 +54,14 @@ POSITIONS = (
     *("hybrid-fading", "hybrid-half-fading"),
 )
 MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-slopes")
-MAIN = ("hybrid", "attention", "resolvent")
-HYBRID_RIVALS = ("hybrid-gated", "hybrid-mamba2")
-LARGE_RIVALS = ("hybrid", "attention", "mamba2", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
+MAIN = ("ours", "attention", "resolvent", "hybrid")
+RIVALS = ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2")
+LARGE_RIVALS = ("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
-MEMORIES = ("hybrid-half", "hybrid-half-fading", "attention", "resolvent")
+MEMORIES = ("ours-half", "attention", "resolvent", "hybrid-half")
 ABLATIONS = (
-    *(*POSITIONS, *MORE_POSITIONS, "hybrid-window-64", "hybrid-half", "hybrid-third"),
+    *(*POSITIONS, *MORE_POSITIONS, "hybrid-half", "hybrid-third"),
     *("hybrid-gated", "hybrid-mamba2", "hybrid-gap", "hybrid-constant-gap", "hybrid-own-gap", "hybrid-scattering"),
     *("hybrid-input-gate", "hybrid-gap-write", "hybrid-delta"),
     *("hybrid-linear-keys", "hybrid-taylor", "hybrid-no-rotation", "hybrid-constant-rotation"),
@@ -124,18 +124,20 @@ STUDIES = {
             name="embedded-1m",
             label="Python's source, about 1.1M parameters",
             corpus="embedded",
-            contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *HYBRID_RIVALS),
+            contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *RIVALS),
             rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
             seeds=SIX_SEEDS,
         ),
         # With the one ablation that takes a study with dropout.
         _nanogpt(
-            "nanogpt", 2000, ("hybrid", "attention", "resolvent", "mamba2", "hybrid-mamba2", "hybrid-keeps-writes")
+            "nanogpt",
+            2000,
+            ("ours", "attention", "resolvent", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-keeps-writes"),
         ),
         _nanogpt(
             "nanogpt-small",
             2000,
-            ("hybrid", "attention", *POSITIONS),
+            ("ours", "attention", "hybrid", *POSITIONS),
             label="Tiny Shakespeare by characters, nanoGPT's setting with models of width 256, 2,000 steps",
             shape=HALF_NANOGPT,
             rates=(1e-3, 2e-3, 4e-3),
@@ -145,7 +147,7 @@ STUDIES = {
             name="shakespeare-1m",
             label="Tiny Shakespeare by characters, about 0.8M parameters",
             corpus="characters",
-            contestants=(*MAIN, "gated", "mamba2", *HYBRID_RIVALS),
+            contestants=(*MAIN, "gated", "mamba2", *RIVALS),
             rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
             dropouts=(0.0, 0.1),
             seeds=SIX_SEEDS,
@@ -240,14 +242,14 @@ STUDIES = {
             rows=64,
             length=512,
         ),
-        _nanogpt("nanogpt-full", 5000, ("hybrid", "attention"), rates=(1e-3,), dropouts=(0.3,), seeds=(0,)),
+        _nanogpt("nanogpt-full", 5000, ("ours", "attention"), rates=(1e-3,), dropouts=(0.3,), seeds=(0,)),
         # For tests and a first look: it says nothing.
         Study(
             name="smoke",
             label="that it runs",
             corpus="embedded",
             shape={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "resolvent_longest_memory": 32.0},
-            contestants=("hybrid", "attention"),
+            contestants=("ours", "attention"),
             rates=(4e-3,),
             dropouts=(0.0, 0.1),
             steps=4,

@@ -5,10 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_bk.ops.local_attention import local_attention
+from resnet_bk.models.configuration import LONGEST_WINDOW
+from resnet_bk.ops.local_attention import DIGIT, local_attention
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+RATES = torch.tensor([0.3, 0.01], dtype=torch.float64)
 
 
-def all_pairs(q, k, v, window, documents=None):
+def all_pairs(q, k, v, window, documents=None, rates=RATES):
     """By the definition."""
     q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
     token = torch.arange(q.shape[2])
@@ -16,7 +20,7 @@ def all_pairs(q, k, v, window, documents=None):
     allowed = (distance >= 0) & (distance < window)
     if documents is not None:
         allowed = (allowed & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 - rates[:, None, None] * distance
     return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
@@ -38,7 +42,9 @@ def test_it_is_attention_within_the_window(rows, length, window, documents, seed
     ids = None
     if documents:
         ids = (torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.2).long().cumsum(1)
-    torch.testing.assert_close(local_attention(q, k, v, window=window, documents=ids), all_pairs(q, k, v, window, ids))
+    torch.testing.assert_close(
+        local_attention(q, k, v, window=window, rates=RATES, documents=ids), all_pairs(q, k, v, window, ids)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,31 +54,33 @@ def test_it_goes_on_behind_what_came_before(length, window, data):
     q, k, v = tokens(2, length)
     kept = min(cut, window - 1)
     past = (k[:, cut - kept : cut], v[:, cut - kept : cut]) if kept else None
-    rest = local_attention(q[:, cut:], k[:, cut:], v[:, cut:], window=window, past=past)
+    rest = local_attention(q[:, cut:], k[:, cut:], v[:, cut:], window=window, rates=RATES, past=past)
     torch.testing.assert_close(rest, all_pairs(q, k, v, window)[:, cut:])
 
 
 def test_of_the_past_a_row_reads_what_is_filled():
     q, k, v = tokens(2, 9)
     past = (k[:, :6], v[:, :6])
-    found = local_attention(q[:, 6:], k[:, 6:], v[:, 6:], window=8, past=past, filled=torch.tensor([6, 2]))
+    found = local_attention(q[:, 6:], k[:, 6:], v[:, 6:], window=8, rates=RATES, past=past, filled=torch.tensor([6, 2]))
     torch.testing.assert_close(found[:1], all_pairs(q, k, v, 8)[:1, 6:])
     torch.testing.assert_close(found[1:], all_pairs(q[:, 4:], k[:, 4:], v[:, 4:], 8)[1:, 2:])
 
 
 @pytest.mark.parametrize(("length", "window"), [(5, 8), (8, 8), (21, 8)])
 def test_gradients_of_every_input(length, window):
-    q, k, v = (x.requires_grad_() for x in tokens(1, length))
-    assert torch.autograd.gradcheck(lambda *x: local_attention(*x, window=window), (q, k, v))
+    q, k, v, rates = (x.requires_grad_() for x in (*tokens(1, length), RATES.clone()))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, rates: local_attention(q, k, v, window=window, rates=rates), (q, k, v, rates)
+    )
 
 
 @pytest.mark.parametrize("window", [4, 8, 64])
 def test_no_token_reads_ahead_or_behind_the_window(window):
     q, k, v = tokens(1, 30)
-    before = local_attention(q, k, v, window=window)
+    before = local_attention(q, k, v, window=window, rates=RATES)
     k[:, 12] += 1
     v[:, 12] -= 1
-    changed = (local_attention(q, k, v, window=window) != before).flatten(2).any(-1)[0]
+    changed = (local_attention(q, k, v, window=window, rates=RATES) != before).flatten(2).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == list(range(12, min(30, 12 + window)))
 
 
@@ -87,7 +95,7 @@ def test_memory_grows_with_the_window_and_not_with_all_pairs():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            local_attention(q, k, v, window=64)
+            local_attention(q, k, v, window=64, rates=RATES)
         sizes.append(sum(storage.nbytes() for storage in saved.values()))
     assert sizes[1] <= 8.2 * sizes[0]
 
@@ -95,6 +103,42 @@ def test_memory_grows_with_the_window_and_not_with_all_pairs():
 def test_dropout_loses_weights():
     q, k, v = tokens(2, 20)
     torch.manual_seed(0)
-    several = torch.stack([local_attention(q, k, v, window=8, dropout=0.5) for _ in range(4000)])
+    several = torch.stack([local_attention(q, k, v, window=8, rates=RATES, dropout=0.5) for _ in range(4000)])
     assert not torch.allclose(several[0], several[1])
     assert (several.mean(0) - all_pairs(q, k, v, 8)).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_places_are_exact_in_half_types(dtype):
+    """Fast heads far from the first key: a place that is off by one would change a weight by a factor of e."""
+    window, length = 700, 1400
+    q, k, v = (x.to(dtype) for x in tokens(1, length, dtype=torch.float32))
+    rates = torch.tensor([1.0, 0.03125])
+    found = local_attention(q, k, v, window=window, rates=rates)
+    wanted = all_pairs(q, k, v, window, rates=rates.double())
+    assert (found.double() - wanted).abs().max() < (0.03 if dtype is torch.bfloat16 else 0.004)
+
+
+def test_windows_are_as_long_as_places_are_exact():
+    places = torch.arange(2 * LONGEST_WINDOW + 1)
+    for digit in (places % DIGIT, places - places % DIGIT):
+        is_exact = digit.bfloat16().double() == digit
+        assert is_exact[:-1].all()
+    assert places[-1] == DIGIT**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_rates_learn_in_half_types(device, dtype):
+    """Of numbers as large as places, nearly all of a rate's gradient cancels."""
+    window, length = 512, 1024
+    q, k, v = (x.to(device) for x in tokens(4, length, dtype=torch.float32))
+    rates = torch.tensor([0.25, 0.002], device=device, requires_grad=True)
+    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    found, wanted = (
+        torch.autograd.grad(
+            (local_attention(q.to(kind), k.to(kind), v.to(kind), window=window, rates=rates) * weight).sum(), rates
+        )[0]
+        for kind in (dtype, torch.float32)
+    )
+    assert (found - wanted).norm() <= 0.05 * wanted.norm(), (found, wanted)

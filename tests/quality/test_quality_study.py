@@ -31,7 +31,8 @@ from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
 from resnet_bk.bench.process import Ended  # noqa: E402
 from resnet_bk.files import write_json  # noqa: E402
 from resnet_bk.layers import LocalAttention, ResolventMixer  # noqa: E402
-from resnet_bk.layers.resolvent import SHORTEST_MEMORY, memories  # noqa: E402
+from resnet_bk.layers.memories import memories  # noqa: E402
+from resnet_bk.layers.resolvent import SHORTEST_MEMORY  # noqa: E402
 from resnet_bk.models import ResNetBKConfig  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 
@@ -75,7 +76,7 @@ def test_the_delta_rule_by_chunks_is_its_definition_with_every_gradient(length: 
 
 
 @pytest.mark.parametrize("is_training", [False, True])
-@pytest.mark.parametrize("name", ["resolvent", "hybrid"])
+@pytest.mark.parametrize("name", ["resolvent", "ours"])
 def test_without_a_change_the_changed_mixer_is_the_librarys(name: str, is_training: bool) -> None:
     """In training with the writes that dropout takes, which are the same after the same seed."""
     shape = {**SHAPE, "dropout": 0.3}
@@ -92,21 +93,21 @@ def test_without_a_change_the_changed_mixer_is_the_librarys(name: str, is_traini
             changed = ChangedResolvent(config, Change()).train(is_training)
             changed.load_state_dict(block.mixer.state_dict())
             block.mixer, exchanged = changed, exchanged + 1
-    assert exchanged == (3 if name == "hybrid" else 4)
+    assert exchanged == (3 if name == "ours" else 4)
     torch.testing.assert_close(logits(), expected)
 
 
 def test_ours_is_the_librarys_default() -> None:
-    config, default = config_of(CONTESTANTS["hybrid"], SHAPE), ResNetBKConfig()
+    config, default = config_of(CONTESTANTS["ours"], SHAPE), ResNetBKConfig()
     for name in ("mixer", "local_attention_every", "local_attention_window", "conv_size", "resolvent_regime"):
         assert getattr(config, name) == getattr(default, name)
-    assert [type(block.mixer) for block in build(CONTESTANTS["hybrid"], SHAPE, seed=0).model.layers] == [
+    assert [type(block.mixer) for block in build(CONTESTANTS["ours"], SHAPE, seed=0).model.layers] == [
         *(ResolventMixer, ResolventMixer, LocalAttention, ResolventMixer)
     ]
 
 
 def test_a_change_begins_with_the_memories_of_the_library() -> None:
-    ours, changed = (build(CONTESTANTS[name], SHAPE, seed=1) for name in ("hybrid", "hybrid-input-gate"))
+    ours, changed = (build(CONTESTANTS[name], SHAPE, seed=1) for name in ("ours", "hybrid-input-gate"))
     for mine, other in zip(ours.model.layers, changed.model.layers, strict=True):
         if isinstance(mine.mixer, ResolventMixer):
             torch.testing.assert_close(other.mixer.log_rate, mine.mixer.log_rate)
@@ -121,7 +122,7 @@ def test_decays_that_begin_as_if_all_tokens_were_alike_have_the_memories_then(de
     torch.testing.assert_close(1 / rates, memories(2, SHORTEST_MEMORY, 32.0), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["gated", "mamba2", "gated-delta", "hybrid-mamba2"])
+@pytest.mark.parametrize("name", ["gated", "mamba2", "gated-delta", "hybrid-mamba2", "ours-mamba2"])
 def test_rivals_lose_writes_in_training_as_ours_do(name: str) -> None:
     """What a head reads is a sum of writes alone here: where all are dropped, only the skip is left."""
     mixer = build(CONTESTANTS[name], {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
@@ -216,7 +217,7 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
     monkeypatch.setattr(quality, "run_apart", pretend)
     monkeypatch.setattr(quality.Runner, "time_steps", lambda _: None)
     knobs = {"rates": (1e-3, 2e-3), "weight_decays": (0.1, 1.0), "dropouts": (0.1, 0.2, 0.3)}
-    study = replace(STUDIES["smoke"], contestants=("hybrid",), **knobs)
+    study = replace(STUDIES["smoke"], contestants=("ours",), **knobs)
     given = {"out": tmp_path / "q.json", "jobs": 1, "threads": 1, "data": None, "contestants": None, "cells": None}
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     # Two rates, one more decay, two more dropouts; then two more seeds of the best.
@@ -224,7 +225,7 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
     assert [(cell.rate, cell.weight_decay, cell.dropout) for cell in ran] == [*swept, *2 * [(2e-3, 1.0, 0.2)]]
     assert [cell.seed for cell in ran] == [0, 0, 0, 0, 0, 1, 2]
     # What is there is not run again; a better one that was run beside the sweep is what gets the seeds.
-    beside = Cell(study="smoke", contestant="hybrid", rate=2e-3, weight_decay=1.0, dropout=0.21, seed=0)
+    beside = Cell(study="smoke", contestant="ours", rate=2e-3, weight_decay=1.0, dropout=0.21, seed=0)
     ran.clear()
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     assert not ran
@@ -237,11 +238,11 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("smoke/hybrid", "smoke/hybrid is no cell"),
-        ("smoke/hybrid/0.1", "is no cell"),
-        ("smok/hybrid/0.1/0", "there is no study smok; choose one of embedded-1m"),
-        ("smoke/hybird/0.1/0", "there is no contestant hybird; choose one of hybrid"),
-        ("smoke/hybrid/0.1/0", "is not of these studies: give --studies smoke"),
+        ("smoke/ours", "smoke/ours is no cell"),
+        ("smoke/ours/0.1", "is no cell"),
+        ("smok/ours/0.1/0", "there is no study smok; choose one of embedded-1m"),
+        ("smoke/hybird/0.1/0", "there is no contestant hybird; choose one of ours"),
+        ("smoke/ours/0.1/0", "is not of these studies: give --studies smoke"),
     ],
 )
 def test_a_mistyped_cell_is_one_line(
@@ -275,7 +276,7 @@ def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path) -> No
         found = nothing()
         for name, cell in cells.items():
             keep(found, "cells", name, cell, {"machine": machine})
-        keep(found, "steps", f"on {machine}", {"hybrid": 1.0}, {"machine": machine})
+        keep(found, "steps", f"on {machine}", {"ours": 1.0}, {"machine": machine})
         return found
 
     failed = {"failure": {"message": "no"}}
@@ -317,16 +318,16 @@ def test_with_nothing_measured_the_document_says_so() -> None:
 
 def test_findings_are_those_of_the_losses() -> None:
     good, bad = [2.0, 2.01, 2.02], [3.0, 3.01, 3.02]
-    said = findings(_edition(hybrid={8e-3: good}, attention={8e-3: bad}, gated={8e-3: bad}, hybrid_gated={8e-3: good}))
+    said = findings(_edition(ours={8e-3: good}, attention={8e-3: bad}, gated={8e-3: bad}, ours_gated={8e-3: good}))
     assert "**below** the Transformer's by 1.000" in said and "ours **wins**" in said
     assert said.count("ours is not above it by more than one standard error") == 2
-    said = findings(_edition(hybrid={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good}))
+    said = findings(_edition(ours={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good}))
     assert "ours **loses**" in said and "ours is **above** it by" in said
-    assert "carries no claim" in findings(_edition(hybrid={8e-3: good[:1]}, attention={8e-3: bad}))
+    assert "carries no claim" in findings(_edition(ours={8e-3: good[:1]}, attention={8e-3: bad}))
 
 
 def test_tables_say_which_rates_and_dropouts_are_at_an_edge() -> None:
-    edition = _edition(hybrid={4e-3: [3.0], 8e-3: [2.0], 1.6e-2: [3.0]}, attention={4e-3: [2.0], 8e-3: [3.0]})
+    edition = _edition(ours={4e-3: [3.0], 8e-3: [2.0], 1.6e-2: [3.0]}, attention={4e-3: [2.0], 8e-3: [3.0]})
     lines = table(edition, STUDIES["embedded-1m"]).splitlines()
     assert "| 0.008 |" in lines[2] and "| 0.004 (edge) |" in lines[3]
 

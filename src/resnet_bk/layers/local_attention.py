@@ -5,24 +5,35 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding
 from resnet_bk.ops.local_attention import local_attention
 
+SHORTEST_MEMORY = 4.0  # tokens, of the first head at the start
+
 
 class LocalAttention(nn.Module):
-    """Multi-head attention of each token to itself and the ``window - 1`` before it, without positions.
+    """Multi-head attention of each token to itself and the ``window - 1`` before it, which fades with the distance.
 
-    It is meant to stand between resolvent mixers, which know where tokens are: without positions of its own it reads as
-    well at distances that training never had. With a ``conv_size``, queries, keys and values go through a short
-    convolution first. ``dropout`` is of the weights.
+    A head's logits lose exp(``log_rate``) for each token between: at the start 1 / memory, for memories spread over the
+    heads from ``SHORTEST_MEMORY`` to the window. There are no other positions, and distances that training never had
+    read as those that it had. With a ``conv_size``, queries, keys and values go through a short convolution first.
+    ``dropout`` is of the weights.
     """
 
     def __init__(self, *, hidden_size: int, num_heads: int, window: int, conv_size: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.window, self.dropout = num_heads, window, dropout
+        self.log_rate = nn.Parameter(torch.empty(num_heads))
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    @torch.no_grad()
+    def initial_log_rate(self) -> Tensor:
+        """``(H,)``; a window shorter than the shortest memory has one rate for all."""
+        shortest = min(SHORTEST_MEMORY, float(self.window))
+        return -torch.log(memories(self.num_heads, shortest, float(self.window)))
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The mixed tokens, and the last ``window - 1`` real ones' keys and values ``(B, past, heads, head_dim)``.
@@ -42,6 +53,7 @@ class LocalAttention(nn.Module):
             k,
             v,
             window=self.window,
+            rates=self.log_rate.exp(),
             past=(state["keys"], state["values"]) if "keys" in state else None,
             filled=state.get("filled"),
             documents=None if starts_BN is None else starts_BN.cumsum(1),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
@@ -193,12 +194,6 @@ class ResolventMixer(nn.Module):
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
             return log_l_BNH, angle_BNH, state_behind(l_BNH2, padding, state, at_first=0.0)
-
-
-def memories(num_heads: int, shortest: float, longest: float) -> Tensor:
-    """Tokens that each head remembers ``(H,)``, spread evenly in their logarithm; of a single head, in the middle."""
-    share = torch.linspace(0, 1, num_heads) if num_heads > 1 else torch.full((1,), 0.5)
-    return shortest * (longest / shortest) ** share
 
 
 def _in_autocasts_type(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
     K key width, R of it turn with the position, W channels of a mixer's convolution, S tokens that it sees,
-    T_2 tokens of local attention's blocks behind its first window, w that window,
+    T_1 tokens in local attention's first window, T_2 in its blocks behind it, w that window,
     V vocabulary, L layers, M micro-batches, C tokens of a chunk of the loss, G chunks of the carry in all rows;
     P parameters, P_b of one block, P_o outside of blocks; c = 4 bytes in fp32, 2 in the half types of autocast.
 
@@ -18,6 +18,7 @@ from typing import Literal
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.carry.chunked import CHUNK
+from resnet_bk.ops.local_attention import EXTRA_COORDINATES
 from resnet_bk.ops.loss import chunk_rows
 
 MIXTURE, GRADIENTS_AND_RESULTS = "mixture of experts", "gradients and results"
@@ -138,19 +139,22 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
 
 
 def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
-    """qkv and the mixed values, of which the kernel reads parts where they are; behind the first window it reads
-    copies: of a block's queries, twice of its keys and values, and of all results."""
+    """What the kernel reads and writes, wider by the coordinates for places: queries, keys, values and results, behind
+    the first window keys and values twice; and the mixed values."""
     hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
     window, beyond = config.local_attention_window, _beyond_window(config, shape)
-    queries = shape.batch_size * _multiple(min(shape.sequence_length, window), 1 if half else 32)
-    queries += beyond // window * _multiple(window, 32)
-    # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
-    per_hidden = 6 if half else 16
-    num_bytes = per_hidden * shape.tokens * hidden + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
-    formula = f"T ({per_hidden} D + 4 A)" + (" + 8 D^2" if cast else "")
+    length = min(shape.sequence_length, window)
+    first, wide = shape.batch_size * length, hidden + EXTRA_COORDINATES * heads
+    queries = shape.batch_size * _multiple(length, 1 if half else 32) + beyond // window * _multiple(window, 32)
+    num_bytes = 4 * c * first * wide + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
+    formula = f"{4 * c} T_1 (D + {EXTRA_COORDINATES} A) + 4 T A" + (" + 8 D^2" if cast else "")
+    if not half:
+        # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
+        num_bytes += c * shape.tokens * hidden
+        formula += f" + {c} T D"
     if beyond:
-        num_bytes += c * hidden * (6 * beyond + shape.batch_size * window) + 2 * c * window * window
-        formula += f" + {c} D (6 T_2 + B w) + {2 * c} w^2"
+        num_bytes += 6 * c * beyond * wide + 2 * c * window * window
+        formula += f" + {6 * c} T_2 (D + {EXTRA_COORDINATES} A) + {2 * c} w^2"
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
 
 
@@ -202,7 +206,9 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
     if config.mixer == "bk":
         mixer, formula = tokens * (12 * config.num_bk_heads + c * hidden), "T (12 H + c D)"
     elif config.mixer in ("attention", "local"):
-        mixer, formula = tokens * (5 * c * hidden + 4 * config.num_attention_heads), "T (5 c D + 4 A)"
+        heads, extra = config.num_attention_heads, EXTRA_COORDINATES * (config.mixer == "local")
+        mixer = tokens * (5 * c * hidden + (4 + extra * c) * heads)
+        formula = f"T (5 c D + {4 + extra * c} A)"
     else:
         heads, channels = config.num_resolvent_heads, _convolved_channels(config)
         state = 4 * shape.batch_size * (config.key_size or 1) * hidden
@@ -415,10 +421,15 @@ def _resolvent_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) ->
 def _attention_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) -> Part:
     """At the kernel. That for halves sums the queries' gradient in float32, 128 queries and 32 numbers at a time."""
     hidden, heads = config.hidden_size, config.num_attention_heads
+    extra = EXTRA_COORDINATES * (config.mixer == "local")
     per_hidden, formula = (10, "T 10 D + 4 A B N' (D' + 1)") if c == 2 else (20, "T (20 D + 4 A)")
     sums = 4 * heads * shape.tokens
+    if extra:
+        # Of queries, keys, values and results.
+        sums += 4 * c * extra * heads * shape.tokens
+        formula += f" + {4 * c * extra} T A"
     if c == 2:
-        width = _multiple(hidden // heads, 32) + 1
-        sums = 4 * heads * shape.batch_size * _multiple(shape.sequence_length, 128) * width
+        width = _multiple(hidden // heads + extra, 32) + 1
+        sums += 4 * heads * (shape.batch_size * _multiple(shape.sequence_length, 128) * width - shape.tokens)
     num_bytes = per_hidden * hidden * shape.tokens + sums
     return Part(name=GRADIENTS_AND_RESULTS, num_bytes=num_bytes, formula=formula)

@@ -22,6 +22,7 @@ CHOICES = {
     "bk_grad": GradientRule,
 }
 LONGEST_CONVOLUTION = 64  # tokens; it is meant to be short
+LONGEST_WINDOW = 32_768  # tokens; up to twice as many, places are exact in half types
 LONGEST_MEMORY = 1e6  # tokens; a gap of 1e-12, far below which float32's smallest numbers come near
 MOST_PARAMETERS = 2**60  # their bytes still fit in 64 bits
 LARGEST_FLOAT = 1e30  # float32 holds it, with room to compute
@@ -40,7 +41,7 @@ class ResNetBKConfig(PreTrainedConfig):
             diagonal as features), ``"attention"`` (the Transformer baseline) or ``"local"`` (attention to the last
             tokens, without positions).
         local_attention_every: with the resolvent mixer, every so many-th block has local attention instead; 0 for none.
-        local_attention_window: tokens that a token sees there, itself included.
+        local_attention_window: tokens that a token sees there, itself included; up to 32,768.
         conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
         num_resolvent_heads: heads of the resolvent mixer, each with its chain; must divide hidden_size.
         resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
@@ -158,6 +159,10 @@ class ResNetBKConfig(PreTrainedConfig):
             return
         if not self.causal:
             raise ValueError("local attention is causal; with causal=False choose mixer bk or attention")
+        if self.local_attention_window > LONGEST_WINDOW:
+            raise ValueError(
+                f"local_attention_window is {self.local_attention_window}; give at most {LONGEST_WINDOW} tokens"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads; "

@@ -2,7 +2,7 @@
 
 Causal attention is counted as what it has to do, N (N + 1) / 2 pairs. Backward of fused attention recomputes the
 scores: 5 matrix products to forward's 2. Local attention is counted as its blocks compute it, pairs behind the window
-included.
+and coordinates for places included.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from resnet_bk.models.configuration import ResNetBKConfig
 from resnet_bk.ops.bk import operators
 from resnet_bk.ops.carry import operators as carry_operators
+from resnet_bk.ops.local_attention import EXTRA_COORDINATES
 from resnet_bk.schema import ComponentFlops
 
 
@@ -60,14 +61,16 @@ def _bk_flops(config: ResNetBKConfig, rows: int, sequence_length: int) -> list[C
 
 def _attention_flops(config: ResNetBKConfig, rows: int, sequence_length: int) -> list[ComponentFlops]:
     hidden, blocks = config.hidden_size, rows * sequence_length
+    width = hidden
     if config.mixer == "local":
         pairs = rows * _local_pairs(sequence_length, config.local_attention_window)
+        width += EXTRA_COORDINATES * config.num_attention_heads
     else:
         pairs = rows * attended_pairs(sequence_length, sequence_length, config.causal)
     return [
         _products("query, key, value and output projection", 8 * blocks * hidden * hidden),
         *_convolution(config, blocks * 3 * hidden),
-        ComponentFlops(component="attention", forward=4 * pairs * hidden, backward=10 * pairs * hidden),
+        ComponentFlops(component="attention", forward=4 * pairs * width, backward=10 * pairs * width),
     ]
 
 

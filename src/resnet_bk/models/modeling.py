@@ -112,6 +112,8 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
             init.ones_(module.skip)
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, CausalAttention | LocalAttention):
+            if isinstance(module, LocalAttention):
+                init.copy_(module.log_rate, module.initial_log_rate())
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight())

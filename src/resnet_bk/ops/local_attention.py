@@ -1,11 +1,21 @@
-"""Causal attention within a window, in time and memory that grow as N x window.
+"""Causal attention within a window that fades with the distance, in time and memory that grow as N x window.
 
 Queries go in blocks of ``window``: a block reads itself and the block before it, which is all that it may see.
+
+A head's logits lose ``rate`` for each token between query and key (O. Press et al., "Train short, test long", 2022,
+with rates that are learned). Rate x (j - i) is a product of a few more coordinates, rates in the query and places in
+the key. So it takes no mask, and torch's fused kernels give the rates' gradient with all others.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A key's place is written as 256 a + b, of which both are exact in bfloat16 up to 65,535. A query's is rounded: that is
+# the same for all keys, and a softmax does not see it. The other coordinates are zeros, since kernels want heads in
+# multiples of 8.
+EXTRA_COORDINATES = 8
+DIGIT = 256
 
 
 def local_attention(
@@ -14,16 +24,18 @@ def local_attention(
     v: Tensor,
     *,
     window: int,
+    rates: Tensor,
     past: tuple[Tensor, Tensor] | None = None,
     filled: Tensor | None = None,
     documents: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k / sqrt(K)) v over each token and the ``window - 1`` before it.
+    """softmax(q k / sqrt(K) - rate x distance) v over each token and the ``window - 1`` before it.
 
     Args:
         q, k, v: ``(B, N, H, K)``.
-        window: tokens that a query reads at most, itself included.
+        window: tokens that a query reads at most, itself included; up to 32,768.
+        rates: ``(H,)``, what logits lose for each token between.
         past: keys and values ``(B, P, H, K)`` of the tokens before, P < window.
         filled: ``(B,)``, how many of them each row has, the last ones; None for all.
         documents: ``(B, N)``, numbers that are the same for tokens that may read each other; not with ``past``.
@@ -37,7 +49,7 @@ def local_attention(
         k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
     first = min(window, length)
     mask = _first_mask(first, before, window, filled, None if documents is None else documents[:, :first], q.device)
-    mixed = _attend(q[:, :first], k[:, : before + first], v[:, : before + first], mask, dropout)
+    mixed = _attend(q[:, :first], k[:, : before + first], v[:, : before + first], rates, mask, dropout)
     if length <= window:
         return mixed
     of_keys, of_values = (_blocks_before(x[:, before:], window) for x in (k, v))
@@ -47,16 +59,39 @@ def local_attention(
         of_queries_GW = _blocks(documents[:, window:], window, fill=-1)
         mask = (mask & (of_queries_GW.unsqueeze(-1) == of_keys_GW2.unsqueeze(-2))) | _own(window, q.device)
         mask = mask.unsqueeze(1)
-    others = _attend(_blocks(q[:, window:], window), of_keys, of_values, mask, dropout)
+    others = _attend(_blocks(q[:, window:], window), of_keys, of_values, rates, mask, dropout)
     others = others.reshape(len(q), -1, *q.shape[2:])[:, : length - window]
     return torch.cat([mixed, others], dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Without a mask each query reads the keys up to its own, or all where there is a single query."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal).transpose(1, 2)
+    size, causal = q.shape[-1], mask is None and q.shape[1] > 1
+    q, k, v = (x.transpose(1, 2) for x in _with_places(q, k, v, rates))
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=size**-0.5
+    )
+    return mixed[..., :size].transpose(1, 2)
+
+
+def _with_places(q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates whose product is sqrt(K) x rate x (key's place - query's); values are as wide, as fused kernels want.
+
+    Of a softmax's gradient in half types, a sum over keys with their places would keep rounding errors as large as
+    places are; with the query's place in it, what is common to all keys cancels.
+    """
+    of_keys_M = torch.arange(k.shape[1], device=k.device)
+    rest_M = of_keys_M % DIGIT
+    more_k_M13 = torch.stack([of_keys_M - rest_M, rest_M, torch.full_like(rest_M, DIGIT)], dim=-1).unsqueeze(1)
+    of_queries_N11 = of_keys_M[-q.shape[1] :, None, None]
+    rates_H1 = (rates * q.shape[-1] ** 0.5).unsqueeze(-1)
+    more_q_NH3 = torch.cat([rates_H1.expand(len(of_queries_N11), -1, 2), rates_H1 * (of_queries_N11 / -DIGIT)], dim=-1)
+    more_q_NHE, more_k_M1E = (F.pad(x, (0, EXTRA_COORDINATES - x.shape[-1])) for x in (more_q_NH3, more_k_M13))
+    return (
+        torch.cat([q, more_q_NHE.to(q.dtype).expand(*q.shape[:-1], -1)], dim=-1),
+        torch.cat([k, more_k_M1E.to(k.dtype).expand(*k.shape[:-1], -1)], dim=-1),
+        F.pad(v, (0, EXTRA_COORDINATES)),
+    )
 
 
 def _first_mask(
