@@ -140,21 +140,22 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
 
 def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
     """What the kernel reads and writes, wider by the coordinates for places: queries, keys, values and results, behind
-    the first window keys and values twice; and the mixed values."""
+    the first window keys and values twice; and the mixed values. Rates and queries' places, once for all rows."""
     hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
     window, beyond = config.local_attention_window, _beyond_window(config, shape)
     length = min(shape.sequence_length, window)
     first, wide = shape.batch_size * length, hidden + EXTRA_COORDINATES * heads
     queries = shape.batch_size * _multiple(length, 1 if half else 32) + beyond // window * _multiple(window, 32)
     num_bytes = 4 * c * first * wide + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
-    formula = f"{4 * c} T_1 (D + {EXTRA_COORDINATES} A) + 4 T A" + (" + 8 D^2" if cast else "")
+    num_bytes += 4 * (length + 3 * heads)
+    formula = f"{4 * c} T_1 (D + {EXTRA_COORDINATES} A) + 4 (T A + min(N, w) + 3 A)" + (" + 8 D^2" if cast else "")
     if not half:
         # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
         num_bytes += c * shape.tokens * hidden
         formula += f" + {c} T D"
     if beyond:
-        num_bytes += 6 * c * beyond * wide + 2 * c * window * window
-        formula += f" + {6 * c} T_2 (D + {EXTRA_COORDINATES} A) + {2 * c} w^2"
+        num_bytes += 6 * c * beyond * wide + 2 * c * window * window + 4 * window
+        formula += f" + {6 * c} T_2 (D + {EXTRA_COORDINATES} A) + {2 * c} w^2 + 4 w"
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
 
 
