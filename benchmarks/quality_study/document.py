@@ -22,7 +22,7 @@ CALLED = {
 }
 FAMILIES = {
     "the best of the Mamba family": ("gated", "mamba2", "gated-delta", "deltanet"),
-    "the best of it in the same hybrid": ("ours-gated", "ours-mamba2"),
+    "the best of it in a hybrid": ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2"),
 }
 BY_POSITION = "quality-by-position.svg"
 SHOWN = ("ours", "attention", "resolvent")

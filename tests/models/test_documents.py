@@ -156,3 +156,27 @@ def test_decoding_goes_on_from_the_last_document(kind):
     for ours, theirs in zip(cache.layers, alone.layers, strict=True):
         for name, x in theirs.state.items():
             torch.testing.assert_close(ours.state[name][:1], x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+@pytest.mark.parametrize("kind", ["local", "local-wide", "hybrid", "tunnelling", "scattering", "vector", "bk"])
+def test_what_is_written_behind_packed_documents_reads_the_last_one(kind, has_padding):
+    model = build(kind)
+    row, ids = packed()
+    more, mask = row[:, :20], torch.ones_like(row)
+    if has_padding:
+        mask[1, :30], mask[1, -10:] = 0, 0
+    masks = torch.cat([mask, torch.ones_like(more)], dim=1) if has_padding else None
+    with torch.no_grad():
+        cache = model(row, attention_mask=mask if has_padding else None, document_ids=ids, use_cache=True)
+        is_last = (ids == ids[:, -1:]) & mask.bool()
+        behind = model(
+            more,
+            attention_mask=masks,
+            position_ids=is_last.sum(1, keepdim=True) + torch.arange(20),
+            past_key_values=cache.past_key_values,
+        ).logits
+        for index in range(2):
+            last = row[index, is_last[index]]
+            alone = model(torch.cat([last, more[index]]).unsqueeze(0)).logits[0, -20:]
+            torch.testing.assert_close(behind[index], alone, rtol=0, atol=1e-10)

@@ -38,7 +38,8 @@ class LocalAttention(nn.Module):
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The mixed tokens, and the last ``window - 1`` real ones' keys and values ``(B, past, heads, head_dim)``.
 
-        Rows that had padding remember fewer; then the state says how many of them are ``filled`` ``(B,)``, the last.
+        Rows that had padding or documents remember fewer, of the last document alone; then the state says how many of
+        them are ``filled`` ``(B,)``, the last.
         """
         padding, starts_BN = context.padding, context.front_starts_BN
         state = state or {}
@@ -60,11 +61,13 @@ class LocalAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
         if context.remember:
-            after |= self._remembered(k, v, padding, state)
+            after |= self._remembered(k, v, padding, starts_BN, state)
         mixed_BND = mixed_BNHV.flatten(2)
         return self.output(mixed_BND if padding is None else padding.restore(mixed_BND)), after
 
-    def _remembered(self, k: Tensor, v: Tensor, padding: Padding | None, state: MixerState) -> MixerState:
+    def _remembered(
+        self, k: Tensor, v: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: MixerState
+    ) -> MixerState:
         """Detached, and memory of its own: a view would keep all tokens alive."""
         past = state["keys"].shape[1] if "keys" in state else 0
         length = past + k.shape[1]
@@ -80,7 +83,15 @@ class LocalAttention(nn.Module):
             indices_BK = (past + new_B.unsqueeze(1) - kept + torch.arange(kept, device=k.device)).clamp(min=0)
             rows_B1 = torch.arange(len(new_B), device=k.device).unsqueeze(1)
             found = {name: x[rows_B1, indices_BK] for name, x in tensors.items()}
+        if starts_BN is not None:
+            return {**found, "filled": _of_last_document(starts_BN, padding).clamp(max=kept)}
         if new_B is None:
             return found
         filled_B = state.get("filled", torch.full_like(new_B, past))
         return {**found, "filled": (filled_B + new_B).clamp(max=kept)}
+
+
+def _of_last_document(starts_BN: Tensor, padding: Padding | None) -> Tensor:
+    """How many tokens each row's last document has ``(B,)``, without the padding behind it."""
+    first_B = (starts_BN * torch.arange(starts_BN.shape[1], device=starts_BN.device)).amax(1)
+    return (starts_BN.shape[1] if padding is None else padding.num_real_B) - first_B

@@ -326,7 +326,8 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             input_ids: ``(B, N)``.
             attention_mask: ``(B, past + N)``, 0 for padding on either side.
             document_ids: ``(B, N)``, a run of equal numbers for each of the documents packed into a row. Targets are
-                yours: the last token of a document should have none (-100), or the next document's first.
+                yours: the last token of a document should have none (-100), or the next document's first. Mixers with a
+                state of constant size go on from each row's last document, if ``position_ids`` count on in it.
             labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
             shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
             logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
@@ -528,8 +529,11 @@ def _numbered_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -
 
 
 def _front_starts(document_ids_BN: Tensor, padding: Padding | None) -> Tensor:
-    """Where a document starts behind another, with each row's real tokens in front."""
-    return _starts(document_ids_BN if padding is None else document_ids_BN.gather(1, padding.order_BN))
+    """Where a document starts behind another, with each row's real tokens in front; nothing starts in the padding."""
+    if padding is None:
+        return _starts(document_ids_BN)
+    is_real_BN = torch.arange(document_ids_BN.shape[1], device=document_ids_BN.device) < padding.num_real_B.unsqueeze(1)
+    return _starts(document_ids_BN.gather(1, padding.order_BN)) & is_real_BN
 
 
 def _starts(document_ids_BN: Tensor) -> Tensor:
