@@ -7,6 +7,8 @@ with rates that are learned). Rate x (j - i) is a product of a few more coordina
 the key. So it takes no mask, and torch's fused kernels give the rates' gradient with all others.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,13 +67,24 @@ def local_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Without a mask each query reads the keys up to its own, or all where there is a single query."""
-    size, causal = q.shape[-1], mask is None and q.shape[1] > 1
-    q, k, v = (x.transpose(1, 2) for x in _with_places(q, k, v, rates))
+    """Without a mask each query reads the keys up to its own."""
+    size, causal = q.shape[-1], mask is None
+    if q.shape[1] == 1:
+        # While decoding, all keys would be copied for each token: here a mask is the smaller thing.
+        causal, mask = False, _lost_to_the_last(rates, k.shape[1], mask).to(q.dtype)
+    else:
+        q, k, v = _with_places(q, k, v, rates)
     mixed = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=size**-0.5
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=size**-0.5
     )
     return mixed[..., :size].transpose(1, 2)
+
+
+def _lost_to_the_last(rates: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """What is added to the logits of a single query behind ``length - 1`` keys and at its own ``(H, 1, length)``, or
+    ``(B, H, 1, length)`` with a mask ``(B, 1, 1, length)``."""
+    lost_H1M = rates[:, None, None] * torch.arange(1 - length, 1, device=rates.device)
+    return lost_H1M if mask is None else lost_H1M.masked_fill(~mask, -math.inf)
 
 
 def _with_places(q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
