@@ -74,8 +74,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None,
         causal, mask = False, _lost_to_the_last(rates, k.shape[1], mask).to(q.dtype)
     else:
         q, k, v = _with_places(q, k, v, rates)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=size**-0.5
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=size**-0.5
     )
     return mixed[..., :size].transpose(1, 2)
 
