@@ -69,7 +69,7 @@ def local_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Without a mask each query reads the keys up to its own."""
     size, causal = q.shape[-1], mask is None
-    if q.shape[1] == 1:
+    if q.shape[1] == 1 < k.shape[1]:
         # While decoding, all keys would be copied for each token: here a mask is the smaller thing.
         causal, mask = False, _lost_to_the_last(rates, k.shape[1], mask).to(q.dtype)
     else:
