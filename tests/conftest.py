@@ -32,6 +32,15 @@ def what_was_there_before():
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Such small tensors are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smoke_config(tmp_path_factory):
     """A benchmark of seconds, on the text of this project's own source."""

@@ -22,13 +22,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Watched(TorchDispatchMode):

@@ -14,13 +14,7 @@ from resnet_bk.memory.tracking import TensorTracker
 WIDTH = 24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class LateCopies(HostActivations):

@@ -21,13 +21,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = [[70, 1, 2, 64, 63], [3, 1, 1, 150, 45]]  # of the documents of two rows
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind, **overrides):

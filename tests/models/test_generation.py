@@ -16,13 +16,7 @@ KINDS = {
 PATTERN = "to be or not to be that is the question whether tis nobler in the mind to suffer "
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(kind, steps=60, **overrides):

@@ -19,13 +19,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(kind="window shorter than the text", **overrides):

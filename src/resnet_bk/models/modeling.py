@@ -532,8 +532,7 @@ def _front_starts(document_ids_BN: Tensor, padding: Padding | None) -> Tensor:
     """Where a document starts behind another, with each row's real tokens in front; nothing starts in the padding."""
     if padding is None:
         return _starts(document_ids_BN)
-    is_real_BN = torch.arange(document_ids_BN.shape[1], device=document_ids_BN.device) < padding.num_real_B.unsqueeze(1)
-    return _starts(document_ids_BN.gather(1, padding.order_BN)) & is_real_BN
+    return _starts(document_ids_BN.gather(1, padding.order_BN)) & padding.front_real_BN
 
 
 def _starts(document_ids_BN: Tensor) -> Tensor:
