@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (under 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo.py
 
-test: setup ## run every test, files side by side on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
+test: setup ## run every test, files side by side on two cores, and at the end those that need the machine alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "not alone"
+	$(BIN)/python -m pytest -m alone --durations=5
 
 test-fast: setup ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"

@@ -52,6 +52,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "vocabulary": ({"hidden_size": 64, "vocab_size": 20_000}, 4, 128),
     "tied vocabulary": ({"hidden_size": 64, "vocab_size": 20_000, "tie_word_embeddings": True}, 4, 128),
     "experts": ({"hidden_size": 64, "num_experts": 16, "intermediate_size": 256}, 4, 64),
+    "behind the window": ({"hidden_size": 64, "num_layers": 3, "local_attention_window": 64}, 4, 250),
 }
 # What is timed on a GPU, which finishes smaller steps before the next one can be launched.
 WIDE_AND_DEEP: dict[str, Any] = {
@@ -65,8 +66,8 @@ WIDE_AND_DEEP: dict[str, Any] = {
 # Which strategies, in how many micro-batches, of which shapes.
 RUNS: list[tuple[str, int, str]] = [
     *(("fp32", 1, shape) for shape in SHAPES),
-    *(("mixed precision", 1, shape) for shape in ("many tokens", "wide", "vocabulary")),
-    *(("selective checkpointing", 1, shape) for shape in ("many tokens", "deep")),
+    *(("mixed precision", 1, shape) for shape in ("many tokens", "wide", "vocabulary", "behind the window")),
+    *(("selective checkpointing", 1, shape) for shape in ("many tokens", "deep", "behind the window")),
     *(("full checkpointing", 2, shape) for shape in ("many tokens", "deep", "vocabulary")),
     *(("offloaded optimizer", 2, shape) for shape in ("wide", "tied vocabulary")),
     *(("offloaded activations", 2, shape) for shape in ("many tokens", "deep", "vocabulary")),
