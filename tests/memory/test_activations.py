@@ -33,6 +33,7 @@ GRID = [
     ("no convolution", {"conv_size": 0}, 4, 64),
     ("a convolution as long as the rows", {"conv_size": 8, "num_layers": 1, "vocab_size": 64}, 8, 8),
     ("one token", {}, 4, 1),
+    ("dropout", {"dropout": 0.1}, 4, 64),
     ("bidirectional", {"causal": False, "num_bk_heads": 8}, 2, 64),
     ("analytic gradient", {"bk_grad": "blend", "num_bk_heads": 8}, 2, 64),
 ]
@@ -55,6 +56,9 @@ RESOLVENT = [
         64,
     ),
     ("scattering", {"resolvent_regime": "scattering"}, 4, 64),
+    ("dropout, no convolution", {"dropout": 0.1, "conv_size": 0}, 4, 64),
+    ("dropout, vector", {"dropout": 0.1, "resolvent_state": "vector"}, 4, 64),
+    ("dropout, scattering", {"dropout": 0.1, "resolvent_regime": "scattering"}, 4, 64),
     ("scattering, many heads", {"resolvent_regime": "scattering", "num_resolvent_heads": 16, "conv_size": 0}, 2, 128),
 ]
 CASES = [

@@ -19,6 +19,8 @@ HYBRID = {"num_layers": 4, "local_attention_every": 4}
 SCATTERING, VECTOR = {"resolvent_regime": "scattering"}, {"resolvent_state": "vector"}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
+DROPOUT = {"dropout": 0.1}
+
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
 IN_SINGLE = {
     f"{strategy.name}, fp32": replace(strategy, half=False, half_weights=False)
@@ -47,6 +49,11 @@ CASES = [
     *(("tiny", "bk", TIED, 16, 128, 8, name) for name in OTHERS),
     *(("tiny", "local", {}, 16, 128, 16, name) for name in BY_NAME),
     *(("tiny", "resolvent", HYBRID, 16, 128, 8, name) for name in ALL),
+    *(
+        ("tiny", mixer, DROPOUT, 16, 128, 16, name)
+        for mixer in (*MIXERS, "local")
+        for name in ("fp32", "mixed precision", "selective checkpointing", "offloaded activations")
+    ),
 ]
 WIDE = {"num_layers": 3}
 LARGE_CASES = [
@@ -64,6 +71,7 @@ LARGE_CASES = [
     *(("100m", "resolvent", HYBRID, 8, 1024, 8, name) for name in BY_NAME),
     *(("100m", "local", WIDE | {"local_attention_window": 256}, 8, 1024, 8, name) for name in BY_NAME),
     *(("1b", "resolvent", {"num_layers": 6}, 16, 1024, 16, name) for name in ("mixed precision", "full checkpointing")),
+    *(("100m", "resolvent", HYBRID | DROPOUT, 8, 1024, 8, name) for name in BY_NAME),
 ]
 
 

@@ -83,6 +83,7 @@ def block_activations(
             moe,
             *_convolution(config, shape, c),
             _bk_core(config, shape, half=half, cast=cast),
+            *_dropout(config, shape, c),
         ]
     mixer = {"attention": _attention, "local": _local_attention, "resolvent": _resolvent}[config.mixer]
     return [
@@ -90,7 +91,19 @@ def block_activations(
         moe,
         *_convolution(config, shape, c),
         mixer(config, shape, half=half, cast=cast),
+        *_dropout(config, shape, c),
     ]
+
+
+def _dropout(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
+    """Which numbers of both sums are kept, a byte each, and which of the resolvent's keys. Attention's kernels draw
+    theirs again."""
+    if not config.dropout:
+        return []
+    numbers, formula = 2 * config.hidden_size, "T 2 D"
+    if config.mixer == "resolvent":
+        numbers, formula = numbers + c * config.num_resolvent_heads, f"T (2 D + {c} H)"
+    return [Part(name="dropout", num_bytes=numbers * shape.tokens, formula=formula)]
 
 
 def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
@@ -230,6 +243,7 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     return [
         *([Part(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
         Part(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
+        *([Part(name="dropout", num_bytes=tokens * hidden, formula="T D")] if config.dropout else []),
         Part(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
         Part(
             name="gradients of the head",
@@ -332,6 +346,9 @@ def _computed_again(
         per_hidden, before = (8 + c + (0 if convolved else h), 4) if by_block else (4 + 2 * h + convolved, 4)
     else:
         per_hidden, before = (4 + 2 * c, 4) if by_block else (4 + 2 * c + 2 * h, h)
+    if config.dropout:
+        # What it makes of the block's last result; or, in backward, of its output's gradient, with a byte more.
+        per_hidden += c if by_block or config.mixer == "bk" else c - h + 1
     # With many experts there is more while they are chosen, although so many bytes a token are yet to come.
     routing = max(0 if by_block else 4, 12 * experts + 8 - before * hidden)
     state, formula = 0, f" + {routing} T" if routing else ""
@@ -366,7 +383,9 @@ def _at_experts(config: ResNetBKConfig, shape: TrainingShape, block: list[Part],
 def _at_mixer(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int) -> Iterator[BlockMoment]:
     """Before the mixture's own backward pass, and in that of the mixer before it."""
     norms, _, *mixer = block
-    yield BlockMoment(name="the router's gradient", parts=[*block, _working(config, shape, 4 + (4 - c) + 2 * c)])
+    own = c if config.dropout else 0  # the gradient that comes through it
+    working = _working(config, shape, 4 + (4 - c) + 2 * c + own)
+    yield BlockMoment(name="the router's gradient", parts=[*block, working])
     norm = Part(name=norms.name, num_bytes=norms.num_bytes // 2, formula="T (8 D + 8)")
     backward = _resolvent_backward if config.mixer == "resolvent" else _attention_backward
     yield BlockMoment(name="the mixer's gradients", parts=[norm, *mixer, backward(config, shape, c)], experts="all")
@@ -374,23 +393,25 @@ def _at_mixer(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c
 
 def _at_chains(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c: int) -> Iterator[BlockMoment]:
     """bk's mixer, with all of the block there yet."""
+    # What comes through either dropout is a gradient of its own, made with a byte more; the chains have used theirs.
+    own, byte = (c, 1) if config.dropout else (0, 0)
     h, hidden, heads = 4 - c, config.hidden_size, config.num_bk_heads
     per_token, formula = 4 * heads + 2, " + T (4 H + 2) + 12 D H"
     if not h:
         per_token, formula = per_token + config.conv_size * hidden // 16, f"{formula} + T S D / 16"
     more = 12 * hidden * heads
-    working = _working(config, shape, 8 + h, per_token=per_token, more=more, formula=formula)
+    working = _working(config, shape, 8 + h + 2 * own + byte, per_token=per_token, more=more, formula=formula)
     yield BlockMoment(name="the mixer's gradients", parts=[*block, working])
     # These are computed by torch, pass by pass, with so many bytes of complex numbers for each head.
     if not config.causal:
         yield BlockMoment(
             name="the chains' gradients",
-            parts=[*block, _working(config, shape, 4 + h, per_token=64 * heads, formula=" + 64 T H")],
+            parts=[*block, _working(config, shape, 4 + h + own, per_token=64 * heads, formula=" + 64 T H")],
         )
     elif config.bk_grad == "blend":
         yield BlockMoment(
             name="the chains' gradients",
-            parts=[*block, _working(config, shape, 4 + 2 * h, per_token=44 * heads, formula=" + 44 T H")],
+            parts=[*block, _working(config, shape, 4 + 2 * h + own, per_token=44 * heads, formula=" + 44 T H")],
         )
 
 
