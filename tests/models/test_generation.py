@@ -69,9 +69,12 @@ def test_the_state_has_a_constant_size():
 def test_local_attention_remembers_its_window_and_no_more():
     model = trained("hybrid", steps=1)
     sizes, cache = [], None
-    for length in (40, 1, 500):
+    for length in (40, 1, 500, *([1] * 20)):
         cache = model(torch.randint(128, (3, length)), past_key_values=cache, use_cache=True).past_key_values
         sizes.append(cache.num_bytes)
+        # What lies behind them in memory, which is one token more where that saves a copy of all.
+        stored = cache.layers[1].state["keys"].untyped_storage().nbytes() // (4 * 3 * 2 * 16)
+        assert stored == (16 if length == 1 else 15)
     assert len(set(sizes)) == 1
     assert cache.layers[1].state["keys"].shape == (3, 15, 2, 16)
 

@@ -53,15 +53,13 @@ def test_it_goes_on_behind_what_came_before(length, window, data):
     cut = data.draw(st.integers(1, length - 1))
     q, k, v = tokens(2, length)
     kept = min(cut, window - 1)
-    past = (k[:, cut - kept : cut], v[:, cut - kept : cut]) if kept else None
-    rest = local_attention(q[:, cut:], k[:, cut:], v[:, cut:], window=window, rates=RATES, past=past)
+    rest = local_attention(q[:, cut:], k[:, cut - kept :], v[:, cut - kept :], window=window, rates=RATES)
     torch.testing.assert_close(rest, all_pairs(q, k, v, window)[:, cut:])
 
 
 def test_of_the_past_a_row_reads_what_is_filled():
     q, k, v = tokens(2, 9)
-    past = (k[:, :6], v[:, :6])
-    found = local_attention(q[:, 6:], k[:, 6:], v[:, 6:], window=8, rates=RATES, past=past, filled=torch.tensor([6, 2]))
+    found = local_attention(q[:, 6:], k, v, window=8, rates=RATES, filled=torch.tensor([6, 2]))
     torch.testing.assert_close(found[:1], all_pairs(q, k, v, 8)[:1, 6:])
     torch.testing.assert_close(found[1:], all_pairs(q[:, 4:], k[:, 4:], v[:, 4:], 8)[1:, 2:])
 

@@ -100,6 +100,14 @@ def test_times_without_generation(report):
     assert "cannot go on" not in said(timing_of(report))
 
 
+def test_where_training_is_in_halves_generation_is_said_not_to_be(report):
+    halves = replace(report, workload=replace(report.workload, precision="bf16"))
+    words = "Reading a prompt and decoding are in fp32"
+    assert words in said(timing_of(halves))
+    assert words not in said(timing_of(report))
+    assert words not in said(timing_of(with_phases(halves, lambda phase, _: phase not in ("prefill", "decode"))))
+
+
 def test_times_of_a_baseline_that_does_not_generate(report):
     section = timing_of(with_phases(report, lambda phase, key: key == OURS or phase not in ("prefill", "decode")))
     assert "No time of generation: Transformer and Seed's mixer cannot" in said(section)

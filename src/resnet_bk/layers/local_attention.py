@@ -49,13 +49,14 @@ class LocalAttention(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["convolved"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("convolved"))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
+        if "keys" in state:
+            k, v = torch.cat([state["keys"], k], dim=1), torch.cat([state["values"], v], dim=1)
         mixed_BNHV = local_attention(
             q,
             k,
             v,
             window=self.window,
             rates=self.log_rate.exp(),
-            past=(state["keys"], state["values"]) if "keys" in state else None,
             filled=state.get("filled"),
             documents=None if starts_BN is None else starts_BN.cumsum(1),
             dropout=self.dropout if self.training else 0.0,
@@ -68,16 +69,18 @@ class LocalAttention(nn.Module):
     def _remembered(
         self, k: Tensor, v: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: MixerState
     ) -> MixerState:
-        """Detached, and memory of its own: a view would keep all tokens alive."""
+        """Of all keys and values ``(B, past + N, H, K)``, detached."""
         past = state["keys"].shape[1] if "keys" in state else 0
-        length = past + k.shape[1]
+        length = k.shape[1]
         kept = min(self.window - 1, length)
         tensors = {"keys": k.detach(), "values": v.detach()}
-        if past:
-            tensors = {name: torch.cat([state[name], x], dim=1) for name, x in tensors.items()}
         if padding is None:
-            found = {name: x[:, length - kept :].clone() for name, x in tensors.items()}
-            new_B = None if "filled" not in state else torch.full_like(state["filled"], k.shape[1])
+            found = {name: x[:, length - kept :] for name, x in tensors.items()}
+            # A view keeps all of a projection or a prompt alive. While decoding that is one token too many, and worth
+            # not copying all the others for.
+            if not past or length - kept > 1:
+                found = {name: x.clone() for name, x in found.items()}
+            new_B = None if "filled" not in state else torch.full_like(state["filled"], length - past)
         else:
             new_B = padding.num_real_B
             indices_BK = (past + new_B.unsqueeze(1) - kept + torch.arange(kept, device=k.device)).clamp(min=0)

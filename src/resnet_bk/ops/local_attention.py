@@ -27,7 +27,6 @@ def local_attention(
     *,
     window: int,
     rates: Tensor,
-    past: tuple[Tensor, Tensor] | None = None,
     filled: Tensor | None = None,
     documents: Tensor | None = None,
     dropout: float = 0.0,
@@ -35,20 +34,18 @@ def local_attention(
     """softmax(q k / sqrt(K) - rate x distance) v over each token and the ``window - 1`` before it.
 
     Args:
-        q, k, v: ``(B, N, H, K)``.
+        q: ``(B, N, H, K)``.
+        k, v: ``(B, P + N, H, K)``, those of the P < window tokens before in front.
         window: tokens that a query reads at most, itself included; up to 32,768.
         rates: ``(H,)``, what logits lose for each token between.
-        past: keys and values ``(B, P, H, K)`` of the tokens before, P < window.
-        filled: ``(B,)``, how many of them each row has, the last ones; None for all.
-        documents: ``(B, N)``, numbers that are the same for tokens that may read each other; not with ``past``.
+        filled: ``(B,)``, how many of the tokens before each row has, the last ones; None for all.
+        documents: ``(B, N)``, numbers that are the same for tokens that may read each other; with none before.
         dropout: share of weights that are lost.
 
     Returns:
         ``(B, N, H, K)``.
     """
-    length, before = q.shape[1], 0 if past is None else past[0].shape[1]
-    if past is not None:
-        k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
     first = min(window, length)
     mask = _first_mask(first, before, window, filled, None if documents is None else documents[:, :first], q.device)
     mixed = _attend(q[:, :first], k[:, : before + first], v[:, : before + first], rates, mask, dropout)

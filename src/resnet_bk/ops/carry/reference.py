@@ -67,7 +67,7 @@ def carry_recurrent(
         l_BNH = torch.where(starts_BN.unsqueeze(-1), 0, l_BNH)
     outputs = []
     for q_BHK, k_BHK, v_BHV, l_BH in zip(*(x.unbind(1) for x in (q_BNHK, k_BNHK, v_BNHV, l_BNH)), strict=True):
-        state_BHKV = l_BH[..., None, None] * state_BHKV + k_BHK.unsqueeze(-1) * v_BHV.unsqueeze(-2)
+        state_BHKV = torch.addcmul(l_BH[..., None, None] * state_BHKV, k_BHK.unsqueeze(-1), v_BHV.unsqueeze(-2))
         outputs.append((q_BHK.unsqueeze(-2) @ state_BHKV).squeeze(-2))
     o_BNHV = torch.stack(outputs, dim=1) if outputs else v_BNHV
     return (o_BNHV if skip_H is None else torch.addcmul(o_BNHV, skip_H.unsqueeze(-1), v_BNHV)), state_BHKV

@@ -49,6 +49,8 @@ def _method(report: Report, result: TimingResult) -> str:
         "timed apart from its phases, so that nobody waits in between. Intervals are 95% bootstrap intervals of the "
         "median."
     )
+    if work.precision != "fp32" and any(row.phase in ("prefill", "decode") for row in result.phases):
+        text += f" Reading a prompt and decoding are in fp32, as resnet-bk generate does them, not in {work.precision}."
     if not result.ratios:
         return text
     return (
