@@ -142,7 +142,7 @@ def planner_table() -> str:
     rows = [
         ("CPU: tensors of ResNet-BK, every strategy", _errors(document, "tensor_bytes", "ours")),
         ("CPU: tensors of GPT-2, Llama, GPT-NeoX", _errors(document, "tensor_bytes", "foreign")),
-        ("GPU: the same 72 steps, allocated", _errors(on_gpu, "allocated_bytes")),
+        ("GPU: steps of all of these, allocated", _errors(on_gpu, "allocated_bytes")),
         ("GPU: the same, reserved", _errors(on_gpu, "reserved_bytes")),
         ("GPU: `100m` and `1b` in budgets, allocated", [row["errors"]["allocated_bytes"] for row in trials]),
         ("GPU: the same, reserved", [row["errors"]["reserved_bytes"] for row in trials]),

@@ -153,7 +153,7 @@ def test_decoding_goes_on_from_the_last_document(kind):
 
 
 @pytest.mark.parametrize("has_padding", [False, True])
-@pytest.mark.parametrize("kind", ["local", "local-wide", "hybrid", "tunnelling", "scattering", "vector", "bk"])
+@every_kind
 def test_what_is_written_behind_packed_documents_reads_the_last_one(kind, has_padding):
     model = build(kind)
     row, ids = packed()
@@ -174,3 +174,11 @@ def test_what_is_written_behind_packed_documents_reads_the_last_one(kind, has_pa
             last = row[index, is_last[index]]
             alone = model(torch.cat([last, more[index]]).unsqueeze(0)).logits[0, -20:]
             torch.testing.assert_close(behind[index], alone, rtol=0, atol=1e-10)
+
+
+def test_attention_forgets_nothing_of_packed_documents():
+    row, ids = packed()
+    with torch.no_grad():
+        cache = build("attention", conv_size=0)(row, document_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="behind packed documents nothing can be forgotten"):
+        cache.layers[0].crop(10)

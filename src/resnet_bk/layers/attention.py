@@ -23,7 +23,10 @@ class CausalAttention(nn.Module):
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """The mixed tokens, and the keys and values ``(B, heads, past + N, head_dim)`` for the next call."""
+        """The mixed tokens, and the keys and values ``(B, heads, past + N, head_dim)`` for the next call.
+
+        Behind packed documents it says besides which of them is the ``first`` ``(B,)`` of each row's last document.
+        """
         batch_size, length, hidden_size = x_BND.shape
         heads = (batch_size, length, self.num_heads, hidden_size // self.num_heads)
         state = state or {}
@@ -37,7 +40,11 @@ class CausalAttention(nn.Module):
             q, k = (rotate(part, cos_BN.unsqueeze(1), sin_BN.unsqueeze(1)) for part in (q, k))
         if "keys" in state:
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
-        mask = self._mask(length, k.shape[2], context, x_BND.device)
+        if "first" in state:
+            after["first"] = state["first"]
+        elif context.document_ids_BN is not None and context.remember:
+            after["first"] = _first_of_last_document(context.document_ids_BN, context.key_mask_BK)
+        mask = self._mask(length, k.shape[2], context, state.get("first"), x_BND.device)
         plain_causal = self.causal and mask is None and length == k.shape[2]
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal)
@@ -54,17 +61,32 @@ class CausalAttention(nn.Module):
         y_BNC, window_BWC = convolution(padding.to_front(x_BNC), padding, context.front_starts_BN, window_BWC)
         return padding.restore(y_BNC), window_BWC
 
-    def _mask(self, length: int, num_keys: int, context: SequenceContext, device: torch.device) -> Tensor | None:
+    def _mask(
+        self, length: int, num_keys: int, context: SequenceContext, first_B: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """Which keys each query may read, bool; None where ``is_causal``, or nothing, says the same."""
         key_mask_BK, ids_BN = context.key_mask_BK, context.document_ids_BN
-        if key_mask_BK is None and ids_BN is None and (length in (1, num_keys) or not self.causal):
+        nothing_is_told_apart = key_mask_BK is None and ids_BN is None and first_B is None
+        if nothing_is_told_apart and (length in (1, num_keys) or not self.causal):
             return None
         own_key_N1 = torch.arange(num_keys - length, num_keys, device=device).unsqueeze(1)
         keys_K = torch.arange(num_keys, device=device)
         allowed = keys_K <= own_key_N1 if self.causal else torch.ones_like(keys_K <= own_key_N1)
         if ids_BN is not None:
             allowed = allowed & (ids_BN[:, None, :, None] == ids_BN[:, None, None, :])
+        if first_B is not None:
+            allowed = allowed & (keys_K >= first_B[:, None, None, None])
         if key_mask_BK is None:
             return allowed
         # A padding query reads itself: a row with nothing to read would be NaN.
         return (allowed & key_mask_BK.bool()[:, None, None, :]) | (keys_K == own_key_N1)
+
+
+def _first_of_last_document(ids_BN: Tensor, key_mask_BN: Tensor | None) -> Tensor:
+    """The first token of what each row's last real token belongs to ``(B,)``."""
+    if key_mask_BN is None:
+        last_B1 = ids_BN[:, -1:]
+    else:
+        places_N = torch.arange(ids_BN.shape[1], device=ids_BN.device)
+        last_B1 = ids_BN.gather(1, (key_mask_BN.bool() * places_N).argmax(1, keepdim=True))
+    return (ids_BN == last_B1).int().argmax(1)

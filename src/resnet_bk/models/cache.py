@@ -65,7 +65,8 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class AttentionLayer(DynamicLayer):
-    """Keys and values of one attention layer, and the window of its convolution if it has one."""
+    """Keys and values of one attention layer; the window of its convolution if it has one, and where the last of packed
+    documents begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,8 +86,10 @@ class AttentionLayer(DynamicLayer):
 
     def crop(self, max_length: int) -> None:
         """Forgets the last tokens; a convolution cannot, since its window has no earlier ones."""
-        if self.window:
+        if "window" in self.window:
             raise ValueError("a model with a short convolution cannot forget tokens; use one with conv_size=0")
+        if self.window:
+            raise ValueError("behind packed documents nothing can be forgotten; read the last one by itself")
         super().crop(max_length)
 
     def reset(self) -> None:

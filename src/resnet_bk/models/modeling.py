@@ -326,8 +326,8 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             input_ids: ``(B, N)``.
             attention_mask: ``(B, past + N)``, 0 for padding on either side.
             document_ids: ``(B, N)``, a run of equal numbers for each of the documents packed into a row. Targets are
-                yours: the last token of a document should have none (-100), or the next document's first. Mixers with a
-                state of constant size go on from each row's last document, if ``position_ids`` count on in it.
+                yours: the last token of a document should have none (-100), or the next document's first. What comes
+                behind them goes on from each row's last document, if ``position_ids`` count on in it.
             labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
             shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
             logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
