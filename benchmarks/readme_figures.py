@@ -30,6 +30,7 @@ DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
 FRUGAL, FRUGAL_GPU = (ROOT / "benchmarks" / "results" / kind / "frugal.json" for kind in ("cpu", "gpu"))
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
 PLANNER, PLANNER_GPU = (ROOT / "benchmarks" / "results" / kind / "planner.json" for kind in ("cpu", "gpu"))
+AGREEMENTS = {name: ROOT / "benchmarks" / "results" / name / "timing_agreement.json" for name in ("cpu", "gpu")}
 BUDGETS = ROOT / "benchmarks" / "results" / "gpu" / "planner-budgets.json"
 PHASES = {
     "forward": "forward time",
@@ -49,6 +50,7 @@ def main() -> int:
     contents = {
         "shakespeare": shakespeare_table(),
         "figures": table(reports),
+        "agreement": agreement(),
         "cpu": cpu_table(),
         "steps": steps_table(),
         "speeds": speeds_table(),
@@ -198,11 +200,26 @@ def frugal_table() -> str:
     )
 
 
+def agreement() -> str:
+    """How far the benchmark's times are from those of other tools."""
+    found = []
+    for name, path in AGREEMENTS.items():
+        document = read_json(path)
+        most = max(abs(row["difference"]) for row in document["callables"].values())
+        where = f"[{name}](benchmarks/results/{name}/timing_agreement.json): {source(document)}"
+        found.append(f"{most:.1%} from `{document['tool']}` ({where})")
+    return (
+        "The benchmark's times of the same calls, a matrix product and forward passes and steps of both models, differ at "
+        f"most by {' and by '.join(found)}."
+    )
+
+
 def source(document: dict[str, Any]) -> str:
     """Machine, commit and torch of a result."""
     environment = document["environment"]
     hardware = environment["hardware"]
-    name = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['threads']} threads"
+    threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
+    name = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {threads}"
     return f"{name}, commit {environment['commit']}, torch {environment['packages']['torch']}"
 
 
