@@ -209,8 +209,8 @@ def agreement() -> str:
         where = f"[{name}](benchmarks/results/{name}/timing_agreement.json): {source(document)}"
         found.append(f"{most:.1%} from `{document['tool']}` ({where})")
     return (
-        "The benchmark's times of the same calls, a matrix product and forward passes and steps of both models, differ at "
-        f"most by {' and by '.join(found)}."
+        "The benchmark's times of the same calls, a matrix product and forward passes and steps of both models, differ "
+        f"at most by {' and by '.join(found)}."
     )
 
 
