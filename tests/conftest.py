@@ -10,6 +10,9 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Of which some need the machine for themselves.
+ALONE = Path(__file__).parent / "bench"
+
 import torch  # noqa: E402  # reads that variable when it is loaded
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
@@ -23,6 +26,8 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that workers which take file after file end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if elsewhere := [item.nodeid for item in items if item.get_closest_marker("alone") and item.path.parent != ALONE]:
+        raise pytest.UsageError(f"`make test` looks for tests that run alone in {ALONE} only, not for {elsewhere}")
 
 
 @pytest.fixture(scope="module", autouse=True)

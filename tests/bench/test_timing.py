@@ -251,7 +251,6 @@ def share_of_runs(baseline, is_found, as_asked, **sizes):
     return np.mean(found)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_machine", "one_thread")
 def test_a_model_against_itself_differs_in_one_of_twenty_repetitions_at_most():

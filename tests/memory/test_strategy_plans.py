@@ -52,7 +52,7 @@ CASES = [
     *(
         ("tiny", mixer, DROPOUT, 16, 128, 16, name)
         for mixer in (*MIXERS, "local")
-        for name in ("fp32", "mixed precision", "selective checkpointing", "offloaded activations")
+        for name in ("mixed precision", "offloaded activations")
     ),
 ]
 WIDE = {"num_layers": 3}
