@@ -10,7 +10,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Of which some need the machine for themselves.
+# Where `make test` looks for tests that are to run with nothing beside them.
 ALONE = Path(__file__).parent / "bench"
 
 import torch  # noqa: E402  # reads that variable when it is loaded
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if elsewhere := [item.nodeid for item in items if item.get_closest_marker("alone") and item.path.parent != ALONE]:
-        raise pytest.UsageError(f"`make test` looks for tests that run alone in {ALONE} only, not for {elsewhere}")
+        raise pytest.UsageError(f"`make test` looks for tests marked alone in {ALONE}, not for {elsewhere}")
 
 
 @pytest.fixture(scope="module", autouse=True)

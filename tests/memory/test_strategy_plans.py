@@ -18,7 +18,6 @@ MIXERS = ("resolvent", "attention", "bk")
 HYBRID = {"num_layers": 4, "local_attention_every": 4}
 SCATTERING, VECTOR = {"resolvent_regime": "scattering"}, {"resolvent_state": "vector"}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
-
 DROPOUT = {"dropout": 0.1}
 
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}

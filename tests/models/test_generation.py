@@ -47,20 +47,12 @@ def prompt(length=12, batch_size=1):
 
 @pytest.mark.slow
 def test_512_greedy_tokens_are_those_of_recomputing_from_scratch(model):
-    cached = model.generate(prompt(), max_new_tokens=512, do_sample=False)
+    options = {"max_new_tokens": 512, "do_sample": False}
+    cached = model.generate(prompt(), **options)
+    recomputed = model.generate(prompt(), use_cache=False, **options)
     assert cached.shape == (1, 12 + 512)
+    assert torch.equal(cached, recomputed)
     assert len(set(cached[0].tolist())) > 5, "a model that repeats one token would prove little"
-    with torch.no_grad():
-        # Of a text every token at once, which reads nothing later; and every eighth behind a text that ends there.
-        assert torch.equal(model(cached[:, :-1], use_cache=False).logits[:, 11:].argmax(-1), cached[:, 12:])
-        for length in range(12, 12 + 512, 8):
-            logits = model(cached[:, :length], use_cache=False).logits
-            assert logits[0, -1].argmax() == cached[0, length]
-
-
-def test_greedy_tokens_without_a_cache_are_those_with_one(model):
-    options = {"max_new_tokens": 32, "do_sample": False}
-    assert torch.equal(model.generate(prompt(), **options), model.generate(prompt(), use_cache=False, **options))
 
 
 def test_the_state_has_a_constant_size():

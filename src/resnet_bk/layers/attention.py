@@ -83,10 +83,6 @@ class CausalAttention(nn.Module):
 
 
 def _first_of_last_document(ids_BN: Tensor, key_mask_BN: Tensor | None) -> Tensor:
-    """The first token of what each row's last real token belongs to ``(B,)``."""
-    if key_mask_BN is None:
-        last_B1 = ids_BN[:, -1:]
-    else:
-        places_N = torch.arange(ids_BN.shape[1], device=ids_BN.device)
-        last_B1 = ids_BN.gather(1, (key_mask_BN.bool() * places_N).argmax(1, keepdim=True))
-    return (ids_BN == last_B1).int().argmax(1)
+    """The first token of what each row's last real token belongs to ``(B,)``; documents are numbered upwards from 0."""
+    of_real_BN = ids_BN if key_mask_BN is None else ids_BN * key_mask_BN.bool()
+    return (ids_BN == of_real_BN.amax(1, keepdim=True)).int().argmax(1)
