@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import flop_registry
 
 from resnet_bk.bench import flops
@@ -17,7 +18,7 @@ from resnet_bk.bench.profiles import PROFILES
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import Subject, random_batch
 from resnet_bk.models import ResNetBKConfig
-from resnet_bk.models.flops import attended_pairs, formula_flops
+from resnet_bk.models.flops import attended_pairs, formula_flops, windowed_pairs
 from resnet_bk.schema import CellStatus, Failure
 from resnet_bk.training.config import DataConfig, TrainingConfig
 
@@ -63,6 +64,9 @@ class Mixing(nn.Module):
         {"resolvent_state": "vector"},
         {"mixer": "bk"},
         {"mixer": "bk", "conv_size": 0, "num_bk_heads": 3},
+        {"local_attention_every": 2, "local_attention_window": 8},
+        {"local_attention_every": 1, "local_attention_window": 8, "length": 29},
+        {"local_attention_every": 1, "local_attention_window": 16, "length": 21},
     ],
     ids=str,
 )
@@ -186,6 +190,40 @@ def test_causal_attention_counts_the_pairs_it_needs_and_full_attention_all():
             out.sum().backward()
         assert forward.get_total_flops() == 2 * 2 * (2 * 3) * pairs * 8
         assert backward.get_total_flops() == 2 * 5 * (2 * 3) * pairs * 8
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (1, 16), (1, 1, 16, 16), (2, 3, 16, 16)], ids=str)
+def test_a_mask_counts_the_pairs_that_it_leaves(shape):
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 0] = True
+    pairs = int(mask.expand(2, 3, 16, 16).sum())
+    for written in (mask, torch.zeros(shape).masked_fill(~mask, -torch.inf)):
+        with flop_counter() as forward:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=written)
+        with flop_counter() as backward:
+            out.sum().backward()
+        assert forward.get_total_flops() == 2 * 2 * pairs * 8
+        assert backward.get_total_flops() == 2 * 5 * pairs * 8
+
+
+def test_a_window_counts_the_pairs_within_it():
+    q, k, v = (torch.randn(2 * 16, 3, 8, device="meta", requires_grad=True) for _ in range(3))
+    ends = torch.tensor([0, 16, 32], dtype=torch.int32, device="meta")
+    with flop_counter() as forward:
+        out = varlen_attn(q, k, v, ends, ends, 16, 16, window_size=(4, 0))
+    with flop_counter() as backward:
+        out.sum().backward()
+    pairs = 2 * 3 * sum(min(token + 1, 5) for token in range(16))
+    assert forward.get_total_flops() == 2 * 2 * pairs * 8
+    assert backward.get_total_flops() == 2 * 5 * pairs * 8
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 30])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (3, 7), (1, 9), (20, 22)])
+def test_pairs_of_a_window(queries, keys, window):
+    by_hand = sum(min(token + 1, window) for token in range(keys - queries, keys))
+    assert windowed_pairs(queries, keys, window) == by_hand
 
 
 def test_pairs_of_a_causal_row():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_bk.models.configuration import LONGEST_WINDOW
+from resnet_bk.ops import local_attention as module
 from resnet_bk.ops.local_attention import DIGIT, local_attention
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
@@ -62,6 +64,67 @@ def test_of_the_past_a_row_reads_what_is_filled():
     found = local_attention(q[:, 6:], k, v, window=8, rates=RATES, filled=torch.tensor([6, 2]))
     torch.testing.assert_close(found[:1], all_pairs(q, k, v, 8)[:1, 6:])
     torch.testing.assert_close(found[1:], all_pairs(q[:, 4:], k[:, 4:], v[:, 4:], 8)[1:, 2:])
+
+
+def by_definition(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
+    """``varlen_attn``, row by row, with gradients."""
+    (left, right), found = window_size, []
+    assert (longest_q, longest_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
+    for row in range(len(ends_q) - 1):
+        own, read = slice(ends_q[row], ends_q[row + 1]), slice(ends_k[row], ends_k[row + 1])
+        scores = torch.einsum("nhk,mhk->hnm", q[own], k[read]) * scale
+        distance = torch.arange(longest_k - longest_q, longest_k).unsqueeze(1) - torch.arange(longest_k)
+        scores = scores.masked_fill((distance < -right) | (distance > left), -torch.inf)
+        found.append(torch.einsum("hnm,mhk->nhk", scores.softmax(-1), v[read]))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("length", "before", "window"), [(21, 0, 8), (2, 7, 8), (16, 3, 8), (30, 7, 64)])
+def test_by_the_kernel_for_windows_it_is_the_same(monkeypatch, length, before, window):
+    """That kernel is torch's and a GPU's, and is held against this below."""
+    monkeypatch.setattr(module, "varlen_attn", by_definition)
+    q, k, v, rates = (x.requires_grad_() for x in (*tokens(3, before + length), RATES.clone()))
+
+    def outcome():
+        mixed = local_attention(q[:, before:], k, v, window=window, rates=rates)
+        return mixed, *torch.autograd.grad(mixed.sin().sum(), (q, k, v, rates))
+
+    wanted = outcome()
+    monkeypatch.setattr(module, "_flash_serves", lambda q: True)
+    for mine, other in zip(outcome(), wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("length", "before", "window"), [(3000, 0, 1024), (700, 300, 512), (130, 0, 128), (17, 5, 8)])
+def test_the_gpus_kernel_for_windows_is_as_exact_as_its_types(length, before, window, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, before + length, 4, 64, generator=generator).cuda().to(dtype) for _ in range(3))
+    rates = torch.tensor([0.25, 0.1, 0.01, 0.001], device="cuda")
+    weight = torch.randn(2, length, 4, 64, generator=generator).cuda().to(dtype)
+    assert module._flash_serves(q)
+
+    def outcome(kind, rates):
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)] + [rates.requires_grad_()]
+        mixed = local_attention(inputs[0][:, before:], *inputs[1:3], window=window, rates=inputs[3])
+        return mixed, *torch.autograd.grad(mixed, inputs, weight.to(kind))
+
+    wanted, found = outcome(torch.float64, rates.double()), outcome(dtype, rates)
+    bounds = [1e-2] * 4 + [5e-2] if dtype == torch.bfloat16 else [2e-3] * 4 + [1e-2]
+    for mine, exact, bound in zip(found, wanted, bounds, strict=True):
+        assert (mine.double() - exact).norm() <= bound * exact.norm()
+
+
+@needs_cuda
+def test_the_gpus_kernel_for_windows_reads_neither_ahead_nor_behind():
+    q, k, v = (x.cuda().bfloat16() for x in tokens(1, 300))
+    assert module._flash_serves(F.pad(q, (0, 4)))
+    q, k, v = (F.pad(x, (0, 4)) for x in (q, k, v))
+    before = local_attention(q, k, v, window=64, rates=RATES.cuda())
+    k[:, 120], v[:, 120] = k[:, 120] + 1, v[:, 120] - 1
+    changed = (local_attention(q, k, v, window=64, rates=RATES.cuda()) != before).flatten(2).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == list(range(120, 184))
 
 
 @pytest.mark.parametrize(("length", "window"), [(5, 8), (8, 8), (21, 8)])

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_bk.imagined import Machine, imagining
+from resnet_bk.ops.local_attention import local_attention
 from resnet_bk.planner.as_on_cuda import AsOnCuda, workspace_bytes
 from resnet_bk.planner.trace import trace_step
 
 H100 = Machine(kind="cuda", capability=(9, 0), multiprocessors=132)
+CPU = Machine(kind="cpu")
 T4 = Machine(kind="cuda", capability=(7, 5), multiprocessors=40)
 SUM = torch.ops.aten.sum.dim_IntList
 
@@ -71,6 +73,49 @@ def attention_of(dtype, machine, **heads):
 )
 def test_attention_is_by_the_kernel_that_torch_would_take(dtype, machine, key_heads, kernel):
     assert attention_of(dtype, machine, key_heads=key_heads) == kernel
+
+
+def local_attention_of(dtype, machine, head_size=16, length=24, **others):
+    """Whether a trace would count the kernel for windows, forward and backward."""
+    asked = set()
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.add(str(func._overloadpacket))
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = (torch.empty(2, length, 4, head_size, dtype=dtype, device="meta", requires_grad=True) for _ in range(3))
+    rates = torch.empty(4, device="meta")
+    with imagining(machine), AsOnCuda(), Names():
+        local_attention(q, k, v, window=8, rates=rates, **others).sum().backward()
+    return {"torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"} <= asked
+
+
+@pytest.mark.parametrize(
+    ("dtype", "machine", "case", "windowed"),
+    [
+        (torch.bfloat16, H100, {}, True),
+        (torch.float16, H100, {}, True),
+        (torch.float32, H100, {}, False),
+        (torch.float16, T4, {}, False),
+        (torch.bfloat16, CPU, {}, False),
+        (torch.bfloat16, H100, {"length": 8}, False),
+        (torch.bfloat16, H100, {"head_size": 12}, False),
+        (torch.bfloat16, H100, {"dropout": 0.1}, False),
+        (torch.bfloat16, H100, {"documents": torch.zeros(2, 24, dtype=torch.int64, device="meta")}, False),
+    ],
+    ids=str,
+)
+def test_local_attention_is_by_the_kernel_for_windows_where_there_is_one(dtype, machine, case, windowed):
+    assert local_attention_of(dtype, machine, **case) == windowed
+
+
+def test_the_kernel_for_windows_takes_its_queries_gradient_in_float32():
+    backward = torch.ops.torch_attn._varlen_attn_backward.default
+    names = [argument.name for argument in backward._schema.arguments]
+    q, ends = torch.empty(2000, 12, 72, device="meta"), torch.empty(3, device="meta")
+    bound = dict.fromkeys(names) | {"query": q, "cu_seq_q": ends}
+    assert workspace_bytes(backward, tuple(bound.values()), {}) == 4 * 12 * (2000 + 2 * 128) * (96 + 1)
 
 
 @pytest.mark.parametrize(("bias", "checkpointed", "threads"), [(True, False, 1), (True, True, 2), (False, True, 0)])

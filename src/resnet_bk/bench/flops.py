@@ -1,7 +1,8 @@
 """Section 1: floating-point operations of a training step, counted while it runs and by formula.
 
-Causal attention is counted as what it has to do, N (N + 1) / 2 pairs, on every device: torch counts N^2 on a GPU and
-nothing at all on a CPU. Backward of fused attention recomputes the scores: 5 matrix products to forward's 2.
+Attention is counted as what it has to do, on every device: the pairs that causality, a window or a mask leave, such as
+N (N + 1) / 2. torch counts N^2 on a GPU and nothing at all on a CPU. Backward of fused attention recomputes the scores:
+5 matrix products to forward's 2.
 Of a convolution with a filter for each channel torch counts the weights' gradient for every pair of channels: here
 only what is computed.
 
@@ -25,7 +26,7 @@ from resnet_bk.bench.contestants import BASELINE, OURS
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import Subject
 from resnet_bk.models import ResNetBKConfig
-from resnet_bk.models.flops import attended_pairs, formula_flops
+from resnet_bk.models.flops import attended_pairs, formula_flops, windowed_pairs
 from resnet_bk.schema import FlopsResult, ModelFlops
 
 NAME = "flops"
@@ -36,17 +37,17 @@ RESULT = ModelFlops
 OPTIMIZER_FLOPS = 13 + 3
 
 aten = torch.ops.aten
-# Where each kernel has its is_causal among the positional arguments, and whether it is a backward pass.
-ATTENTION_KERNELS: tuple[tuple[Any, int, int, bool], ...] = (
-    # operator, index of the query, index of is_causal, backward
-    (aten._scaled_dot_product_flash_attention_for_cpu, 0, 4, False),
-    (aten._scaled_dot_product_flash_attention_for_cpu_backward, 1, 7, True),
-    (aten._scaled_dot_product_flash_attention, 0, 4, False),
-    (aten._scaled_dot_product_flash_attention_backward, 1, 11, True),
-    (aten._scaled_dot_product_efficient_attention, 0, 6, False),
-    (aten._scaled_dot_product_efficient_attention_backward, 1, 11, True),
-    (aten._scaled_dot_product_cudnn_attention, 0, 6, False),
-    (aten._scaled_dot_product_cudnn_attention_backward, 1, 14, True),
+ATTENTION_KERNELS: tuple[Any, ...] = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_cudnn_attention_backward,
+    torch.ops.torch_attn._varlen_attn,
+    torch.ops.torch_attn._varlen_attn_backward,
 )
 
 # Operators that multiply no matrices. Each was seen in a training step and looked at: of ResNet-BK with one of its
@@ -209,10 +210,7 @@ def seed_forward(config: ResNetBKConfig, batch_size: int, sequence_length: int) 
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter with what it has no formula for, or another than what is computed."""
-    mapping: dict[Any, Any] = {
-        kernel: _attention_formula(query, is_causal, backward)
-        for kernel, query, is_causal, backward in ATTENTION_KERNELS
-    }
+    mapping: dict[Any, Any] = {kernel: _attention_formula(kernel) for kernel in ATTENTION_KERNELS}
     mapping[aten.convolution_backward] = _convolution_backward
     mapping |= dict.fromkeys((aten.addmm_, aten._addmm_activation, aten.baddbmm_), _added_product)
     mapping |= {aten.mv: _matrix_vector, aten.dot: _dot, aten.vdot: _dot, aten._grouped_mm: _grouped_product}
@@ -244,16 +242,33 @@ def _convolution_backward(*args: Any, **_: Any) -> int:
     return int(forward * sum(output_mask[:2]))
 
 
-def _attention_formula(query: int, is_causal: int, backward: bool) -> Callable[..., int]:
-    def flops(*args: Any, **kwargs: Any) -> int:
-        causal = bool(args[is_causal]) if len(args) > is_causal else bool(kwargs.get("is_causal", False))
-        batch_size, heads, queries, key_width = args[query]
-        keys, value_width = args[query + 1][2], args[query + 2][3]
-        pairs = attended_pairs(queries, keys, causal)
-        widths = 3 * key_width + 2 * value_width if backward else key_width + value_width
-        return int(2 * batch_size * heads * pairs * widths)
+def _attention_formula(kernel: Any) -> Callable[..., int]:
+    names = [argument.name for argument in kernel.default._schema.arguments]
+    backward = "grad_out" in names
 
+    def flops(*args: Any, **kwargs: Any) -> int:
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        key_width, value_width = bound["query"].shape[-1], bound["value"].shape[-1]
+        widths = 3 * key_width + 2 * value_width if backward else key_width + value_width
+        return int(2 * _pairs_of(bound) * widths)
+
+    flops._get_raw = True  # type: ignore[attr-defined]  # torch's counter hands on tensors, not their shapes
     return flops
+
+
+def _pairs_of(bound: dict[str, Any]) -> int:
+    """Query-key pairs of all rows and heads that an attention kernel called like this has to look at."""
+    query, key = bound["query"], bound["key"]
+    if "max_q" in bound and query.ndim == 3:
+        rows = len(bound["cu_seq_q"]) - 1
+        window = bound["window_size"][0] + 1
+        return int(rows * query.shape[1] * windowed_pairs(bound["max_q"], bound["max_k"], window))
+    batch_size, heads, queries, _ = query.shape
+    mask = bound.get("attn_mask", bound.get("attn_bias"))
+    if mask is None or not mask.numel():
+        return int(batch_size * heads * attended_pairs(queries, key.shape[2], bool(bound.get("is_causal", False))))
+    share = int((mask if mask.dtype == torch.bool else mask > -math.inf).sum())
+    return int(share * batch_size * heads * queries * key.shape[2] // mask.numel())
 
 
 class _Review(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

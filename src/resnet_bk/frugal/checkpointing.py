@@ -34,6 +34,7 @@ SAVED_OPERATORS = frozenset(
         "aten::_scaled_dot_product_fused_attention_overrideable",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
         "resnet_bk::bk_bidirectional",
         "resnet_bk::bk_causal",
         "resnet_bk::bk_tunnel",

@@ -2,7 +2,7 @@
 
     T = batch_size x sequence_length tokens (B x N), D hidden, I expert width, E experts, H chains, A attention heads,
     K key width, R of it turn with the position, W channels of a mixer's convolution, S tokens that it sees,
-    T_1 tokens in local attention's first window, T_2 in its blocks behind it, w that window,
+    w tokens that local attention sees,
     V vocabulary, L layers, M micro-batches, C tokens of a chunk of the loss, G chunks of the carry in all rows;
     P parameters, P_b of one block, P_o outside of blocks; c = 4 bytes in fp32, 2 in the half types of autocast.
 
@@ -18,7 +18,7 @@ from typing import Literal
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops.carry.chunked import CHUNK
-from resnet_bk.ops.local_attention import EXTRA_COORDINATES
+from resnet_bk.ops.local_attention import EXTRA_COORDINATES, flash_takes
 from resnet_bk.ops.loss import chunk_rows
 
 MIXTURE, GRADIENTS_AND_RESULTS = "mixture of experts", "gradients and results"
@@ -152,30 +152,41 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
 
 
 def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
-    """What the kernel reads and writes, wider by the coordinates for places: queries, keys, values and results, behind
-    the first window keys and values twice; and the mixed values. Rates and queries' places, once for all rows."""
+    """What the kernel reads and writes, wider by the coordinates for places: queries, keys, values and results; and the
+    mixed values. Rates and queries' places, once for all rows.
+
+    Half types take one call. fp32 reads keys and values behind the first window twice, in blocks and what is left.
+    """
     hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
-    window, beyond = config.local_attention_window, _beyond_window(config, shape)
-    length = min(shape.sequence_length, window)
-    first, wide = shape.batch_size * length, hidden + EXTRA_COORDINATES * heads
-    queries = shape.batch_size * _multiple(length, 1 if half else 32) + beyond // window * _multiple(window, 32)
-    num_bytes = 4 * c * first * wide + 4 * heads * queries + (8 * hidden * hidden if cast else 0)
-    num_bytes += 4 * (length + 3 * heads)
-    formula = f"{4 * c} T_1 (D + {EXTRA_COORDINATES} A) + 4 (T A + min(N, w) + 3 A)" + (" + 8 D^2" if cast else "")
+    rows = shape.batch_size
+    in_one_call = half and flash_takes(hidden // heads)
+    calls = [(rows * shape.sequence_length, shape.sequence_length, 0)]
+    if not in_one_call:
+        calls = _calls_of_local_attention(config, shape)
+    wide = hidden + EXTRA_COORDINATES * heads
+    num_bytes = 8 * hidden * hidden if cast else 0
+    for queries, length, before in calls:
+        in_kernel = queries if in_one_call else queries // length * _multiple(length, 32)
+        places = 4 * (length + 3 * heads * (not before))
+        num_bytes += 2 * c * wide * (2 * queries + queries // length * before) + 4 * heads * in_kernel + places
+        num_bytes += c * length * (before + length) * bool(before)
+    formula = f"{4 * c} T (D + {EXTRA_COORDINATES} A) + 4 (T A + N + 3 A)" + (" + 8 D^2" if cast else "")
     if not half:
         # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
         num_bytes += c * shape.tokens * hidden
         formula += f" + {c} T D"
-    if beyond:
-        num_bytes += 6 * c * beyond * wide + 2 * c * window * window + 4 * window
-        formula += f" + {6 * c} T_2 (D + {EXTRA_COORDINATES} A) + {2 * c} w^2 + 4 w"
+    if len(calls) > 1:
+        formula += f" + {2 * c} B (N - w) (D + {EXTRA_COORDINATES} A) + masks"
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
 
 
-def _beyond_window(config: ResNetBKConfig, shape: TrainingShape) -> int:
-    """T_2."""
-    window = config.local_attention_window
-    return shape.batch_size * _multiple(max(0, shape.sequence_length - window), window)
+def _calls_of_local_attention(config: ResNetBKConfig, shape: TrainingShape) -> list[tuple[int, int, int]]:
+    """Queries of each call, of each of its rows, and how many keys those have before their own."""
+    rows, length, window = shape.batch_size, shape.sequence_length, config.local_attention_window
+    first, rest = min(length, window), length % window if length > window else 0
+    blocks = (length - first) // window
+    calls = [(rows * first, first, 0), (rows * blocks * window, window, window), (rows * rest, rest, window)]
+    return [call for call in calls if call[0]]
 
 
 def _multiple(number: int, of: int) -> int:
@@ -452,6 +463,9 @@ def _attention_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) ->
         formula += f" + {4 * c * extra} T A"
     if c == 2:
         width = _multiple(hidden // heads + extra, 32) + 1
-        sums += 4 * heads * (shape.batch_size * _multiple(shape.sequence_length, 128) * width - shape.tokens)
+        queries = shape.batch_size * _multiple(shape.sequence_length, 128)
+        if extra and shape.sequence_length > config.local_attention_window:
+            queries = shape.tokens + 128 * shape.batch_size
+        sums += 4 * heads * (queries * width - shape.tokens)
     num_bytes = per_hidden * hidden * shape.tokens + sums
     return Part(name=GRADIENTS_AND_RESULTS, num_bytes=num_bytes, formula=formula)

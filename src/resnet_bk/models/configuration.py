@@ -231,7 +231,7 @@ class ResNetBKConfig(PreTrainedConfig):
 
     def of_mixer(self, mixer: Mixer) -> Self:
         """The same with this mixer in every block."""
-        if set(self.mixer_numbers()) == {mixer}:
+        if self.mixer == mixer and set(self.mixer_numbers()) == {mixer}:
             return self
         other = copy(self)
         other.mixer, other.local_attention_every = mixer, 0

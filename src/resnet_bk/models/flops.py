@@ -63,7 +63,7 @@ def _attention_flops(config: ResNetBKConfig, rows: int, sequence_length: int) ->
     hidden, blocks = config.hidden_size, rows * sequence_length
     width = hidden
     if config.mixer == "local":
-        pairs = rows * _local_pairs(sequence_length, config.local_attention_window)
+        pairs = rows * windowed_pairs(sequence_length, sequence_length, config.local_attention_window)
         width += EXTRA_COORDINATES * config.num_attention_heads
     else:
         pairs = rows * attended_pairs(sequence_length, sequence_length, config.causal)
@@ -109,11 +109,11 @@ def attended_pairs(queries: int, keys: int, causal: bool) -> int:
     return queries * (queries + 1) // 2 if causal and queries == keys else queries * keys
 
 
-def _local_pairs(length: int, window: int) -> int:
-    """Of a first block that is causal, and of others that read themselves and the one before."""
-    first = min(length, window)
-    others = -(-(length - first) // window)
-    return attended_pairs(first, first, causal=True) + others * 2 * window * window
+def windowed_pairs(queries: int, keys: int, window: int) -> int:
+    """Those of the last ``queries`` of ``keys`` tokens, each of which reads itself and the ``window - 1`` before it."""
+    before = keys - queries
+    growing = max(0, min(queries, window - before))
+    return growing * before + growing * (growing + 1) // 2 + (queries - growing) * window
 
 
 def _products(component: str, forward: int) -> ComponentFlops:

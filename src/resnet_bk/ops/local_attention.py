@@ -1,6 +1,7 @@
 """Causal attention within a window that fades with the distance, in time and memory that grow as N x window.
 
-Queries go in blocks of ``window``: a block reads itself and the block before it, which is all that it may see.
+On a GPU half types go through torch's flash attention, which knows windows. Elsewhere queries go in blocks of
+``window``: a block reads itself and the block before it, which is all that it may see.
 
 A head's logits lose ``rate`` for each token between query and key (O. Press et al., "Train short, test long", 2022,
 with rates that are learned). Rate x (j - i) is a product of a few more coordinates, rates in the query and places in
@@ -12,12 +13,17 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from resnet_bk.imagined import capability_of, kind_of
 
 # A key's place is written as 256 a + b, of which both are exact in bfloat16 up to 65,535. A query's is rounded: that is
 # the same for all keys, and a softmax does not see it. The other coordinates are zeros, since kernels want heads in
 # multiples of 8.
 EXTRA_COORDINATES = 8
 DIGIT = 256
+# Where torch has flash attention: compute capability, coordinates of a head at most, and what they are multiples of.
+FIRST_WITH_FLASH, MOST_COORDINATES, COORDINATES_MULTIPLE = (8, 0), 256, 8
 
 
 def local_attention(
@@ -46,21 +52,52 @@ def local_attention(
         ``(B, N, H, K)``.
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    first = min(window, length)
+    plain = filled is None and documents is None and not dropout
+    if plain and length > 1 and (before or length > window) and _flash_serves(q):
+        return _by_flash(q, k, v, window, rates)
+    first, in_blocks = min(window, length), length - length % window
     mask = _first_mask(first, before, window, filled, None if documents is None else documents[:, :first], q.device)
-    mixed = _attend(q[:, :first], k[:, : before + first], v[:, : before + first], rates, mask, dropout)
-    if length <= window:
-        return mixed
-    of_keys, of_values = (_blocks_before(x[:, before:], window) for x in (k, v))
-    mask = _band(window, q.device)
-    if documents is not None:
-        of_keys_GW2 = _blocks_before(documents, window, fill=-1)
-        of_queries_GW = _blocks(documents[:, window:], window, fill=-1)
-        mask = (mask & (of_queries_GW.unsqueeze(-1) == of_keys_GW2.unsqueeze(-2))) | _own(window, q.device)
-        mask = mask.unsqueeze(1)
-    others = _attend(_blocks(q[:, window:], window), of_keys, of_values, rates, mask, dropout)
-    others = others.reshape(len(q), -1, *q.shape[2:])[:, : length - window]
-    return torch.cat([mixed, others], dim=1)
+    mixed = [_attend(q[:, :first], k[:, : before + first], v[:, : before + first], rates, mask, dropout)]
+    if in_blocks > window:
+        of_keys, of_values = (_with_block_before(x[:, before : before + in_blocks], window) for x in (k, v))
+        of_documents = None if documents is None else _with_block_before(documents[:, :in_blocks], window)
+        others = _blocks(q[:, window:in_blocks], window)
+        others = _attend(others, of_keys, of_values, rates, _band(window, window, of_documents, q.device), dropout)
+        mixed.append(others.reshape(len(q), -1, *q.shape[2:]))
+    if first < length and in_blocks < length:
+        rest = length - in_blocks
+        of_keys, of_values = (x[:, -window - rest :] for x in (k, v))
+        of_documents = None if documents is None else documents[:, -window - rest :]
+        mask = _band(rest, window, of_documents, q.device)
+        mixed.append(_attend(q[:, -rest:], of_keys, of_values, rates, mask, dropout))
+    return torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
+
+
+def _flash_serves(q: Tensor) -> bool:
+    """Whether torch's flash attention is there for queries like these."""
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    if not is_half or not flash_takes(q.shape[-1]) or kind_of(q.device) != "cuda":
+        return False
+    return capability_of(q.device) >= FIRST_WITH_FLASH
+
+
+def flash_takes(head_size: int) -> bool:
+    """Whether it has a kernel for heads of this size and the coordinates for places."""
+    size = head_size + EXTRA_COORDINATES
+    return size <= MOST_COORDINATES and size % COORDINATES_MULTIPLE == 0
+
+
+def _by_flash(q: Tensor, k: Tensor, v: Tensor, window: int, rates: Tensor) -> Tensor:
+    """In one call, whose time and memory are those of the pairs within the window."""
+    rows, queries, heads, size = q.shape
+    keys = k.shape[1]
+    of_queries, of_keys = (
+        torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
+    )
+    q, k, v = (x.flatten(0, 1) for x in _with_places(q, k, v, rates))
+    mixed = varlen_attn(q, k, v, of_queries, of_keys, queries, keys, scale=size**-0.5, window_size=(window - 1, 0))
+    assert isinstance(mixed, Tensor)  # with log-sums it would be a pair
+    return mixed.view(rows, queries, heads, -1)[..., :size]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -121,32 +158,23 @@ def _first_mask(
     return (allowed & (keys_K >= before - filled[:, None, None])).unsqueeze(1)
 
 
-def _band(window: int, device: torch.device) -> Tensor:
-    """Keys of the block before and of the own one ``(W, 2 W)`` that each query reads."""
-    keys_K = torch.arange(2 * window, device=device)
-    query_N1 = torch.arange(window, device=device).unsqueeze(1)
-    return (keys_K > query_N1) & (keys_K <= query_N1 + window)
+def _band(queries: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys of the ``window`` before and of their own each of ``queries`` reads ``(queries, window + queries)``;
+    with ``documents`` ``(B, window + queries)`` those of its own, ``(B, 1, queries, window + queries)``."""
+    keys_K = torch.arange(window + queries, device=device)
+    query_N1 = torch.arange(queries, device=device).unsqueeze(1)
+    band = (keys_K > query_N1) & (keys_K <= query_N1 + window)
+    if documents is None:
+        return band
+    return (band & (documents[:, window:].unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
 
 
-def _own(window: int, device: torch.device) -> Tensor:
-    """Each query's own key: padding behind the last token has nothing else to read, and would be NaN."""
-    return torch.arange(2 * window, device=device) == torch.arange(window, 2 * window, device=device).unsqueeze(1)
+def _blocks(x: Tensor, window: int) -> Tensor:
+    """``(B, blocks x W, ...)`` as ``(B x blocks, W, ...)``."""
+    return x.reshape(-1, window, *x.shape[2:])
 
 
-def _blocks(x: Tensor, window: int, fill: int = 0) -> Tensor:
-    """``(B, N, ...)`` as ``(B blocks, W, ...)``, padded behind."""
-    return _padded(x, window, fill).reshape(-1, window, *x.shape[2:])
-
-
-def _blocks_before(x: Tensor, window: int, fill: int = 0) -> Tensor:
-    """From the second block on, each with the one before it: ``(B (blocks - 1), 2 W, ...)``."""
-    blocks = _padded(x, window, fill)
-    blocks = blocks.reshape(len(blocks), -1, window, *blocks.shape[2:])
+def _with_block_before(x: Tensor, window: int) -> Tensor:
+    """From the second block on, each with the one before it: ``(B x (blocks - 1), 2 W, ...)``."""
+    blocks = x.reshape(len(x), -1, window, *x.shape[2:])
     return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
-
-
-def _padded(x: Tensor, window: int, fill: int) -> Tensor:
-    missing = -x.shape[1] % window
-    if not missing:
-        return x
-    return torch.cat([x, x.new_full((len(x), missing, *x.shape[2:]), fill)], dim=1)

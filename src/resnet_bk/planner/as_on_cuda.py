@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers operators
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -147,6 +148,13 @@ def _flash_backward(bound: dict[str, Any]) -> int:
     return 4 * int(batch_size) * int(heads) * int(length) * (int(size) + 1)
 
 
+def _varlen_backward(bound: dict[str, Any]) -> int:
+    """The same, of rows one behind another and 128 tokens more for each."""
+    queries, heads, size = map(int, bound["query"].shape)
+    rows = len(bound["cu_seq_q"]) - 1
+    return 4 * heads * (queries + 128 * rows) * (-(-size // 32) * 32 + 1)
+
+
 def _efficient_backward(bound: dict[str, Any]) -> int:
     """A number a query; half types add up dq in float32."""
     query = bound["query"]
@@ -191,6 +199,7 @@ def _last_power(number: int) -> int:
 WORKSPACES: dict[Any, Callable[[dict[str, Any]], int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
     torch.ops.aten.embedding_dense_backward.default: _embedding_backward,
     torch.ops.aten.sum.dim_IntList: _sum_over_rows,
 }
