@@ -102,3 +102,23 @@ def test_the_operators_can_be_captured_in_a_cuda_graph(causal):
     static.copy_(v)
     graph.replay()
     assert torch.equal(result, expected)
+
+
+def test_the_kernel_for_windows_compiles_without_a_graph_break():
+    fields = {"num_layers": 1, "local_attention_every": 1, "local_attention_window": 16, "vocab_size": 64}
+    model = ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", **fields)).to(GPU).train()
+    compiled = torch.compile(model, fullgraph=True)
+    input_ids = torch.randint(64, (2, 65), device=GPU)
+
+    def outcome(model):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids[:, :-1], shift_labels=input_ids[:, 1:], use_cache=False).loss
+        loss.backward()
+        found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad()
+        return loss.item(), found
+
+    (mine, gradients), (other, others) = outcome(compiled), outcome(model)
+    assert mine == pytest.approx(other, rel=2e-3)
+    for gradient, wanted in zip(gradients, others, strict=True):
+        assert (gradient - wanted).norm() <= 0.05 * wanted.norm() + 1e-4
