@@ -239,6 +239,19 @@ def test_other_seeds_come_when_the_sweep_is_whole_and_its_best_run_is_not_traine
     assert len(result.sweep) == 9
 
 
+def test_a_sweep_whose_runs_are_beside_each_other_is_timed_again_with_its_best_rate(swept, monkeypatch):
+    monkeypatch.setattr(Setup, "at_once", 2)
+    cells = {cell.name: cell for cell in convergence.cells(swept, {})}
+    assert {cell.timed for name, cell in cells.items() if name.startswith("sweep/")} == {False}
+    outcomes = run_all(swept, best_in_the_middle)
+    again = [name for name in outcomes if name.startswith("run/transformer/")]
+    assert again == [f"run/transformer/0.012/seed-{seed}" for seed in (0, 1, 2)]
+    assert all(cell.timed for cell in convergence.cells(swept, outcomes) if cell.name in again)
+    outcomes[again[0]] = replace(outcomes[again[0]], result=replace(outcomes[again[0]].result, test_loss=7.0))
+    arms = [found for found in convergence.assemble(swept, outcomes).arms if found.key == "transformer"]
+    assert [found.seed for found in arms] == [0, 1, 2] and arms[0].test_loss == 7.0
+
+
 def names(cells):
     return [cell.name for cell in cells]
 

@@ -1,14 +1,18 @@
 """The whole suite in its smallest size: what it writes, keeps, retries and refuses."""
 
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from resnet_bk.bench import suite
 from resnet_bk.bench.contestants import contenders, contestant_configs
-from resnet_bk.bench.process import Ended
+from resnet_bk.bench.process import Ended, run_apart, side_by_side
 from resnet_bk.bench.profiles import FIXED_RATES, PROFILES, fixed_rate
+from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import logits_of
 from resnet_bk.errors import UserError
 from resnet_bk.models.matching import total_parameters
@@ -164,6 +168,41 @@ def test_a_cell_that_fails_is_recorded_and_tried_again(tmp_path, smoke_config, m
     assert again.cells["flops/transformer"].failure is None
     assert again.cells["flops/resnet-bk"] == report.cells["flops/resnet-bk"]  # its seconds too: it was not run again
     assert [model.contestant for model in again.results.flops.models] == list(KEYS)
+
+
+def test_cells_that_are_not_timed_run_at_once_and_timed_ones_alone(tmp_path, smoke_config, monkeypatch):
+    monkeypatch.setattr(Setup, "at_once", 2)
+    together, running, most = threading.Barrier(2, timeout=60), [], {}
+    apart = suite.run_apart
+
+    def run(work, arguments, **options):
+        section = arguments[1].section
+        running.append(section)
+        if section == "gates":
+            together.wait()
+        most[section] = max(most.get(section, 0), len(running))
+        ended = apart(work, arguments, **options)
+        running.remove(section)
+        return ended
+
+    monkeypatch.setattr(suite, "run_apart", run)
+    events = []
+    config = replace(smoke_config, sections=("memory",))
+    report = suite.run_benchmark(config, tmp_path, command=["bench"], on_progress=events.append)
+    assert most == {"gates": 2, "memory": 1}
+    assert all(cell.failure is None for cell in report.cells.values())
+    assert [event.done for event in events if event.status is not None] == list(range(1, 8))
+
+
+def test_if_one_of_several_is_stopped_all_are():
+    def stopped():
+        time.sleep(1)
+        raise KeyboardInterrupt
+
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([partial(run_apart, time.sleep, (120,), timeout=120, kind_of=suite.failure_kind), stopped])
+    assert time.perf_counter() - began < 60
 
 
 def test_a_kill_loses_only_the_cell_in_hand(tmp_path, smoke_config, monkeypatch):

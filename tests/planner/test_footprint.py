@@ -52,6 +52,13 @@ def test_a_peak_before_the_step_does_not_count_but_what_is_left_of_it_does():
     assert found.allocated_bytes == 100 * MIB + SMALL_CHANGE + workspace_bytes(HOPPER)
 
 
+def test_what_ranks_exchange_has_a_margin():
+    alone = trace_of([Event(0, 100 * MIB)], [Event(1, 50 * MIB), Event(1, -50 * MIB)])
+    exchanged = replace(alone, origins=[alone.origins[0], replace(alone.origins[1], stream=1)])
+    assert footprint(exchanged).allocated_bytes == round(1.001 * footprint(alone).allocated_bytes)
+    assert footprint(exchanged).tensor_bytes == footprint(alone).tensor_bytes
+
+
 def step_of_blocks(count, size):
     """Of each block a gradient is made and goes, while the next block's is made."""
     events = []

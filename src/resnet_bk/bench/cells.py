@@ -14,12 +14,16 @@ class NotANumberError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement of a section. ``weight`` is about how many seconds it takes, beside other cells."""
+    """One measurement of a section. ``weight`` is about how many seconds it takes, beside other cells.
+
+    One that is not ``timed`` gives the same figures beside others, and may be measured so.
+    """
 
     section: str
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    timed: bool = True
 
     @property
     def path(self) -> str:

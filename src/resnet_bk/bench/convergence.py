@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from resnet_bk.bench.cells import Cell, Outcomes, result_of
 from resnet_bk.bench.contestants import BASELINE, bk_contestant, build_model
-from resnet_bk.bench.profiles import Profile, rate_of, rates_to_try, rounded_rate
+from resnet_bk.bench.profiles import rate_of, rates_to_try, rounded_rate
 from resnet_bk.bench.seeds import compare
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import language_model_loss, synchronizer
@@ -74,7 +74,7 @@ def cells(setup: Setup, outcomes: Outcomes) -> list[Cell]:
     for entrant in entrants:
         rate = _best_rate(entrant, outcomes)
         if rate is not None:
-            seeds = entrant.seeds[1:] if entrant.rates else entrant.seeds
+            seeds = entrant.seeds[1:] if entrant.rates and not entrant.swept_at_once else entrant.seeds
             runs += [_cell(entrant, rate, seed, setup) for seed in seeds]
     return sweeps + runs
 
@@ -158,7 +158,10 @@ def largest_jump(losses: list[float]) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entrant:
-    """What is trained: a contestant, or a variant of one. Without ``rates`` to try it has ``fixed_rate``."""
+    """What is trained: a contestant, or a variant of one. Without ``rates`` to try it has ``fixed_rate``.
+
+    The best run of a sweep is the first seed's, unless others ran beside it: then that seed is trained again, alone.
+    """
 
     key: str
     label: str
@@ -169,6 +172,7 @@ class _Entrant:
     fixed_rate: float
     seeds: tuple[int, ...]
     extensions: int
+    swept_at_once: bool
 
     @property
     def leaks(self) -> bool:
@@ -176,9 +180,8 @@ class _Entrant:
 
 
 def _entrants(setup: Setup) -> list[_Entrant]:
-    profile = setup.profile
     found = [
-        _entrant(profile, key, contender.label, contender.config, contender.with_seed)
+        _entrant(setup, key, contender.label, contender.config, contender.with_seed)
         for key, contender in setup.contenders.items()
     ]
     if key := bk_contestant(setup.configs):
@@ -188,18 +191,19 @@ def _entrants(setup: Setup) -> list[_Entrant]:
             (BIDIRECTIONAL, "bidirectional", {"causal": False}),
         ):
             config = ResNetBKConfig(**{**exact.own_fields(), **changes})
-            found.append(_entrant(profile, variant, f"{label} ({words})", config, partial(build_model, config)))
+            found.append(_entrant(setup, variant, f"{label} ({words})", config, partial(build_model, config)))
     return found
 
 
 def _entrant(
-    profile: Profile, key: str, label: str, config: ResNetBKConfig | None, build: Callable[[int], nn.Module]
+    setup: Setup, key: str, label: str, config: ResNetBKConfig | None, build: Callable[[int], nn.Module]
 ) -> _Entrant:
     # A learning rate depends on the mixer, or on what was changed about it.
     kind = None if config is None else key if key in (BLEND, BIDIRECTIONAL) else config.mixer
     width = None if config is None else config.hidden_size
     # A loss that is a leak is compared with nothing: one run shows it.
     leaks = config is not None and not config.causal
+    profile = setup.profile
     return _Entrant(
         key=key,
         label=label,
@@ -210,6 +214,7 @@ def _entrant(
         fixed_rate=rate_of(kind, width),
         seeds=profile.seeds[:1] if leaks else profile.seeds,
         extensions=profile.sweep_extensions,
+        swept_at_once=setup.at_once > 1,
     )
 
 
@@ -236,6 +241,7 @@ def _cell(entrant: _Entrant, rate: float, seed: int | None, setup: Setup) -> Cel
             "seed": entrant.seeds[0] if seed is None else seed,
         },
         weight=START_SECONDS + step * profile.convergence_steps + STEP_SECONDS[entrant.kind or "attention"] * evaluated,
+        timed=seed is not None or not entrant.swept_at_once,
     )
 
 
@@ -271,12 +277,12 @@ def _last(arm: Arm | None) -> float | None:
 
 
 def _arms(entrant: _Entrant, outcomes: Outcomes) -> Iterator[Arm]:
-    """By seed; the first of a swept arm is the best run of its sweep."""
+    """By seed."""
     rate = _best_rate(entrant, outcomes)
     if rate is None:
         return
     names = [_run_name(entrant, rate, seed) for seed in entrant.seeds]
-    if entrant.rates:
+    if entrant.rates and not entrant.swept_at_once:
         names[0] = _sweep_name(entrant, rate)
     for name in names:
         if (arm := result_of(outcomes, name)) is not None:

@@ -118,7 +118,7 @@ class Counted:
 
 def cells(setup: Setup, _: Outcomes) -> list[Cell]:
     """One for each contestant."""
-    return [Cell(section=NAME, name=key, weight=2) for key in setup.contenders]
+    return [Cell(section=NAME, name=key, weight=2, timed=False) for key in setup.contenders]
 
 
 def measure(setup: Setup, cell: Cell) -> ModelFlops:

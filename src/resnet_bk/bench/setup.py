@@ -1,5 +1,6 @@
 """What is compared, on what, and how much: plain data, so that a process of its own can build it all again."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
@@ -11,9 +12,16 @@ from torch import Tensor
 from resnet_bk.bench.contestants import BASELINE, OURS, Contender, contenders
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.bench.subject import Subject
+from resnet_bk.memory.parameters import count_parameters
+from resnet_bk.memory.plan import Budget, plan_strategy
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
+from resnet_bk.training.strategy import strategy_of, training_shape
+
+# Of cells that are not timed on a GPU. Each has two threads that launch kernels, and some that compile them.
+MOST_AT_ONCE, PROCESSORS_OF_A_CELL = 4, 4
+CONTEXT_BYTES = 10**9  # about what a process takes of a GPU before its first tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,24 @@ class Setup:
     def dataset(self) -> TokenDataset:
         """The text, from the cache."""
         return _dataset(self.data)
+
+    @cached_property
+    def at_once(self) -> int:
+        """How many cells that are not timed are measured at once.
+
+        A GPU, which small models leave idle, takes as many as there are processors and memory for; of a CPU each cell
+        has all processors.
+        """
+        if self.device.type != "cuda" or len(self.configs) < len(self.contenders):
+            return 1
+        training, room = self.training, torch.cuda.get_device_properties(self.device).total_memory
+        strategy, shape = strategy_of(training), training_shape(training)
+        most = max(
+            plan_strategy(strategy, config, shape, count_parameters(config), Budget()).gpu_bytes
+            for config in self.configs.values()
+        )
+        processors, places = len(os.sched_getaffinity(0)), room // (2 * (most + CONTEXT_BYTES))
+        return max(1, min(MOST_AT_ONCE, processors // PROCESSORS_OF_A_CELL, places))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The first batch of the text, ``(B, N)`` ids and targets."""

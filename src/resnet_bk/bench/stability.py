@@ -45,7 +45,8 @@ def cells(setup: Setup, _: Outcomes) -> list[Cell]:
     fixed = [(ACCURACY, 2 + 0.1 * points), (EXTREMES, 2.0)]
     contestants = [(f"{CONTESTANT}/{key}", 4.0) for key in setup.contenders]
     halves = [(f"{HALF}/{key}", 4 + 0.6 * profile.half_precision_steps) for key in setup.contenders]
-    return [Cell(section=NAME, name=name, weight=weight) for name, weight in (*fixed, *contestants, *halves)]
+    weights = (*fixed, *contestants, *halves)
+    return [Cell(section=NAME, name=name, weight=weight, timed=False) for name, weight in weights]
 
 
 def measure(setup: Setup, cell: Cell) -> StabilityResult:

@@ -6,6 +6,7 @@ A second call with the same settings on the same machine and code keeps what was
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from resnet_bk.bench import convergence, flops, gates, memory, scaling, stability, timing
 from resnet_bk.bench.cells import Cell, NotANumberError, Outcome, Section
 from resnet_bk.bench.contestants import describe_contestant
-from resnet_bk.bench.process import Ended, run_apart
+from resnet_bk.bench.process import Ended, run_apart, side_by_side
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.bench.setup import Setup
 from resnet_bk.environment import describe_environment
@@ -245,29 +246,38 @@ class _Run:
         name = module.NAME
         outcomes = self._outcomes[name]
         while todo := [cell for cell in module.cells(setup, outcomes) if cell.name not in outcomes]:
-            cell = todo[0]
-            outcome = self._kept(module, cell, setup)
-            if outcome is None:
+            several = _at_once(todo, setup)
+            kept = {cell.name: self._kept(module, cell, setup) for cell in several}
+            if missing := [cell for cell in several if kept[cell.name] is None]:
                 left = sum(cell.weight for cell in todo) + self._weight_of_sections_after(name, later)
-                outcome = self._measured(setup, cell, left, len(todo), report)
-            outcomes[cell.name] = outcome
-            report = replace(report, cells={**report.cells, cell.path: outcome.status})
+                outcomes |= self._measured(setup, missing, left, len(todo), report)
+            outcomes |= {name: outcome for name, outcome in kept.items() if outcome is not None}
+            report = replace(report, cells=report.cells | {cell.path: outcomes[cell.name].status for cell in several})
             report = _with_result(report, name, module.assemble(setup, outcomes))
             write_json(self._out / REPORT_FILE, to_json(report))
         return report
 
-    def _measured(self, setup: Setup, cell: Cell, weight_left: float, cells_left: int, report: Report) -> Outcome:
+    def _measured(
+        self, setup: Setup, cells: list[Cell], weight_left: float, cells_left: int, report: Report
+    ) -> dict[str, Outcome]:
+        """All of them at once, by name."""
         done = len(report.cells)
         rate = self._spent / self._weight_spent if self._weight_spent else None
         left = None if rate is None else rate * weight_left
-        self._on_progress(Progress(cell=cell.path, done=done, total=done + cells_left, seconds_left=left, status=None))
-        ended = run_apart(measure_cell, (setup, cell), timeout=setup.profile.cell_seconds, kind_of=failure_kind)
-        self._spent, self._weight_spent = self._spent + ended.seconds, self._weight_spent + cell.weight
-        outcome = self._keep(cell, ended, setup)
-        self._on_progress(
-            Progress(cell=cell.path, done=done + 1, total=done + cells_left, seconds_left=left, status=outcome.status)
+        show = partial(Progress, total=done + cells_left, seconds_left=left)
+        for cell in cells:
+            self._on_progress(show(cell=cell.path, done=done, status=None))
+        limit = setup.profile.cell_seconds
+        ended = side_by_side(
+            [partial(run_apart, measure_cell, (setup, cell), timeout=limit, kind_of=failure_kind) for cell in cells]
         )
-        return outcome
+        self._spent += max(found.seconds for found in ended)
+        self._weight_spent += sum(cell.weight for cell in cells)
+        outcomes = {}
+        for number, (cell, found) in enumerate(zip(cells, ended, strict=True), start=1):
+            outcomes[cell.name] = self._keep(cell, found, setup)
+            self._on_progress(show(cell=cell.path, done=done + number, status=outcomes[cell.name].status))
+        return outcomes
 
     def _weight_of_sections_after(self, name: str, setup: Setup) -> float:
         names = [gates.NAME, *self._sections]
@@ -306,6 +316,13 @@ class _Run:
         except (UserError, msgspec.ValidationError, KeyError, TypeError):
             return None
         return None if status.failure is not None else Outcome(status=status, result=result)
+
+
+def _at_once(todo: list[Cell], setup: Setup) -> list[Cell]:
+    """What is measured next: a cell that is timed alone, others with more of their kind."""
+    if todo[0].timed:
+        return todo[:1]
+    return [cell for cell in todo if not cell.timed][: setup.at_once]
 
 
 def _asked(cell: Cell, setup: Setup) -> dict[str, Any]:
