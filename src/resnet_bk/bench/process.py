@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,6 +82,9 @@ def side_by_side(calls: Sequence[Callable[[], Ended]]) -> list[Ended]:
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
         try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if error := next((future.exception() for future in done if future.exception()), None):
+                raise error
             return [future.result() for future in futures]
         except BaseException:
             for process in multiprocessing.active_children():
