@@ -87,8 +87,9 @@ def side_by_side(calls: Sequence[Callable[[], Ended]]) -> list[Ended]:
                 raise error
             return [future.result() for future in futures]
         except BaseException:
-            for process in multiprocessing.active_children():
-                _stop(process)
+            while wait(futures, timeout=0.2).not_done:  # one that is only starting comes to light a little later
+                for process in multiprocessing.active_children():
+                    _stop(process)
             raise
 
 
