@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -92,49 +93,73 @@ def check(name: str, measured: float | None, limit: float, contestant: str | Non
 def accuracies(setup: Setup) -> list[AccuracyPoint]:
     """Over both forms, and the lengths, etas and potentials of the profile."""
     profile = setup.profile
+    strengths = list(product(profile.etas, profile.potentials))
     return [
-        accuracy(causal=causal, length=length, eta=eta, potential=potential, device=setup.device)
+        point
         for causal in (True, False)
         for length in profile.accuracy_lengths
-        for eta in profile.etas
-        for potential in profile.potentials
+        for point in accuracies_over(strengths, causal=causal, length=length, device=setup.device)
     ]
 
 
 def accuracy(*, causal: bool, length: int, eta: float, potential: float, device: torch.device) -> AccuracyPoint:
-    """Errors of float32 values and of the gradient of v, relative to the largest magnitude of the exact ones."""
+    """That of one eta and potential."""
+    return accuracies_over([(eta, potential)], causal=causal, length=length, device=device)[0]
+
+
+def accuracies_over(
+    strengths: Sequence[tuple[float, float]], *, causal: bool, length: int, device: torch.device
+) -> list[AccuracyPoint]:
+    """Errors of float32 values and of the gradient of v, relative to the largest magnitude of the exact ones.
+
+    Etas and potentials are heads of one call: the reference goes token by token, and does so on the CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, length, HEADS)
-    v = (potential * torch.randn(shape, generator=generator)).to(device)
-    weight = torch.randn(shape, generator=generator, dtype=torch.complex64).to(device)
-    values, gradient = _values_and_gradient(v, weight, eta, causal, "auto")
-    exact_values, exact_gradient = _values_and_gradient(
-        v.double(), weight.to(torch.complex128), eta, causal, "reference"
+    noise, weight = (
+        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator, dtype=torch.complex64),
     )
-    return AccuracyPoint(
-        form="causal" if causal else "bidirectional",
-        sequence_length=length,
-        eta=eta,
-        potential=potential,
-        value_error=_relative_error(values, exact_values),
-        gradient_error=_relative_error(gradient, exact_gradient),
-    )
+    v = torch.cat([potential * noise for _, potential in strengths], dim=-1)
+    weight = weight.repeat(1, 1, len(strengths))
+    z = torch.tensor([complex(0.0, eta) for eta, _ in strengths], dtype=torch.complex128).repeat_interleave(HEADS)
+    found = _values_and_gradient(v.to(device), weight.to(device), z.to(device), causal, "auto")
+    exact = _values_and_gradient(v.double(), weight.to(torch.complex128), z, causal, "reference")
+    points = []
+    for number, (eta, potential) in enumerate(strengths):
+        own = slice(number * HEADS, (number + 1) * HEADS)
+        errors = [_relative_error(x[..., own].cpu(), y[..., own]) for x, y in zip(found, exact, strict=True)]
+        points.append(
+            AccuracyPoint(
+                form="causal" if causal else "bidirectional",
+                sequence_length=length,
+                eta=eta,
+                potential=potential,
+                value_error=errors[0],
+                gradient_error=errors[1],
+            )
+        )
+    return points
 
 
 def carry_errors(regime: str, *, length: int, device: torch.device) -> tuple[float | None, float | None]:
-    """Errors of bk_carry's float32 values and gradients, chains included, against every pair in double precision."""
+    """Errors of bk_carry's float32 values and gradients, chains included, against every pair in double precision, which
+    is computed on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(ROWS, length, HEADS, 16, generator=generator).to(device) for _ in range(3))
-    chain = torch.randn(ROWS, length, HEADS, generator=generator).to(device)
-    weight = torch.randn(v.shape, generator=generator).to(device)
+    q, k, v = (torch.randn(ROWS, length, HEADS, 16, generator=generator) for _ in range(3))
+    chain = torch.randn(ROWS, length, HEADS, generator=generator)
+    weight = torch.randn(v.shape, generator=generator)
 
     def values_and_gradients(*, exact: bool) -> tuple[Tensor, list[Tensor]]:
-        inputs = [(x.double() if exact else x).requires_grad_() for x in (x.clone() for x in (q, k, v, chain))]
+        inputs = [
+            (x.double() if exact else x.to(device)).requires_grad_() for x in (y.clone() for y in (q, k, v, chain))
+        ]
         queries, keys, contents, potential = inputs
         log_l, angle = _decays(potential, regime, "reference" if exact else "auto")
         o = bk_carry(queries, keys, contents, log_l, angle=angle, form="quadratic" if exact else "chunked")
         assert isinstance(o, Tensor)
-        return o.detach(), list(torch.autograd.grad((o * weight).sum(), inputs))
+        gradients = torch.autograd.grad((o * weight.to(o.device)).sum(), inputs)
+        return o.detach().cpu(), [gradient.cpu() for gradient in gradients]
 
     (found, gradients), (wanted, exact_gradients) = values_and_gradients(exact=False), values_and_gradients(exact=True)
     errors = [_relative_error(*pair) for pair in zip(gradients, exact_gradients, strict=True)]
@@ -258,7 +283,7 @@ def extremes(device: torch.device) -> list[Check]:
     checks = []
     for name, (v, eta) in cases.items():
         for causal in (True, False):
-            values, gradient = _values_and_gradient(v, torch.ones_like(v) + 0j, eta, causal, "auto", energy=-2.0)
+            values, gradient = _values_and_gradient(v, torch.ones_like(v) + 0j, complex(-2.0, eta), causal, "auto")
             form = "causal" if causal else "bidirectional"
             checks.append(_finite_check(f"bk_core {form}, {name}", [values, gradient]))
     for name, gap in (("w = 0 (memory without end)", 0 * ones), ("w = 1e38", 1e38 * ones)):
@@ -390,10 +415,10 @@ def _causality(setup: Setup, contender: Contender) -> list[CausalityMeasurement]
 
 
 def _values_and_gradient(
-    v: Tensor, weight: Tensor, eta: float, causal: bool, backend: str, energy: float = 0.0
+    v: Tensor, weight: Tensor, z: complex | Tensor, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     v = v.detach().requires_grad_()
-    g = bk_core(v, complex(energy, eta), causal=causal, backend=backend)  # type: ignore[arg-type]
+    g = bk_core(v, z, causal=causal, backend=backend)  # type: ignore[arg-type]
     assert isinstance(g, Tensor)
     (weight * g).real.sum().backward()  # type: ignore[no-untyped-call]
     assert v.grad is not None
