@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from resnet_bk.imagined import Machine
-from resnet_bk.planner.footprint import SMALL_CHANGE, footprint, workspace_bytes
+from resnet_bk.planner.footprint import SMALL_CHANGE, Footprint, footprint, workspace_bytes
 from resnet_bk.planner.recorder import Event, Origin
 from resnet_bk.planner.trace import Trace, live_bytes
 
@@ -32,7 +32,7 @@ def trace_of(resident, events, *, machine=HOPPER, copied_away=()):
 
 def test_on_a_cpu_all_figures_are_the_tensors_own():
     found = footprint(trace_of([Event(0, 1000)], [Event(1, 500), Event(1, -500), Event(2, 300)], machine=CPU))
-    assert (found.tensor_bytes, found.allocated_bytes, found.reserved_bytes) == (1500, 1500, 1500)
+    assert found == Footprint(tensor_bytes=1500, allocated_bytes=1500, reserved_bytes=1500, most_reserved_bytes=1500)
 
 
 @pytest.mark.parametrize(("machine", "workspaces"), [(HOPPER, 64 * MIB), (TURING, 2 * 8_519_680)])
@@ -73,7 +73,9 @@ def test_memory_that_is_copied_from_is_not_free_yet():
     copied = footprint(trace_of([], events, copied_away=range(0, 8, 2)))
     # To the allocator it is free already, and so it is no longer allocated; its room is another's only later.
     assert copied.allocated_bytes == gone_at_once.allocated_bytes
-    assert copied.reserved_bytes == gone_at_once.reserved_bytes + 64 * MIB
+    assert copied.most_reserved_bytes == gone_at_once.most_reserved_bytes + 64 * MIB
+    # Half way, as nobody can say beforehand when copies end.
+    assert copied.reserved_bytes == gone_at_once.reserved_bytes + 32 * MIB
 
 
 def test_a_crowd_that_leaves_together_is_there_together():
@@ -81,9 +83,9 @@ def test_a_crowd_that_leaves_together_is_there_together():
     crowd = [Event(number, size) for number in range(3)] + [Event(number, -size) for number in range(3)]
     following = [Event(3, 3 * size), Event(3, -3 * size), Event(4, 3 * size)]
     found = footprint(trace_of([], [*crowd, *following], copied_away=[0, 1, 2, 3]), expandable=True)
-    assert found.reserved_bytes >= 6 * size
+    assert found.most_reserved_bytes >= 6 * size
     at_once = footprint(trace_of([], [*crowd, *following]), expandable=True)
-    assert at_once.reserved_bytes < 3 * size + workspace_bytes(HOPPER) + 20 * MIB
+    assert at_once.most_reserved_bytes < 3 * size + workspace_bytes(HOPPER) + 20 * MIB
 
 
 def test_what_lives_is_what_came_less_what_went():

@@ -118,11 +118,14 @@ def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
         result_console.print(_shared_in_words(prediction), soft_wrap=True)
     if device.machine.kind == "cuda":
         room = "" if budget.gpu_bytes is None else f" of {format_bytes(budget.gpu_bytes)}"
+        most = ""
+        if found.most_reserved_bytes > found.reserved_bytes:
+            most = f" to {format_bytes(found.most_reserved_bytes)} as copies end"
         nccl = f", NCCL {format_bytes(prediction.nccl_bytes)} (as of two H100s)" if prediction.nccl_bytes else ""
         result_console.print(
             f"{'GPU' if ranks == 1 else 'each GPU'} {format_bytes(prediction.gpu_bytes)}{room}: "
             f"tensors {format_bytes(found.tensor_bytes)}, allocated {format_bytes(found.allocated_bytes)}, "
-            f"reserved {format_bytes(found.reserved_bytes)}, context {format_bytes(device.context_bytes)}{nccl}",
+            f"reserved {format_bytes(found.reserved_bytes)}{most}, context {format_bytes(device.context_bytes)}{nccl}",
             soft_wrap=True,
         )
     room = "" if budget.host_bytes is None else f" of {format_bytes(budget.host_bytes)}"

@@ -24,28 +24,38 @@ SHARE_OF_EXCHANGE = 1 / 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes on a GPU: of tensors, allocated (rounded, with cuBLAS's workspaces), and reserved from the driver."""
+    """Bytes on a GPU: of tensors, allocated (rounded, with cuBLAS's workspaces), and reserved from the driver.
+
+    Memory that is still being copied from is no longer allocated, but not free either, and how long is a matter of the
+    machine. ``reserved_bytes`` are half way between copies that take no time and copies that take as long as they may;
+    with those it is ``most_reserved_bytes``, which a budget has to have room for.
+    """
 
     tensor_bytes: int
     allocated_bytes: int
     reserved_bytes: int
+    most_reserved_bytes: int
 
 
 def footprint(trace: Trace, *, expandable: bool = False) -> Footprint:
     """Replays a trace on a simulated allocator; ``expandable`` segments are those that ``train`` has under a budget.
 
-    Without a GPU there is no such allocator: all three are the tensors' own bytes.
+    Without a GPU there is no such allocator: all are the tensors' own bytes.
     """
+    own = trace.peak_bytes
     if trace.machine.kind != "cuda":
-        return Footprint(
-            tensor_bytes=trace.peak_bytes, allocated_bytes=trace.peak_bytes, reserved_bytes=trace.peak_bytes
-        )
-    allocated = _replayed(trace, expandable=expandable, copies_take_time=False).peak_allocated_bytes
+        return Footprint(tensor_bytes=own, allocated_bytes=own, reserved_bytes=own, most_reserved_bytes=own)
+    at_once, late = (_replayed(trace, expandable=expandable, copies_take_time=slow) for slow in (False, True))
+    allocated = at_once.peak_allocated_bytes
     if any(origin.stream for origin in trace.origins):
         allocated += round(SHARE_OF_EXCHANGE * allocated)
-    # Memory that is still being copied from is no longer allocated, but not free either.
-    reserved = _replayed(trace, expandable=expandable, copies_take_time=True).peak_reserved_bytes
-    return Footprint(tensor_bytes=trace.peak_bytes, allocated_bytes=allocated, reserved_bytes=max(allocated, reserved))
+    least, most = sorted(max(allocated, replay.peak_reserved_bytes) for replay in (at_once, late))
+    return Footprint(
+        tensor_bytes=own,
+        allocated_bytes=allocated,
+        reserved_bytes=(least + most) // 2,
+        most_reserved_bytes=most,
+    )
 
 
 def workspace_bytes(machine: Machine) -> int:

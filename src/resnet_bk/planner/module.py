@@ -179,7 +179,7 @@ def predict_way(job: Job, strategy: Strategy, device: Device, budget: Budget | N
     budget = budget or Budget()
     trace = trace_step(lambda: job.prepared(strategy), device.machine)
     found, on_gpu = footprint(trace), device.machine.kind == "cuda"
-    gpu_bytes = device.context_bytes + int((1 + TIMING) * found.reserved_bytes) if on_gpu else 0
+    gpu_bytes = device.context_bytes + int((1 + TIMING) * found.most_reserved_bytes) if on_gpu else 0
     made_here = 0 if strategy.offload_optimizer or not on_gpu else 4 * job.parameters()
     masters_and_gradients = 16 * job.parameters() if strategy.offload_optimizer else 0
     on_cpu = 0 if on_gpu else trace.peak_bytes + kept_by_malloc(trace.peak_bytes)

@@ -94,7 +94,7 @@ def predict(
         training=training,
         footprint=found,
         parts=trace.parts(),
-        gpu_bytes=device.context_bytes + nccl_bytes(device, ranks) + int((1 + TIMING) * found.reserved_bytes)
+        gpu_bytes=device.context_bytes + nccl_bytes(device, ranks) + int((1 + TIMING) * found.most_reserved_bytes)
         if on_gpu
         else 0,
         host_parts=host_parts(config, training, device, counts, 0 if on_gpu else trace.peak_bytes, ranks=ranks),
