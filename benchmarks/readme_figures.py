@@ -169,6 +169,9 @@ def planner_table() -> str:
         f"[GPU](benchmarks/results/gpu/planner.json), [budgets](benchmarks/results/gpu/planner-budgets.json): "
         f"{source(on_gpu)}"
     )
+    if "predicted_in" in on_gpu:
+        anew = {"environment": on_gpu["predicted_in"]}
+        where += f"; its steps predicted by {source(anew)}"
     return "\n".join([*lines, "", edges, "", f"<sub>{where}</sub>"])
 
 
