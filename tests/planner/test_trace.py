@@ -176,5 +176,6 @@ def test_recorded_frugal_runs_of_an_h100_are_predicted(name):
     held = cell["cell"]["cap_bytes"] is not None and "inside" not in name
     found = footprint(trace_training(config, training, CUDA), expandable=held)
     assert cell["allocated_bytes"] <= found.allocated_bytes <= 1.003 * cell["allocated_bytes"]
+    assert 0.95 * cell["reserved_bytes"] <= found.reserved_bytes <= 1.05 * cell["reserved_bytes"]
     # When copies end, nobody can say beforehand.
-    assert 0.97 * cell["reserved_bytes"] <= found.reserved_bytes <= 1.12 * cell["reserved_bytes"]
+    assert 0.97 * cell["reserved_bytes"] <= found.most_reserved_bytes <= 1.12 * cell["reserved_bytes"]
