@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +90,7 @@ def _commit() -> str | None:
     A copy without its history (a container, a cluster's scratch disk) can say it by $RESNET_BK_COMMIT.
     """
     if said := os.environ.get("RESNET_BK_COMMIT"):
-        return said
+        return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", said)
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

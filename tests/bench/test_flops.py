@@ -192,6 +192,26 @@ def test_causal_attention_counts_the_pairs_it_needs_and_full_attention_all():
         assert backward.get_total_flops() == 2 * 5 * (2 * 3) * pairs * 8
 
 
+def test_every_kernel_of_attention_counts_two_products_forward_and_five_backward():
+    """Those of a GPU too, which compute nothing here."""
+    ops, pairs = torch.ops.aten, 2 * 3 * (16 * 17 // 2)
+    calls = {
+        "flash": lambda q, k, v: ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True),
+        "efficient": lambda q, k, v: ops._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True),
+        "cudnn": lambda q, k, v: ops._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False),
+        "for_cpu": lambda q, k, v: ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True),
+    }
+    counted = {}
+    for name, call in calls.items():
+        q, k, v = (torch.randn(2, 3, 16, 8, device="meta", requires_grad=True) for _ in range(3))
+        with flop_counter() as forward:
+            out = call(q, k, v)[0]
+        with flop_counter() as backward:
+            out.sum().backward()
+        counted[name] = (forward.get_total_flops() / (2 * pairs * 8), backward.get_total_flops() / (2 * pairs * 8))
+    assert counted == dict.fromkeys(calls, (2, 5))
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (1, 16), (1, 1, 16, 16), (2, 3, 16, 16)], ids=str)
 def test_a_mask_counts_the_pairs_that_it_leaves(shape):
     q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))

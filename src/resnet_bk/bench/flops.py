@@ -244,7 +244,7 @@ def _convolution_backward(*args: Any, **_: Any) -> int:
 
 def _attention_formula(kernel: Any) -> Callable[..., int]:
     names = [argument.name for argument in kernel.default._schema.arguments]
-    backward = "grad_out" in names
+    backward = any(name.startswith("grad_out") for name in names)
 
     def flops(*args: Any, **kwargs: Any) -> int:
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
