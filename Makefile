@@ -12,11 +12,12 @@ help: ## list what can be made
 
 setup: $(STAMP) ## make .venv and install everything into it (quick when nothing changed)
 
-# pip 25.1 is the first that reads [dependency-groups]; the stamp is written last, so a broken install is redone.
+# pip 25.1 is the first that reads [dependency-groups]; the stamp is written last, so a broken install is redone. Python
+# compiles what is imported when it is, which is a small part of what there is.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: could not create .venv; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1,<27'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable . --group dev
 	@touch $@
 
 demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF report (under 10 minutes on 2 cores)
