@@ -1,12 +1,15 @@
 """Training runs as cells, the choice of rates, and what may be said of several seeds."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from resnet_bk.bench import convergence
@@ -237,6 +240,21 @@ def test_other_seeds_come_when_the_sweep_is_whole_and_its_best_run_is_not_traine
     ]
     assert "run/resnet-bk/0.02/seed-0" not in outcomes
     assert len(result.sweep) == 9
+
+
+@pytest.mark.parametrize(
+    ("processors", "gigabytes", "at_once"), [(64, 80, 4), (8, 80, 2), (2, 80, 1), (64, 5, 2), (64, 1, 1)]
+)
+def test_a_gpu_takes_as_many_cells_as_there_are_processors_and_memory_for(
+    setup, monkeypatch, processors, gigabytes, at_once
+):
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(processors)))
+    on_gpu = replace(setup, training=replace(setup.training, device="cuda"))
+    assert on_gpu.at_once == at_once
+    assert foreign(on_gpu, Bigrams).at_once == 1, "nobody knows what another model takes"
+    assert setup.at_once == 1, "on a CPU each has all processors"
 
 
 def test_a_sweep_whose_runs_are_beside_each_other_is_timed_again_with_its_best_rate(swept, monkeypatch):

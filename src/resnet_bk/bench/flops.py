@@ -259,7 +259,7 @@ def _attention_formula(kernel: Any) -> Callable[..., int]:
 def _pairs_of(bound: dict[str, Any]) -> int:
     """Query-key pairs of all rows and heads that an attention kernel called like this has to look at."""
     query, key = bound["query"], bound["key"]
-    if "max_q" in bound and query.ndim == 3:
+    if "cu_seq_q" in bound:
         rows = len(bound["cu_seq_q"]) - 1
         window = bound["window_size"][0] + 1
         return int(rows * query.shape[1] * windowed_pairs(bound["max_q"], bound["max_k"], window))
