@@ -53,6 +53,10 @@ CASES = [
         for mixer in (*MIXERS, "local")
         for name in ("mixed precision", "offloaded activations")
     ),
+    *(
+        ("tiny", "bk", DROPOUT | {"vocab_size": 64}, 16, 128, 16, name)
+        for name in ("selective checkpointing", "selective checkpointing, fp32", "selective, offloaded optimizer")
+    ),
 ]
 WIDE = {"num_layers": 3}
 LARGE_CASES = [
