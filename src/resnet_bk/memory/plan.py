@@ -386,8 +386,8 @@ class _StepByPiece(_Step):
         return super()._expert_gradients(moment)
 
     def _never_taken(self) -> list[Part]:
-        """Of bk's block nothing behind the last product is computed again, unless there is dropout, so that nobody takes
-        its result."""
+        """Of bk's block nothing behind the last product is computed again, but for dropout, so that nobody takes its
+        result."""
         if self.strategy.checkpointing == "selective" and self.config.mixer == "bk" and not self.config.dropout:
             return [self._of_tokens("result of the last product", 2 if self.strategy.half else 4)]
         return []
