@@ -8,13 +8,13 @@ made, and what the other benchmarks wrote, each named in the table that shows it
 """
 
 import argparse
-import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import frugal_gpu
 from markers import between_markers
+from resnet_bk.environment import short_commit
 from resnet_bk.files import read_json, write_text
 from resnet_bk.report.blocks import Plot
 from resnet_bk.report.sections import convergence
@@ -224,11 +224,7 @@ def source(document: dict[str, Any]) -> str:
     hardware = environment["hardware"]
     threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
     name = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {threads}"
-    return f"{name}, commit {_short(environment['commit'])}, torch {environment['packages']['torch']}"
-
-
-def _short(commit: str) -> str:
-    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", commit)
+    return f"{name}, commit {short_commit(environment['commit'])}, torch {environment['packages']['torch']}"
 
 
 def table(reports: dict[str, Report]) -> str:

@@ -121,3 +121,8 @@ def test_the_most_memory_that_a_process_had_is_its_own():
     assert int(child.stdout) < 1_000_000_000
     del held
     assert peak_resident_bytes() > 2_000_000_000
+
+
+def test_a_commit_is_told_by_its_first_digits(monkeypatch):
+    monkeypatch.setenv("RESNET_BK_COMMIT", "0123456789abcdef0123456789abcdef01234567+changes")
+    assert describe_environment()["commit"] == "0123456789ab+changes"

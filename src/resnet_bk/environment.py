@@ -84,13 +84,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def short_commit(commit: str) -> str:
+    """With 12 digits of its name, and whatever follows them."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", commit)
+
+
 def _commit() -> str | None:
     """Commit of the checkout this file lives in, with ``+changes`` if it has been edited since.
 
     A copy without its history (a container, a cluster's scratch disk) can say it by $RESNET_BK_COMMIT.
     """
     if said := os.environ.get("RESNET_BK_COMMIT"):
-        return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", said)
+        return short_commit(said)
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

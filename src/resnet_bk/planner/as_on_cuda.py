@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resnet_bk.imagined import capability_of, multiprocessors_of_imagined
+from resnet_bk.ops.local_attention import FIRST_WITH_FLASH
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
-FIRST_WITH_FLASH = (8, 0)
 # Of a sum that blocks share: values that a thread adds up, and threads of a multiprocessor, of which some cards have
 # fewer and take less for it.
 FEWEST_VALUES, MOST_VALUES, THREADS_OF_A_MULTIPROCESSOR = 16, 256, 2048
