@@ -129,6 +129,8 @@ def test_many_failures_are_counted_and_not_all_named(report):
 def test_foreign_load_and_throttling_are_said(failing, report):
     assert "at worst 21% of the time, in timing/build-1" in grave(failing)
     assert "busy" not in grave(report)
+    waited = replace(report.cells["gates/operators"], waited=0.3)  # beside others, and it tells no time
+    assert "busy" not in grave(replace(report, cells={"gates/operators": waited}))
     sample = GpuSample(seconds=1.0, sm_clock_mhz=1980.0, temperature=70.0, power_watts=600.0, throttled=False)
     hot = with_result(report, "timing", gpu=[sample, replace(sample, throttled=True)])
     assert "lowered its own clock in 1 of 2 samples" in grave(hot)

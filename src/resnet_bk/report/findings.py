@@ -20,6 +20,7 @@ from resnet_bk.schema import (
 
 SEED_MIXER, BLEND, BIDIRECTIONAL = "seed-mixer", "blend", "bidirectional"
 BUSY = 0.03  # the share of its time that a cell may wait for a processor before its figures are doubtful
+TIMED = ("timing", "convergence", "scaling")  # sections that tell times; what others tell is the same on a busy machine
 AGREEMENT = 1e-3  # between counted FLOPs and those by formula
 MESSAGE_LETTERS = 110  # of what a failed cell said
 NAMED = 3  # cells of one kind that a sentence names; a table at the end has the others
@@ -115,8 +116,12 @@ def _foreign_load(report: Report) -> Iterator[Finding]:
 
 
 def busy_cells(report: Report) -> dict[str, CellStatus]:
-    """Those that waited for a processor more than a few percent of their time."""
-    return {name: status for name, status in report.cells.items() if (status.waited or 0) > BUSY}
+    """Those whose times are doubtful: they waited for a processor more than a few percent of their time."""
+    return {
+        name: status
+        for name, status in report.cells.items()
+        if name.partition("/")[0] in TIMED and (status.waited or 0) > BUSY
+    }
 
 
 def _broken_checks(report: Report) -> Iterator[Finding]:
