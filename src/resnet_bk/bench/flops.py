@@ -91,6 +91,7 @@ WITHOUT_PRODUCTS = frozenset(
         *("_fused_rms_norm", "_fused_rms_norm_backward", "_log_softmax", "_log_softmax_backward_data"),
         *("_safe_softmax", "_softmax", "_softmax_backward_data"),
         *("resnet_bk.gated_norm", "resnet_bk.gated_norm_backward"),
+        *("resnet_bk.layer_norm", "resnet_bk.layer_norm_backward"),
     )
 )
 # Triton kernels launched outside of an operator that multiply no matrices: loss and gradient from a chunk of logits.

@@ -40,6 +40,7 @@ SAVED_OPERATORS = frozenset(
         "resnet_bk::bk_tunnel",
         "resnet_bk::carry",
         "resnet_bk::grouped_product",
+        "resnet_bk::linear_in_single",
     }
 )
 

@@ -11,6 +11,7 @@ from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs
+from resnet_bk.ops.single import linear_in_single
 
 
 class BKMixer(nn.Module):
@@ -70,8 +71,8 @@ class BKMixer(nn.Module):
         if self.convolution is not None:
             x_BND, after["window"] = self.convolution(x_BND, padding, starts_BN, state.get("window"))
         with torch.autocast(x_BND.device.type, enabled=False):
-            dtype = torch.promote_types(x_BND.dtype, torch.float32)
-            v_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
+            v_BNH = linear_in_single(x_BND, self.potential.weight)
+            dtype = v_BNH.dtype
             eta_H = F.softplus(self.raw_eta.to(dtype))
             g_BNH2 = bk_core_pairs(
                 v_BNH,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from resnet_bk.layers.bk import BKMixer
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.mixture import MixtureOfExperts, Routing
+from resnet_bk.layers.norm import LayerNorm
 
 
 class BKBlock(nn.Module):
@@ -18,7 +19,7 @@ class BKBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.norm = LayerNorm(hidden_size, eps=layer_norm_eps)
         self.moe = moe
         self.mixer = mixer
 
@@ -39,9 +40,9 @@ class MixerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.mixer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.mixer_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
         self.mixer = mixer
-        self.moe_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.moe_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
         self.moe = moe
 
     def forward(
@@ -49,8 +50,8 @@ class MixerBlock(nn.Module):
     ) -> tuple[Tensor, MixerState, Routing]:
         """The residual stream after the block, the mixer's state, and how the tokens were routed."""
         mixed_BND, state = self.mixer(self.mixer_norm(x_BND), context, state)
-        x_BND = x_BND + self.dropout(mixed_BND)
-        m_BND, routing = self.moe(self.moe_norm(x_BND), real_tokens(context), context.batch_rows)
+        x_BND, normed_BND = self.moe_norm.of_sum(x_BND, self.dropout(mixed_BND))
+        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows)
         return x_BND + self.dropout(m_BND), state, routing
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss
+from resnet_bk.ops.single import linear_in_single
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class MixtureOfExperts(nn.Module):
         in whatever pieces a batch is processed, each token meets the same.
         """
         x_TD = x_BND.flatten(0, 1)
-        logits_TE = self._router_logits(x_TD)
+        logits_TE = linear_in_single(x_TD, self.router.weight)
         noisy_TE = logits_TE + _noise(logits_TE, len(x_BND), batch_rows) if self.training else logits_TE
         expert_T = self._choice(noisy_TE)
         compute_dtype = torch.get_autocast_dtype(x_TD.device.type) if _autocast(x_TD) else x_TD.dtype
@@ -84,11 +85,6 @@ class MixtureOfExperts(nn.Module):
 
     def _choice(self, noisy_TE: Tensor) -> Tensor:
         return (noisy_TE if self.router_bias is None else noisy_TE + self.router_bias).argmax(-1)
-
-    def _router_logits(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            return F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
 
     def _routing(self, logits_TE: Tensor, expert_T: Tensor, real_BN: Tensor | None) -> Routing:
         weight_T = torch.ones_like(logits_TE[:, 0]) if real_BN is None else real_BN.flatten().to(logits_TE.dtype)

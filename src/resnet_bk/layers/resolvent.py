@@ -15,6 +15,7 @@ from resnet_bk.ops.carry import bk_carry
 from resnet_bk.ops.gap import gap_of_rate
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.projections import queries_keys_values
+from resnet_bk.ops.single import linear_in_single
 
 Regime = Literal["tunnelling", "scattering"]
 StateKind = Literal["matrix", "vector"]
@@ -100,14 +101,13 @@ class ResolventMixer(nn.Module):
         if padding is not None:
             x_BND = padding.to_front(x_BND)
         after: MixerState = {}
-        rounded_BND = _in_autocasts_type(x_BND)
-        q, k, v, window_BWC = self._queries_keys_values(self.qkv(rounded_BND), context, state.get("window"))
+        q, k, v, window_BWC = self._queries_keys_values(self.qkv(x_BND), context, state.get("window"))
         if window_BWC is not None:
             after["window"] = window_BWC
         log_l_BNH, angle_BNH, after["chain"] = self._chains(x_BND, padding, starts_BN, state.get("chain"))
         o_BNHV, after["carried"] = self._carry(q, k, v, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
         assert self.norm.eps is not None
-        mixed_BND = gated_norm(o_BNHV, self.norm.weight, self.gate(rounded_BND), self.norm.eps)
+        mixed_BND = gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
         if padding is not None:
             mixed_BND = padding.restore(mixed_BND)
         return self.output(mixed_BND), after
@@ -176,8 +176,8 @@ class ResolventMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """log|l| and arg l ``(B, N, H)``, and what the chains remember: m ``(B, H)``, or l as a pair ``(B, H, 2)``."""
         with torch.autocast(x_BND.device.type, enabled=False):
-            dtype = _at_least_single(x_BND)
-            potential_BNH = F.linear(x_BND.to(dtype), self.potential.weight.to(dtype))
+            potential_BNH = linear_in_single(x_BND, self.potential.weight)
+            dtype = potential_BNH.dtype
             if self.regime == "tunnelling":
                 w_BNH = gap_of_rate(F.softplus(potential_BNH) * self.log_rate.to(dtype).exp())
                 log_l_BNH = cast(Tensor, bk_tunnel(w_BNH, starts=starts_BN, initial_state=state))
@@ -194,13 +194,3 @@ class ResolventMixer(nn.Module):
             log_l_BNH = 0.5 * torch.log(l_BNH2.square().sum(-1))
             angle_BNH = torch.atan2(l_BNH2[..., 1], l_BNH2[..., 0])
             return log_l_BNH, angle_BNH, state_behind(l_BNH2, padding, state, at_first=0.0)
-
-
-def _in_autocasts_type(x: Tensor) -> Tensor:
-    """Rounded once for all products that read it, where each would round it by itself."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def _at_least_single(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
