@@ -27,7 +27,8 @@ class BKBlock(nn.Module):
         self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
     ) -> tuple[Tensor, MixerState | None, Routing]:
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
-        m_BND, routing = self.moe(self.norm(x_BND), real_tokens(context), context.batch_rows)
+        x_BND, normed_BND = self.norm.of_stream(x_BND)
+        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows)
         mixed_BND, state = self.mixer(m_BND, context, state)
         return x_BND + self.dropout(m_BND) + self.dropout(mixed_BND), state, routing
 
@@ -49,8 +50,9 @@ class MixerBlock(nn.Module):
         self, x_BND: Tensor, context: SequenceContext, state: MixerState | None
     ) -> tuple[Tensor, MixerState, Routing]:
         """The residual stream after the block, the mixer's state, and how the tokens were routed."""
-        mixed_BND, state = self.mixer(self.mixer_norm(x_BND), context, state)
-        x_BND, normed_BND = self.moe_norm.of_sum(x_BND, self.dropout(mixed_BND))
+        x_BND, normed_BND = self.mixer_norm.of_stream(x_BND)
+        mixed_BND, state = self.mixer(normed_BND, context, state)
+        x_BND, normed_BND = self.moe_norm.of_stream(x_BND, self.dropout(mixed_BND))
         m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows)
         return x_BND + self.dropout(m_BND), state, routing
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss
+from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss, straight_through
 from resnet_bk.ops.single import linear_in_single
 
 
@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             probability_T = F.softmax(noisy_TE / self.router_temperature, dim=-1)
             probability_T1 = probability_T.gather(1, expert_T.unsqueeze(1))
-            mixed_TD = mixed_TD * (1 + probability_T1 - probability_T1.detach()).to(mixed_TD.dtype)
+            mixed_TD = straight_through(mixed_TD, probability_T1)
         return mixed_TD.view_as(x_BND), self._routing(logits_TE, expert_T, real_BN)
 
     @torch.no_grad()

@@ -56,6 +56,8 @@ def backward_kernel(
     rows,
     eps,
     size: tl.constexpr,
+    tiles,
+    GOES_ON: tl.constexpr,
     ADDS: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
@@ -66,27 +68,30 @@ def backward_kernel(
 
         x' = r (g - mean(g) - n mean(g n)),   weight' = sum grad n,   bias' = sum grad
 
-    Where x is a sum, grad_total is its gradient from elsewhere, and x' + grad_total that of both that were added.
+    grad_total is x's gradient from elsewhere, if x GOES_ON; if it is a sum, both that were added have its gradient.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     column = tl.arange(0, D)[None, :]
     weight_ = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-    weight_sum = tl.zeros((1, D), tl.float32)
-    bias_sum = tl.zeros((1, D), tl.float32)
-    for first in range(program * ROWS, rows, tl.num_programs(0).to(tl.int64) * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
+    # Row by row of a tile: adding up its rows inside the loop would have threads wait for each other.
+    weight_sums = tl.zeros((ROWS, D), tl.float32)
+    bias_sums = tl.zeros((ROWS, D), tl.float32)
+    for tile in range(program, tiles, tl.num_programs(0)):
+        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         there, where = (row < rows) & (column < size), row * size + column
         grad_ = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
         normed, root = _normed(tl.load(x + where, mask=there, other=0.0).to(tl.float32), there, size, eps)
-        weight_sum += tl.sum(grad_ * normed, 0)[None, :]
-        bias_sum += tl.sum(grad_, 0)[None, :]
+        weight_sums += grad_ * normed
+        bias_sums += grad_
         g = grad_ * weight_
         level = (tl.sum(g, 1) / size)[:, None]
         along = (tl.sum(g * normed, 1) / size)[:, None]
         bar_x = root * (g - level - normed * along)
-        if ADDS:
+        if GOES_ON:
             bar_x += tl.load(grad_total + where, mask=there, other=0.0).to(tl.float32)
+        if ADDS:
             tl.store(grad_added + where, bar_x.to(grad_added.dtype.element_ty), mask=there)
         tl.store(grad_x + where, bar_x.to(grad_x.dtype.element_ty), mask=there)
-    tl.store(grad_weight + program * size + column, weight_sum, mask=column < size)
-    tl.store(grad_bias + program * size + column, bias_sum, mask=column < size)
+    part = program * size + column
+    tl.store(grad_weight + part, tl.sum(weight_sums, 0)[None, :], mask=column < size)
+    tl.store(grad_bias + part, tl.sum(bias_sums, 0)[None, :], mask=column < size)

@@ -45,6 +45,25 @@ def balanced_bias(bias_E: Tensor, expert_load_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(expert_load_E.mean(-1, keepdim=True) - expert_load_E).to(bias_E.dtype)
 
 
+def straight_through(mixed_TD: Tensor, probability_T1: Tensor) -> Tensor:
+    """``mixed_TD`` as it is, with the gradients of ``mixed_TD * (1 + probability_T1 - probability_T1.detach())``."""
+    same: Tensor = _StraightThrough.apply(mixed_TD, probability_T1)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed_TD: Tensor, probability_T1: Tensor) -> Tensor:
+        ctx.save_for_backward(mixed_TD)
+        ctx.dtype = probability_T1.dtype
+        return mixed_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+        (mixed_TD,) = ctx.saved_tensors
+        return grad_TD, (grad_TD * mixed_TD).sum(-1, keepdim=True, dtype=ctx.dtype)
+
+
 def _permuted(x_TD: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
     """Rows in another order, ``x[order]``."""
     if not (x_TD.requires_grad and torch.is_grad_enabled()):

@@ -74,10 +74,10 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 def _parts(x: Tensor, number: int) -> list[Tensor]:
     """bfloat16 tensors that add up to x."""
-    parts: list[Tensor] = []
-    for _ in range(number):
-        parts.append(x.bfloat16())
+    parts = [x.bfloat16()]
+    while len(parts) < number:
         x = x - parts[-1]
+        parts.append(x.bfloat16())
     return parts
 
 
