@@ -73,13 +73,12 @@ def block_activations(
     copies = 2 * experts * hidden * width * 2 if cast else 0
     moe = Part(
         name=MIXTURE,
-        num_bytes=tokens * (2 * c * width + 2 * c * hidden + 8 * experts + 28 + c) + copies,
-        formula="T (2 c I + 2 c D + 8 E + 28 + c)" + (" + 4 E D I" if cast else ""),
+        num_bytes=tokens * (2 * c * width + 2 * c * hidden + 8 * experts + 28) + copies,
+        formula="T (2 c I + 2 c D + 8 E + 28)" + (" + 4 E D I" if cast else ""),
     )
-    norm_input = 8 * hidden + 8
     if config.mixer == "bk":
         return [
-            Part(name="norm", num_bytes=tokens * norm_input, formula="T (8 D + 8)"),
+            _norms(config, shape, 1, half=half),
             moe,
             *_convolution(config, shape, c),
             _bk_core(config, shape, half=half, cast=cast),
@@ -87,12 +86,22 @@ def block_activations(
         ]
     mixer = {"attention": _attention, "local": _local_attention, "resolvent": _resolvent}[config.mixer]
     return [
-        Part(name="norms", num_bytes=tokens * 2 * norm_input, formula="T (16 D + 16)"),
+        _norms(config, shape, 2, half=half),
         moe,
         *_convolution(config, shape, c),
         mixer(config, shape, half=half, cast=cast),
         *_dropout(config, shape, c),
     ]
+
+
+def _norms(config: ResNetBKConfig, shape: TrainingShape, number: int, *, half: bool) -> Part:
+    """What they read and write; torch's own, in fp32, keeps two numbers more of each token."""
+    per_hidden, statistics = (6 * number, 0) if half else (8 * number, 8 * number)
+    return Part(
+        name="norm" if number == 1 else "norms",
+        num_bytes=shape.tokens * (per_hidden * config.hidden_size + statistics),
+        formula=f"{per_hidden} T D" if half else f"T ({per_hidden} D + {statistics})",
+    )
 
 
 def _dropout(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
@@ -107,7 +116,7 @@ def _dropout(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]
 
 
 def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
-    """Its input."""
+    """Its input; of bk that is what the experts have kept, and its result is what the potential reads."""
     if not config.conv_size:
         return []
     num_bytes = c * _convolved_channels(config) * shape.tokens
@@ -129,10 +138,8 @@ def _bk_core(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: 
     per_head = 8 + (4 if half else 0) + (0 if config.causal else 4)
     return Part(
         name="BK-Core and projections",
-        num_bytes=shape.tokens * (4 * hidden + per_head * heads)
-        + 8 * shape.batch_size * heads
-        + (4 * hidden * heads if cast else 0),
-        formula=f"T (4 D + {per_head} H) + 8 B H" + (" + 4 D H" if cast else ""),
+        num_bytes=shape.tokens * per_head * heads + 8 * shape.batch_size * heads + (4 * hidden * heads if cast else 0),
+        formula=f"{per_head} T H + 8 B H" + (" + 4 D H" if cast else ""),
     )
 
 
@@ -140,8 +147,8 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     hidden, heads = config.hidden_size, config.num_attention_heads
     projections = 8 * hidden * hidden if cast else 0
     # fp32: qkv, the turned q and k, and the mixed values, 4 D each but qkv's 12 D. Halves: qkv, q, k and the mixed
-    # values, which their kernel leaves in another layout than the projection reads; its input is counted as the norm's.
-    per_hidden = 12 if half else 24
+    # values twice, which their kernel leaves in another layout than the projection reads.
+    per_hidden = 14 if half else 24
     # And a number for each query and head; fp32's kernel makes rows of 32 of them.
     queries = shape.batch_size * _multiple(shape.sequence_length, 1 if half else 32)
     return Part(
@@ -171,10 +178,8 @@ def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool
         num_bytes += 2 * c * wide * (2 * queries + queries // length * before) + 4 * heads * in_kernel + places
         num_bytes += c * length * (before + length) * bool(before)
     formula = f"{4 * c} T (D + {EXTRA_COORDINATES} A) + 4 (T A + N + 3 A)" + (" + 8 D^2" if cast else "")
-    if not half:
-        # Under autocast its input is counted as the norm's, which is larger by as much as the mixed values.
-        num_bytes += c * shape.tokens * hidden
-        formula += f" + {c} T D"
+    num_bytes += c * shape.tokens * hidden
+    formula += f" + {c} T D"
     if len(calls) > 1:
         formula += f" + {2 * c} B (N - w) (D + {EXTRA_COORDINATES} A) + masks"
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
@@ -198,8 +203,7 @@ def _resolvent(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
     hidden, heads, channels = config.hidden_size, config.num_resolvent_heads, _convolved_channels(config)
     vector, scattering = config.resolvent_state == "vector", config.resolvent_regime == "scattering"
     c, key_size = 2 if half else 4, config.key_size or 1
-    # o, gate and their product, and under autocast a half copy of the projections' input.
-    per_hidden = 8 if half else 12
+    per_hidden = 3 * c  # o, gate and their product
     # q, k and v. What they are made from is the convolution's input, if there is one; a vector's silu reads what that
     # has made.
     per_channel = 2 * c if vector or not config.conv_size else c
@@ -356,13 +360,13 @@ def _computed_again(
         convolved = c if config.conv_size else 0
         per_hidden, before = (8 + c + (0 if convolved else h), 4) if by_block else (4 + 2 * h + convolved, 4)
     else:
-        per_hidden, before = (4 + 2 * c, 4) if by_block else (4 + 2 * c + 2 * h, h)
+        per_hidden, before = (4 + c, 4) if by_block else (4 + c + 2 * h, h)
     if config.dropout:
         # What it makes of the block's last result; or, in backward, of its output's gradient, with a byte more.
         per_hidden += c if by_block or config.mixer == "bk" else c - h + 1
     # With many experts there is more while they are chosen, although so many bytes a token are yet to come.
-    routing = max(0 if by_block else 4, 12 * experts + 8 - before * hidden)
-    state, formula = 0, f" + {routing} T" if routing else ""
+    routing = max(4, 12 * experts + 8 - before * hidden)
+    state, formula = 0, f" + {routing} T"
     if config.mixer == "resolvent":
         state = 4 * (config.key_size or 1) * hidden + 16 * config.num_resolvent_heads
         formula += " + 4 B K D + 16 B H"

@@ -35,7 +35,7 @@ def linear_in_single(x: Tensor, weight: Tensor) -> Tensor:
         if dtype == x.dtype:
             return F.linear(x, weight.to(dtype))
         product: Tensor = _product(x.flatten(0, -2), weight.to(dtype))
-    return product.unflatten(0, x.shape[:-1])
+    return product.view(*x.shape[:-1], len(weight))
 
 
 @operator("resnet_bk::linear_in_single")
@@ -43,7 +43,7 @@ def _product(x_TD: Tensor, weight_HD: Tensor) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
         if not _splits(x_TD):
             return x_TD.float() @ weight_HD.t()
-        return _times(x_TD, torch.cat(_parts(weight_HD, EXACT)).t()).unflatten(1, (EXACT, -1)).sum(1)
+        return _times(x_TD, torch.cat(_parts(weight_HD, EXACT)).t()).view(len(x_TD), EXACT, -1).sum(1)
 
 
 @operator("resnet_bk::linear_in_single_backward")
@@ -55,7 +55,7 @@ def _product_backward(grad_TH: Tensor, x_TD: Tensor, weight_HD: Tensor) -> tuple
         grads, weights = _parts(grad_TH, EXACT), _parts(weight_HD, 2)
         # Rounded in the end: terms below its last digit are left out.
         x_bar = torch.cat([grads[0], grads[1], grads[0]], 1) @ torch.cat([weights[0], weights[0], weights[1]])
-        weight_bar = _times(torch.cat(grads, 1).t(), x_TD).unflatten(0, (EXACT, -1)).sum(0)
+        weight_bar = _times(torch.cat(grads, 1).t(), x_TD).view(EXACT, *weight_HD.shape).sum(0)
         return x_bar, weight_bar
 
 
