@@ -136,11 +136,8 @@ def test_streamed_blocks_take_the_room_of_two():
     assert trace_training(shallow, training, CUDA).peak_bytes <= with_two
 
 
-# An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py. Presets had no local attention at first.
-BEFORE_HYBRIDS = {"local_attention_every": 0}
-COMMITS_BEFORE_HYBRIDS = {"82110b5c4d99", "a82dce1035eb"}
-# Its attention did not fade, and had no coordinates for that: plain training keeps 0.8% less.
-NO_LONGER_MADE = {"499a8384eff7": "1b under 4 GB: inside the GPU"}
+# An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py. Before, norms wrote float32.
+COMMITS_OF_OTHER_NORMS = {"499a8384eff7", "a82dce1035eb"}
 
 
 def recorded_steps():
@@ -168,10 +165,9 @@ FRUGAL = json.loads((RECORDS / "frugal.json").read_text())["cells"]
 @pytest.mark.parametrize("name", [name for name, cell in FRUGAL.items() if "allocated_bytes" in cell])
 def test_recorded_frugal_runs_of_an_h100_are_predicted(name):
     cell = FRUGAL[name]
-    if NO_LONGER_MADE.get(cell["commit"]) == name:
-        pytest.skip("recorded of local attention that did not fade with the distance")
-    before = BEFORE_HYBRIDS if cell["commit"] in COMMITS_BEFORE_HYBRIDS else {}
-    config = ResNetBKConfig.from_preset(cell["cell"]["preset"], **before)
+    if cell["commit"] in COMMITS_OF_OTHER_NORMS:
+        pytest.skip("recorded of norms that wrote float32")
+    config = ResNetBKConfig.from_preset(cell["cell"]["preset"])
     training = TrainingConfig(**cell["training"])
     held = cell["cell"]["cap_bytes"] is not None and "inside" not in name
     found = footprint(trace_training(config, training, CUDA), expandable=held)

@@ -74,8 +74,10 @@ def _capabilities() -> dict[str, Any]:
     from resnet_bk.ops.carry import choose_carry_backend
     from resnet_bk.ops.convolution import choose_convolution_backend
     from resnet_bk.ops.grouped import choose_moe_backend
+    from resnet_bk.ops.layer_norm import choose_norm_backend
     from resnet_bk.ops.loss import choose_loss_backend
     from resnet_bk.ops.projections import choose_projections_backend
+    from resnet_bk.ops.single import choose_single_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -86,6 +88,8 @@ def _capabilities() -> dict[str, Any]:
         "bk_carry": choose_carry_backend(device),
         "convolution": choose_convolution_backend(device),
         "projections": choose_projections_backend(device),
+        "norm bf16": choose_norm_backend(torch.empty(0, device=device), torch.bfloat16),
+        "router bf16": choose_single_backend(device, torch.bfloat16),
         "moe": choose_moe_backend(device, torch.bfloat16, 0, 0, 0),
         "loss": choose_loss_backend(device, torch.float32),
     }

@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_bk.imagined import kind_of
+from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.operator import operator
-from resnet_bk.ops.projections import choose_projections_backend
+
+
+def choose_norm_backend(x: Tensor, dtype: torch.dtype) -> BackendChoice:
+    """What ``layer_norm`` of x runs, if the norm is wanted in ``dtype``."""
+    kind = kind_of(x.device)
+    if dtype == x.dtype:
+        return BackendChoice(name="torch", reason="its own kernel, where nothing is rounded")
+    if kind == "cuda" and HAS_TRITON and x.dtype != torch.float64:
+        return BackendChoice(name="triton", reason="rounded in the same pass over memory, with the sum before it")
+    return BackendChoice(name="torch", reason="its own kernel and a cast")
 
 
 def layer_norm(
@@ -39,8 +50,7 @@ def layer_norm(
         ``x`` or ``x + added``, in x's type, to go on with, and its norm.
     """
     if backend == "auto":
-        # Where nothing is rounded torch's own kernels are as good.
-        backend = "torch" if dtype == x.dtype else choose_projections_backend(x.device, x.dtype).name
+        backend = choose_norm_backend(x, dtype).name
     if backend == "triton":
         stream, normed = _Norm.apply(x, added, weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
         return stream, normed

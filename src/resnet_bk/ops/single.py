@@ -13,11 +13,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.imagined import capability_of, kind_of
+from resnet_bk.ops.bk.api import BackendChoice
 from resnet_bk.ops.operator import operator
 
 WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_TOKENS = 1024  # from which splitting takes less than it saves
 EXACT = 3  # bfloat16 numbers that a float32 one is the sum of
+
+
+def choose_single_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """How ``linear_in_single`` multiplies many tokens of ``dtype``."""
+    if dtype == torch.bfloat16 and kind_of(device) == "cuda" and capability_of(device) >= WITH_BFLOAT16:
+        return BackendChoice(name="split", reason=f"float32 weights as {EXACT} bfloat16 ones, for tensor cores")
+    return BackendChoice(name="torch", reason="a product in float32")
 
 
 def linear_in_single(x: Tensor, weight: Tensor) -> Tensor:
@@ -60,12 +68,7 @@ def _product_backward(grad_TH: Tensor, x_TD: Tensor, weight_HD: Tensor) -> tuple
 
 
 def _splits(x_TD: Tensor) -> bool:
-    return (
-        x_TD.dtype == torch.bfloat16
-        and len(x_TD) >= FEWEST_TOKENS
-        and kind_of(x_TD.device) == "cuda"
-        and capability_of(x_TD.device) >= WITH_BFLOAT16
-    )
+    return len(x_TD) >= FEWEST_TOKENS and choose_single_backend(x_TD.device, x_TD.dtype).name == "split"
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ SMALL_CHANGE = 7 * 2**17
 # What ranks exchange waits on streams of its own, and how long is a matter of their speed: on two H100s a step had
 # 0.05% more than is replayed here (benchmarks/results/gpu/sharded.json).
 SHARE_OF_EXCHANGE = 1 / 1000
-# Of the most that may be reserved, what usually is. H100s were seen to have from 93% to 102%
+# Of the most that may be reserved, what usually is. From 94% to 101% were seen, and once 90%
 # (benchmarks/results/gpu/planner-budgets.json and frugal.json).
 USUALLY_RESERVED = 0.975
 

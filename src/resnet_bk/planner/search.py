@@ -27,7 +27,7 @@ WORTH_MOVING = 0.01
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
 # What reserved memory has beyond tensors, at the least that was seen. Only what misses by more is not traced.
 LEAST_WASTE = 0.01
-# And what it usually has in a step that streams blocks (benchmarks/results/gpu/frugal.json), where nothing is traced.
+# And what it usually has in a step that streams blocks (benchmarks/results/gpu/frugal.json), before one is traced.
 USUAL_WASTE = 1.15
 # Of a step that several ranks share, before one is traced: their formula is up to a seventh above the trace.
 FIRST_OF_RANKS = 0.9
@@ -301,23 +301,35 @@ def _nameless(training: TrainingConfig) -> Strategy:
 def what_would_fit(
     config: ResNetBKConfig, training: TrainingConfig, budget: Budget, device: Device, *, ranks: int = 1
 ) -> dict[str, int]:
-    """The longest sequence and the deepest model for which, by formula, some way fits; the rest is as it is.
+    """The longest sequence and the deepest model for which some way fits; the rest is as it is.
 
-    A field is missing where not even 1 would do. Batches always go through a model in pieces, if need be, of one row.
+    By formula, with the waste that a step of about that size has when it is traced. A field is missing where not even 1
+    would do. Batches always go through a model in pieces, if need be, of one row.
     """
+    searched = _Searched(config, budget, device, ranks)
 
-    def fits(config: ResNetBKConfig, training: TrainingConfig) -> bool:
+    def closest(config: ResNetBKConfig, training: TrainingConfig, waste: float) -> _Refused:
         in_rows = replace(training, micro_batch_size=1)
         ways = candidates(config, in_rows, device, fixed={"micro_batch_size"}, ranks=ranks)
-        searched = _Searched(config, budget, device, ranks)
-        return any(_missing(way, searched, USUAL_WASTE) <= 0 for way in ways)
+        missing = ((_missing(way, searched, waste), way) for way in ways)
+        return min((_Refused(size, way, False) for size, way in missing), key=lambda refusal: refusal.missing)
+
+    def largest(most: int, of: Callable[[int], tuple[ResNetBKConfig, TrainingConfig]]) -> int:
+        usual = _largest(most, lambda number: closest(*of(number), USUAL_WASTE).missing <= 0)
+        if not usual:
+            return 0
+        way = closest(*of(usual), USUAL_WASTE).way
+        traced = predict(of(usual)[0], way.training, device, held=budget.gpu_bytes is not None, ranks=ranks)
+        waste = _on_device(traced) / way.device_bytes
+        return _largest(most, lambda number: closest(*of(number), waste).missing <= 0)
 
     def with_layers(layers: int) -> ResNetBKConfig:
         return ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
 
-    length = _largest(training.sequence_length, lambda n: fits(config, replace(training, sequence_length=n)))
-    layers = _largest(config.num_layers, lambda n: fits(with_layers(n), training))
-    found = {"sequence_length": length, "num_layers": layers}
+    found = {
+        "sequence_length": largest(training.sequence_length, lambda n: (config, replace(training, sequence_length=n))),
+        "num_layers": largest(config.num_layers, lambda n: (with_layers(n), training)),
+    }
     return {name: value for name, value in found.items() if value}
 
 
