@@ -53,6 +53,19 @@ def test_pieces_and_gradients_through_the_state(backend):
     assert relative_error(actual, expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_token_to_decode_goes_without_the_operator_and_is_the_same(dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.rand(3, 1, 5, generator=generator).to(dtype)
+    state = torch.rand(3, 5, generator=generator)
+    expected = bk_tunnel(w, initial_state=state, output_final_state=True)
+    with torch.no_grad():
+        actual = bk_tunnel(w, initial_state=state, output_final_state=True)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert relative_error(x, y) < 1e-6
+
+
 def test_gradient_of_the_initial_state():
     w = torch.rand(2, 5, 2, dtype=torch.float64, requires_grad=True)
     state = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)

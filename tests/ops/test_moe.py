@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss
+from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss, straight_through
 
 
 def dense_mixture(x, expert, up, down):
@@ -45,6 +45,25 @@ def test_values_and_gradients_are_the_dense_ones(tokens, experts, seed):
         strict=True,
     ):
         assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_token_to_decode_meets_its_expert(number):
+    x, _, up, down = inputs(tokens=1)
+    expert = torch.tensor([number])
+    with torch.no_grad():
+        assert torch.allclose(chosen_expert(x, expert, up, down), dense_mixture(x, expert, up, down), rtol=1e-10)
+
+
+def test_straight_through_changes_no_value_and_pulls_on_the_probability():
+    x, weight = inputs()[0], torch.randn(17, 4, dtype=torch.float64)
+    probability = torch.rand(17, 1, dtype=torch.float64, requires_grad=True)
+    same = straight_through(x, probability)
+    assert torch.equal(same, x)
+    actual = torch.autograd.grad((same * weight).sum(), (x, probability))
+    scaled = x * (1 + probability - probability.detach())
+    for mine, wanted in zip(actual, torch.autograd.grad((scaled * weight).sum(), (x, probability)), strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-12)
 
 
 def test_torchs_own_gradient_check():

@@ -84,16 +84,16 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _product(x_TK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
-    product: Tensor = (_product_loop if _needs_no_operator(x_TK) else grouped_product)(x_TK, w_EKM, ends_E)
+    product: Tensor = (_product_loop if needs_no_operator(x_TK) else grouped_product)(x_TK, w_EKM, ends_E)
     return product
 
 
 def _sums(x_TK: Tensor, g_TM: Tensor, ends_E: Tensor) -> Tensor:
-    sums: Tensor = (_sums_loop if _needs_no_operator(x_TK) else grouped_sums)(x_TK, g_TM, ends_E)
+    sums: Tensor = (_sums_loop if needs_no_operator(x_TK) else grouped_sums)(x_TK, g_TM, ends_E)
     return sums
 
 
-def _needs_no_operator(x: Tensor) -> bool:
+def needs_no_operator(x: Tensor) -> bool:
     """On a CPU where nobody traces, an operator around the loop is but overhead: with few tokens, a third of it all."""
     ordinary = type(x) is Tensor or is_imagined()
     return kind_of(x.device) == "cpu" and not torch.compiler.is_compiling() and ordinary

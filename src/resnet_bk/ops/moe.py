@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_bk.ops.grouped import grouped_mm
+from resnet_bk.imagined import is_imagined
+from resnet_bk.ops.grouped import grouped_mm, needs_no_operator
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
@@ -21,6 +22,9 @@ def chosen_expert(x_TD: Tensor, expert_T: Tensor, up_EDI: Tensor, down_EID: Tens
     not depend on who chose whom, so that nothing waits for the device to tell. A token's row goes through products of
     rows alone: which tokens came with it changes nothing but, on a CPU, the order of its sums.
     """
+    if len(x_TD) == 1 and not torch.is_grad_enabled() and needs_no_operator(x_TD) and not is_imagined():
+        expert = int(expert_T)  # decoding: there is nothing to sort
+        return F.gelu(x_TD @ up_EDI[expert]) @ down_EID[expert]
     sorted_T, order_T = torch.sort(expert_T, stable=True)
     experts_E = torch.arange(up_EDI.shape[0], device=x_TD.device)
     ends_E = torch.searchsorted(sorted_T, experts_E, right=True, out_int32=True)

@@ -222,6 +222,8 @@ def _tunnel(w: Tensor, state: Tensor, backend: Backend) -> Tensor:
         return w.to(state.dtype)
     if backend == "reference":
         return reference.bk_tunnel_reference(w, state).to(state.dtype)
+    if backend == "auto" and w.shape[1] == 1 and not torch.is_grad_enabled():
+        return -torch.log1p(w.to(state.dtype) + state.unsqueeze(1))  # decoding: the operator's dispatch takes longer
     log_l: Tensor = operators.bk_tunnel(w, state, choose_backend(w.device).name if backend == "auto" else backend)
     return log_l
 
