@@ -124,7 +124,7 @@ def _attend_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _scales_all_keys(q: Tensor) -> bool:
-    """Whether torch's attention with a mask multiplies all keys by the scale's root, which takes as long as the rest."""
+    """Whether torch's attention with a mask multiplies all keys by the scale's root: as much work as all the rest."""
     return kind_of(q.device) == "cpu" and q.dtype in (torch.float32, torch.float64)
 
 
