@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ops import single
 from resnet_bk.ops.single import linear_in_single
+from resnet_bk.ops.single_gpu import split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = 3e-6  # a GPU's tensor cores round their sums down
@@ -53,9 +54,15 @@ def test_float32_numbers_in_three_parts_give_the_same(monkeypatch):
     check(with_gradients(inputs), inputs)
 
 
-def test_three_parts_are_the_whole_number():
-    x = torch.randn(1000) * 10.0 ** torch.randint(-20, 20, (1000,))
-    assert torch.equal(sum(part.double() for part in single._parts(x, single.EXACT)).float(), x)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 3), (0, 4)])
+def test_three_parts_are_the_whole_number(shape, again):
+    x = (torch.randn(shape) * 10.0 ** torch.randint(-20, 20, shape)).to(DEVICE)
+    first, second, third, *more = split(x, again=again).view(shape[0], 3 + again, shape[1]).unbind(1)
+    assert ((first.double() - x).abs() <= 2**-7 * x.abs()).all()  # Triton's interpreter does not round to the nearest
+    assert torch.equal((first.double() + second.double() + third.double()).float(), x)
+    assert len(more) == again
+    assert all(torch.equal(part, first) for part in more)
 
 
 def test_no_tokens():

@@ -21,7 +21,7 @@ def forward(o_BNHV: Tensor, weight_V: Tensor, gate_BND: Tensor, eps: float) -> T
     weight = weight_V.to(dtype)
 
     def whole(o: Tensor, gate: Tensor) -> Tensor:
-        return F.rms_norm(o.to(dtype), weight.shape, weight, eps).mul_(F.silu(gate.to(dtype)))
+        return _normed(o.to(dtype), eps)[0].mul_(weight).mul_(F.silu(gate.to(dtype)))
 
     if o_BNHV.numel() <= PIECE:
         return whole(o_BNHV, gate_BND.reshape(o_BNHV.shape)).to(gate_BND.dtype).flatten(-2)

@@ -38,7 +38,7 @@ def forward(
     for rows, tokens in pieces:
         z = _convolved(_behind(x_BNC, taps, window_BWC, rows, tokens), taps, _same(documents_BN, taps, rows, tokens))
         s = torch.unflatten(F.silu(z), -1, (num_heads, -1))
-        n = F.rms_norm(_pairs(s, key_size), (key_size,), None, EPSILON)
+        n, _ = _normed(s, key_size)
         if cos is not None and sin is not None:
             n = _turned(n, _table(cos, rows, tokens), _table(sin, rows, tokens))
         made = (n[..., 0, :], n[..., 1, :], s[..., 2 * key_size :])

@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.imagined import capability_of, kind_of
-from resnet_bk.ops.bk.api import BackendChoice
+from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.operator import operator
 
 WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_TOKENS = 1024  # from which splitting takes less than it saves
-EXACT = 3  # bfloat16 numbers that a float32 one is the sum of
+PARTS = 3  # bfloat16 numbers that a float32 one is the sum of
 
 
 def choose_single_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:
     """How ``linear_in_single`` multiplies many tokens of ``dtype``."""
-    if dtype == torch.bfloat16 and kind_of(device) == "cuda" and capability_of(device) >= WITH_BFLOAT16:
-        return BackendChoice(name="split", reason=f"float32 weights as {EXACT} bfloat16 ones, for tensor cores")
+    on_gpu = kind_of(device) == "cuda" and HAS_TRITON
+    if dtype == torch.bfloat16 and on_gpu and capability_of(device) >= WITH_BFLOAT16:
+        return BackendChoice(name="split", reason=f"float32 weights as {PARTS} bfloat16 ones, for tensor cores")
     return BackendChoice(name="torch", reason="a product in float32")
 
 
@@ -38,6 +39,8 @@ def linear_in_single(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         ``(..., H)``. Gradients are in the arguments' types.
     """
+    if x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if dtype == x.dtype:
@@ -51,7 +54,9 @@ def _product(x_TD: Tensor, weight_HD: Tensor) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
         if not _splits(x_TD):
             return x_TD.float() @ weight_HD.t()
-        return _times(x_TD, torch.cat(_parts(weight_HD, EXACT)).t()).view(len(x_TD), EXACT, -1).sum(1)
+        heads, width = weight_HD.shape
+        parts = _split(weight_HD.reshape(1, -1)).view(PARTS * heads, width)
+        return _times(x_TD, parts.t()).view(len(x_TD), PARTS, heads).sum(1)
 
 
 @operator("resnet_bk::linear_in_single_backward")
@@ -60,10 +65,12 @@ def _product_backward(grad_TH: Tensor, x_TD: Tensor, weight_HD: Tensor) -> tuple
     with torch.autocast(x_TD.device.type, enabled=False):
         if not _splits(x_TD):
             return (grad_TH @ weight_HD).to(x_TD.dtype), grad_TH.t() @ x_TD.float()
-        grads, weights = _parts(grad_TH, EXACT), _parts(weight_HD, 2)
-        # Rounded in the end: terms below its last digit are left out.
-        x_bar = torch.cat([grads[0], grads[1], grads[0]], 1) @ torch.cat([weights[0], weights[0], weights[1]])
-        weight_bar = _times(torch.cat(grads, 1).t(), x_TD).view(EXACT, *weight_HD.shape).sum(0)
+        heads, width = weight_HD.shape
+        grads = _split(grad_TH, again=True)
+        first, second, _ = _split(weight_HD.reshape(1, -1)).view(PARTS, heads, width)
+        # Rounded in the end: of terms below its last digit, only the largest.
+        x_bar = grads @ torch.cat([first, first, first, second])
+        weight_bar = _times(grads[:, : PARTS * heads].t(), x_TD).view(PARTS, heads, width).sum(0)
         return x_bar, weight_bar
 
 
@@ -75,13 +82,10 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _parts(x: Tensor, number: int) -> list[Tensor]:
-    """bfloat16 tensors that add up to x."""
-    parts = [x.bfloat16()]
-    while len(parts) < number:
-        x = x - parts[-1]
-        parts.append(x.bfloat16())
-    return parts
+def _split(x_TH: Tensor, *, again: bool = False) -> Tensor:
+    from resnet_bk.ops.single_gpu import split
+
+    return split(x_TH, again=again)
 
 
 @_product.register_fake
