@@ -17,7 +17,7 @@ from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.operator import operator
 
 WITH_BFLOAT16 = (8, 0)  # compute capability
-FEWEST_TOKENS = 1024  # from which splitting takes less than it saves
+FEWEST_TOKENS = 1024  # of fewer, a product takes less time than the launches of splitting
 PARTS = 3  # bfloat16 numbers that a float32 one is the sum of
 
 

@@ -308,20 +308,21 @@ def what_would_fit(
     """
     searched = _Searched(config, budget, device, ranks)
 
-    def closest(config: ResNetBKConfig, training: TrainingConfig, waste: float) -> _Refused:
+    def closest(config: ResNetBKConfig, training: TrainingConfig, waste: float) -> Candidate:
         in_rows = replace(training, micro_batch_size=1)
         ways = candidates(config, in_rows, device, fixed={"micro_batch_size"}, ranks=ranks)
-        missing = ((_missing(way, searched, waste), way) for way in ways)
-        return min((_Refused(size, way, False) for size, way in missing), key=lambda refusal: refusal.missing)
+        return min(ways, key=lambda way: _missing(way, searched, waste))
 
     def largest(most: int, of: Callable[[int], tuple[ResNetBKConfig, TrainingConfig]]) -> int:
-        usual = _largest(most, lambda number: closest(*of(number), USUAL_WASTE).missing <= 0)
+        def by_formula(waste: float) -> int:
+            return _largest(most, lambda number: _missing(closest(*of(number), waste), searched, waste) <= 0)
+
+        usual = by_formula(USUAL_WASTE)
         if not usual:
             return 0
-        way = closest(*of(usual), USUAL_WASTE).way
+        way = closest(*of(usual), USUAL_WASTE)
         traced = predict(of(usual)[0], way.training, device, held=budget.gpu_bytes is not None, ranks=ranks)
-        waste = _on_device(traced) / way.device_bytes
-        return _largest(most, lambda number: closest(*of(number), waste).missing <= 0)
+        return by_formula(_on_device(traced) / way.device_bytes)
 
     def with_layers(layers: int) -> ResNetBKConfig:
         return ResNetBKConfig(**{**config.own_fields(), "num_layers": layers})
