@@ -24,7 +24,7 @@ demo: setup ## plan, train, evaluate, generate, benchmark, and write the PDF rep
 	@$(BIN)/python benchmarks/demo.py
 
 test: setup ## run every test, files side by side on two cores, and at the end those that need the machine alone
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=40 -m "not alone"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "not alone"
 	$(BIN)/python -m pytest -m alone --durations=5 tests/bench
 
 test-fast: setup ## run the tests that take a moment

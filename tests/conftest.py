@@ -22,33 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent / "ops"))
 torch.set_num_threads(1 if WORKERS > 1 else 2)
 
 
-# Fixtures of a module that take no time.
-CHEAP = {"what_was_there_before", "one_thread"}
-
-
 def pytest_collection_modifyitems(items):
-    """What is slow comes first, so that workers which take one thing after the other end at about the same time.
-
-    Tests that share a fixture are one thing, file by file: some take a minute to make.
-    """
-    for item in items:
-        if _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(
-        key=lambda item: (
-            item.path not in slow_files
-            if item.get_closest_marker("xdist_group")
-            else not item.get_closest_marker("slow")
-        )
-    )
+    """Files with slow tests come first, so that workers which take file after file end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if elsewhere := [item.nodeid for item in items if item.get_closest_marker("alone") and item.path.parent != ALONE]:
         raise pytest.UsageError(f"`make test` looks for tests marked alone in {ALONE}, not for {elsewhere}")
-
-
-def _shares_a_fixture(item):
-    fixtures = ((name, found[-1]) for name, found in item._fixtureinfo.name2fixturedefs.items())
-    return any(name not in CHEAP and found.scope != "function" and found.baseid for name, found in fixtures)
 
 
 @pytest.fixture(scope="module", autouse=True)
