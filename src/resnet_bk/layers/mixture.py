@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_bk.layers.norm import type_of_products
 from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss, straight_through
 from resnet_bk.ops.single import linear_in_single
 
@@ -67,7 +68,7 @@ class MixtureOfExperts(nn.Module):
         logits_TE = linear_in_single(x_TD, self.router.weight)
         noisy_TE = logits_TE + _noise(logits_TE, len(x_BND), batch_rows) if self.training else logits_TE
         expert_T = self._choice(noisy_TE)
-        compute_dtype = torch.get_autocast_dtype(x_TD.device.type) if _autocast(x_TD) else x_TD.dtype
+        compute_dtype = type_of_products(x_TD)
         mixed_TD = chosen_expert(
             x_TD.to(compute_dtype), expert_T, self.up.to(compute_dtype), self.down.to(compute_dtype)
         )
@@ -107,7 +108,3 @@ def _shared_load(add_up: Callable[[Tensor], Tensor], tokens_E: Tensor, count: Te
     """From the ranks' tokens and not their loads: whole numbers add up to the same in any order."""
     totals = add_up(torch.cat([tokens_E, count.unsqueeze(0)]))
     return totals[:-1] / totals[-1]
-
-
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)

@@ -11,6 +11,10 @@ class LayerNorm(nn.LayerNorm):
 
     def of_stream(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream, x or x + ``added``, and its norm, of ``(..., D)``."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype, added=added)
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype=type_of_products(x), added=added)
+
+
+def type_of_products(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: autocast's type where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -12,7 +12,7 @@ keep and take other tensors. tests/memory/test_strategy_plans.py holds the sums 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from resnet_bk.errors import UserError
@@ -401,7 +401,7 @@ def _at_mixer(config: ResNetBKConfig, shape: TrainingShape, block: list[Part], c
     own = c if config.dropout else 0  # the gradient that comes through it
     working = _working(config, shape, 4 + (4 - c) + 2 * c + own)
     yield BlockMoment(name="the router's gradient", parts=[*block, working])
-    norm = Part(name=norms.name, num_bytes=norms.num_bytes // 2, formula="T (8 D + 8)")
+    norm = replace(_norms(config, shape, 1, half=c == 2), name=norms.name)
     backward = _resolvent_backward if config.mixer == "resolvent" else _attention_backward
     yield BlockMoment(name="the mixer's gradients", parts=[norm, *mixer, backward(config, shape, c)], experts="all")
 
