@@ -32,6 +32,7 @@ from resnet_bk.bench.contestants import (
 from resnet_bk.bench.subject import synchronizer
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.memory.limits import available_bytes
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.models import ResNetBKCache, ResNetBKForCausalLM
@@ -70,6 +71,7 @@ def main() -> None:
 
 def measure(device: torch.device, preset: str) -> dict[str, Any]:
     """Every context, as what is written."""
+    keep_freed_memory(device)
     contestants = contestant_configs(preset, {})
     configs = {key: without_position_table(contestants[key]) for key in (OURS, BASELINE)}
     models = {key: build_model(config, seed=0).eval().to(device) for key, config in configs.items()}

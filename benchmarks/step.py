@@ -24,6 +24,7 @@ from resnet_bk.bench.memory import peak_bytes
 from resnet_bk.bench.subject import Subject, random_batch, synchronizer
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.models.flops import formula_flops
 from resnet_bk.training.config import Precision, TrainingConfig
@@ -47,6 +48,7 @@ def main() -> None:
 
 def measure(device: torch.device, preset: str, precision: Precision) -> dict[str, Any]:
     """Every length, as what is written."""
+    keep_freed_memory(device)
     configs = {key: without_position_table(config) for key, config in contestant_configs(preset, {}).items()}
     document: dict[str, Any] = {
         "environment": describe_environment(),

@@ -17,6 +17,7 @@ import torch
 from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs, without_position_table
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
+from resnet_bk.heap import keep_freed_memory
 from step import TOKENS, matrix_product_rate, measure_length
 
 LENGTHS = [1024, 8192]
@@ -43,6 +44,7 @@ def main() -> None:
 def measure(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Both lengths, as what is written."""
     device = torch.device("cpu")
+    keep_freed_memory(device)
     contestants = contestant_configs(preset, overrides)
     configs = {key: without_position_table(contestants[key]) for key in (OURS, BASELINE)}
     rate = matrix_product_rate(device, "fp32")

@@ -5,7 +5,8 @@
 
 On a CPU the other is torch.utils.benchmark.Timer, on a GPU triton.testing.do_bench, which empties the cache before
 each call; there the callable of ours is timed after the cache was emptied too. Tools take turns, since a machine's
-speed drifts, and medians of all turns are compared: below 5% is agreement. Prints JSON.
+speed drifts, and what counts is the median of the turns' ratios. Turns go on until its 95% interval is narrow enough to
+tell, whatever it says, or until there have been too many; agreement is an interval that lies within 5%. Prints JSON.
 """
 
 import argparse
@@ -19,12 +20,17 @@ import torch
 
 from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs
 from resnet_bk.bench.machine import CacheFlush
+from resnet_bk.bench.statistics import Pairs, paired_ratio
 from resnet_bk.bench.subject import Subject, random_batch, synchronizer
 from resnet_bk.bench.timing import seconds_of, without_garbage_collection
 from resnet_bk.environment import describe_environment
+from resnet_bk.heap import keep_freed_memory
+from resnet_bk.schema import Interval
 from resnet_bk.training.config import Precision, TrainingConfig
 
 WARMUP, AGREEMENT, VOCABULARY = 5, 0.05, 4096
+# Half of an interval that is narrow enough, the resamples it is of, and how many times the least number of turns.
+NARROW, RESAMPLES, AT_MOST = 0.015, 2000, 20
 CALLS_BEFORE = 2  # that torch.utils.benchmark.Timer.timeit makes
 Work = Callable[[], object]
 
@@ -36,12 +42,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=30, help="at least; there may be twenty times as many")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    keep_freed_memory(device)
     works = callables(arguments.preset, arguments.precision, arguments.batch_size, arguments.sequence_length, device)
     rows = {name: compare(work, device, arguments.turns) for name, work in works.items()}
     document = {
@@ -49,7 +56,7 @@ def main() -> None:
         "settings": vars(arguments),
         "tool": "torch.utils.benchmark.Timer" if device.type == "cpu" else "triton.testing.do_bench",
         "callables": rows,
-        "agree": all(abs(row["difference"]) < AGREEMENT for row in rows.values()),
+        "agree": all(max(abs(bound) for bound in row["interval"]) < AGREEMENT for row in rows.values()),
     }
     print(json.dumps(document, indent=2))
 
@@ -78,16 +85,30 @@ def compare(work: Work, device: torch.device, turns: int) -> dict[str, Any]:
         work()
     own: list[float] = []
     others: list[float] = []
-    for number in range(turns):
+    for number in range(turns * AT_MOST):
+        if number % turns == 0 and number and half(longer(own, others)) < NARROW:
+            break
         for samples, tool in [(own, ours), (others, theirs)][:: 1 if number % 2 == 0 else -1]:
             samples.append(tool(work, device))
-    medians = statistics.median(own), statistics.median(others)
+    ratio = longer(own, others)
     return {
-        "ours": medians[0],
-        "theirs": medians[1],
-        "difference": medians[0] / medians[1] - 1,
+        "ours": statistics.median(own),
+        "theirs": statistics.median(others),
+        "difference": ratio.value - 1,
+        "interval": [ratio.low - 1, ratio.high - 1],
+        "turns": len(own),
         "samples": {"ours": own, "theirs": others},
     }
+
+
+def longer(own: list[float], others: list[float]) -> Interval:
+    """How many times theirs is ours: of the turns' ratios."""
+    return paired_ratio(Pairs(ours=others, baseline=own, blocks=[0] * len(own)), resamples=RESAMPLES)
+
+
+def half(interval: Interval) -> float:
+    """Of its width."""
+    return (interval.high - interval.low) / 2
 
 
 def ours_on_cpu(work: Work, device: torch.device) -> float:

@@ -164,9 +164,9 @@ STUDIES = {
             name="shakespeare-30m",
             label="Tiny Shakespeare by characters, about 30M parameters",
             corpus="characters",
-            rates=(1e-3, 2e-3),
-            dropouts=(0.3,),
-            weight_decays=(1.0,),
+            rates=(1e-3, 2e-3, 4e-3),
+            dropouts=(0.3, 0.4, 0.5),
+            weight_decays=(1.0, 2.0),
         ),
         _small(
             name="ablations",

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from resnet_bk.heap import freed_memory
+
 PACKAGES = ("resnet-bk", "torch", "transformers", "tokenizers", "triton", "numba", "numpy", "typst", "matplotlib")
 
 
@@ -64,6 +66,7 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "freed_memory": freed_memory(),
         "gpu": gpu,
     }
 

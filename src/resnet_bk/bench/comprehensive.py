@@ -27,6 +27,7 @@ from resnet_bk.bench import flops, memory, seeds, timing
 from resnet_bk.bench.profiles import PROFILES
 from resnet_bk.bench.statistics import summarize
 from resnet_bk.bench.subject import Loss, Subject, language_model_loss, logits_of, synchronizer
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.memory.tracking import training_tensors
 from resnet_bk.schema import (
@@ -139,6 +140,7 @@ class TimingBenchmark:
         if measure_iters < 1 or warmup_iters < 0:
             raise ValueError(f"warmup_iters {warmup_iters}, measure_iters {measure_iters}; give at least 0 and 1")
         self.device = choose_device(device)
+        keep_freed_memory(self.device)
         self.warmup_iters, self.measure_iters = warmup_iters, measure_iters
 
     def benchmark_forward(self, model: nn.Module, x: Tensor) -> Summary:
@@ -353,6 +355,7 @@ class ComprehensiveBenchmark:
         self.models = {MODEL: model, BASELINE: baseline_model}
         self.config = config or ComprehensiveConfig()
         self.device = choose_device(self.config.device)
+        keep_freed_memory(self.device)
 
     def run_all_benchmarks(self, train_loader: Loader, val_loader: Loader) -> ComprehensiveResult:
         """FLOPs, times and memory of the first batch, then training on one loader and validating on the other.

@@ -22,6 +22,7 @@ from resnet_bk.bench.setup import Setup
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
 from resnet_bk.files import check_writable, make_directory, read_json, write_json
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.schema import (
     KIND,
@@ -122,6 +123,7 @@ def run_benchmark(
 
 def _begin(config: BenchmarkConfig, command: list[str], on_remark: Callable[[str], None]) -> tuple[Setup, Report]:
     device = choose_device(config.training.device)
+    keep_freed_memory(device)
     training = replace(config.training, device=device.type)
     check_tokenizer(config.data.tokenizer)
     dataset = prepare_dataset(config.data, on_progress=on_remark)
@@ -205,6 +207,7 @@ def _continued(previous: Report, fresh: Report, path: Path) -> Report:
 
 def measure_cell(setup: Setup, cell: Cell) -> Any:
     """What runs in a process of its own."""
+    keep_freed_memory(setup.device)
     if setup.training.num_threads is not None:
         torch.set_num_threads(setup.training.num_threads)
     return MODULES[cell.section].measure(setup, cell)

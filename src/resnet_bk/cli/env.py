@@ -5,6 +5,8 @@ from typing import Any
 
 from resnet_bk.cli.console import print_json, result_console
 
+_FREED = {"kept": "kept for what comes next (glibc)", "returned": "returned to the system"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnvCommand:
@@ -24,7 +26,10 @@ class EnvCommand:
     def run(self) -> None:
         """Looks and prints."""
         from resnet_bk.environment import describe_environment
+        from resnet_bk.heap import keep_freed_memory
+        from resnet_bk.training.step import choose_device
 
+        keep_freed_memory(choose_device("auto"))  # as whatever computes here does before anything else
         document = {**describe_environment(), **_capabilities()}
         if self.calibrate:
             document["calibration"] = _calibrated()
@@ -37,7 +42,7 @@ class EnvCommand:
         gpu = hardware["gpu"]
         lines = [
             f"CPU         {hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} torch threads",
-            f"memory      {format_bytes(hardware['memory_bytes'])}",
+            f"memory      {format_bytes(hardware['memory_bytes'])}; freed memory is {_FREED[hardware['freed_memory']]}",
             f"GPU         {gpu['name'] + ', ' + format_bytes(gpu['memory_bytes']) if gpu else 'none'}",
             f"system      {document['system']}, Python {document['python']}",
             f"packages    {', '.join(f'{name} {found}' for name, found in document['packages'].items())}",
@@ -59,8 +64,9 @@ def _calibrated() -> dict[str, Any]:
     from resnet_bk.planner.calibration import calibrate, save_calibration
     from resnet_bk.planner.devices import device_named
     from resnet_bk.training.budget import half_type_of
+    from resnet_bk.training.step import choose_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     half = torch.bfloat16 if half_type_of(device) == "bf16" else torch.float16
     calibration = calibrate(device, half)
     remark(f"kept in {save_calibration(device_named('auto').name, calibration)}")
@@ -78,8 +84,9 @@ def _capabilities() -> dict[str, Any]:
     from resnet_bk.ops.loss import choose_loss_backend
     from resnet_bk.ops.projections import choose_projections_backend
     from resnet_bk.ops.single import choose_single_backend
+    from resnet_bk.training.step import choose_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     attention = "torch's scaled_dot_product_attention chooses among its kernels by shape and dtype"
     choices = {

@@ -42,12 +42,14 @@ class EvalCommand:
 
     def run(self) -> None:
         """Evaluates and prints."""
+        from resnet_bk.heap import keep_freed_memory
         from resnet_bk.training.checkpoint import load_model_checkpoint, step_of
         from resnet_bk.training.evaluate import evaluate
         from resnet_bk.training.run import find_checkpoint
         from resnet_bk.training.step import choose_device
 
         device = choose_device(self.device)
+        keep_freed_memory(device)
         run, checkpoint = find_checkpoint(self.run_folder)
         training = run.config.training
         batch_size, length = self._shape(run)

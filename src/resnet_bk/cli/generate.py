@@ -58,11 +58,13 @@ class GenerateCommand:
         self._check()
         import torch
 
+        from resnet_bk.heap import keep_freed_memory
         from resnet_bk.training.checkpoint import load_model_checkpoint
         from resnet_bk.training.run import find_checkpoint
         from resnet_bk.training.step import choose_device
 
         device = choose_device(self.device)
+        keep_freed_memory(device)
         run, checkpoint = find_checkpoint(self.run_folder)
         tokenizer = run.tokenizer()
         prompt_ids = tokenizer.encode(self.prompt)

@@ -7,6 +7,7 @@ import torch
 
 from resnet_bk.errors import UserError
 from resnet_bk.files import new_directory
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.memory.limits import check_training_fits
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.checkpoint import (
@@ -71,6 +72,7 @@ def start_run(
     check_config(config, dataset)
     check_ranks(config.training, world)
     device = world.place(choose_device(config.training.device))
+    keep_freed_memory(device)
     if not world.is_main:
         world.wait()
         return resume_run(open_run(out), dataset, observer=observer, world=world)
@@ -104,6 +106,7 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer, world: Wo
         torch.set_num_threads(run.config.training.num_threads)
     checkpoint = path_of_step(run.checkpoint_folder, world.as_main(step_of(run.latest_checkpoint())))
     device = world.place(choose_device(run.config.training.device))
+    keep_freed_memory(device)
     if world.is_main:
         check_memory(run.config.model, run.config.training, device)
     model = load_model_checkpoint(checkpoint, world, device)

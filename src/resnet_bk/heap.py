@@ -1,0 +1,50 @@
+"""Memory that a CPU has freed stays with the process, for the tensors to come.
+
+By default the C library hands every large block that is freed back to the system, and the next one of that size is
+taken page by page anew: on a CPU a training step then spends a third of its time in the system and not in the model,
+whatever the model (benchmarks/freed_memory.py). Kept, a block is used again at once. The process holds its peak until
+it ends; the peak itself is the same.
+"""
+
+import ctypes
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Names and numbers are those of <malloc.h>.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+NEVER = -1
+GROWTH = 64 << 20  # bytes by which the heap grows at once
+
+_kept = False
+
+
+def keep_freed_memory(device: "torch.device") -> bool:
+    """Whether this process, which computes on ``device``, keeps what it frees from here on.
+
+    False on a GPU, whose tensors torch keeps by itself and whose host may need the room, and with a C library other
+    than glibc. Calling it again changes nothing. It is of the whole process and cannot be undone.
+    """
+    global _kept  # noqa: PLW0603  (what this process has told its C library)
+    if device.type == "cpu" and not _kept:
+        _kept = _tell_glibc()
+    return _kept
+
+
+def freed_memory() -> str:
+    """What becomes of memory that is freed: ``kept`` or ``returned``, for whoever reads a figure."""
+    return "kept" if _kept else "returned"
+
+
+def _tell_glibc() -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (another C library's mallopt does nothing)
+    except (OSError, AttributeError):
+        return False
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROWTH}
+    return all(library.mallopt(name, value) == 1 for name, value in settings.items())

@@ -1,0 +1,59 @@
+"""What a CPU frees: it is used again without asking the system for pages, and the peak is as before."""
+
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from resnet_bk.environment import describe_environment
+from resnet_bk.heap import freed_memory, keep_freed_memory
+
+PROGRAM = """
+import json, resource, sys
+import torch
+from resnet_bk.heap import freed_memory, keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory(torch.device("cpu")) and keep_freed_memory(torch.device("cpu"))
+faults = []
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB, which glibc would map by themselves
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"faults": faults, "peak": peak, "said": freed_memory()}))
+"""
+PAGES = 2**26 // 4096
+
+
+def ran(mode):
+    result = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+def test_freed_memory_is_used_again_without_the_system():
+    kept, returned = ran("keep"), ran("return")
+    assert max(kept["faults"][2:]) < PAGES / 20
+    assert min(returned["faults"][1:]) > PAGES / 2, "otherwise there is nothing to keep"
+    assert (kept["said"], returned["said"]) == ("kept", "returned")
+    assert kept["peak"] < returned["peak"] + 1.5 * 2**16, (
+        "at most one block more, in kB: where the first does not align"
+    )
+
+
+def test_a_gpus_host_is_left_alone(monkeypatch):
+    monkeypatch.setattr("resnet_bk.heap._kept", False)
+    assert not keep_freed_memory(torch.device("cuda"))
+    assert freed_memory() == "returned"
+    assert describe_environment()["hardware"]["freed_memory"] == "returned"
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr("resnet_bk.heap._kept", False)
+    monkeypatch.setattr("resnet_bk.heap.ctypes.CDLL", lambda _: object())
+    assert not keep_freed_memory(torch.device("cpu"))
+    assert freed_memory() == "returned"
