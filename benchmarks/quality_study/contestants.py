@@ -114,6 +114,12 @@ CONTESTANTS = {
         _positioned("fading", "attention forgets at a constant gap of each head", lose="by a constant gap"),
         _positioned("half-fading", "the same attention in every second block", every=2, lose="by a constant gap"),
         _positioned("slopes", "attention fades with the distance (ours)", lose="by the distance"),
+        _positioned(
+            "keeps-weights",
+            "ours, and dropout drops no weights of attention",
+            lose="by the distance",
+            keeps_weights=True,
+        ),
         _hybrid("half", "attention in every second block", local_attention_every=2),
         _hybrid("third", "attention in every third block", local_attention_every=3),
         # decays,

@@ -198,11 +198,13 @@ class ChangedResolvent(nn.Module):
 class Positions:
     """What attention knows of them: rotary ones in the first ``heads`` of its heads, of the ``pairs`` of coordinates
     with the shortest waves. Or its logits ``lose`` something for each token on the way: what the resolvent's l would,
-    by gaps that tokens choose or that are constant; or a learned rate of the head, wherever the text began."""
+    by gaps that tokens choose or that are constant; or a learned rate of the head, wherever the text began.
+    ``keeps_weights``: dropout leaves attention's weights alone."""
 
     heads: float = 1.0
     pairs: float = 0.0
     lose: Literal["nothing", "by tokens' gaps", "by a constant gap", "by the distance"] = "nothing"
+    keeps_weights: bool = False
 
 
 class PositionedAttention(nn.Module):
@@ -211,7 +213,7 @@ class PositionedAttention(nn.Module):
     def __init__(self, config: ResNetBKConfig, positions: Positions) -> None:
         super().__init__()
         hidden, self.num_heads = config.hidden_size, config.num_attention_heads
-        self.positions, self.dropout = positions, config.dropout
+        self.positions, self.dropout = positions, 0.0 if positions.keeps_weights else config.dropout
         self.longest_memory = 8 * config.resolvent_longest_memory
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.convolution = ShortConvolution(3 * hidden, config.conv_size) if config.conv_size else None

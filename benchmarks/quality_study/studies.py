@@ -57,6 +57,11 @@ MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-slopes")
 MAIN = ("ours", "attention", "resolvent", "hybrid")
 RIVALS = ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
+# What might learn less by heart.
+LESS_BY_HEART = (
+    *("hybrid-keeps-weights", "hybrid-keeps-writes", "hybrid-no-convolution", "hybrid-half-state", "hybrid-half"),
+    *("hybrid-third", "hybrid-vector", "attention-plain"),
+)
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Two blocks: one in every fourth would be none.
 MEMORIES = ("ours-half", "attention", "resolvent", "hybrid-half")
@@ -113,7 +118,7 @@ def _small(**fields: Any) -> Study:
 
 def _large(**fields: Any) -> Study:
     """About 30 million parameters; some sixteen million tokens."""
-    return Study(shape=LARGE, contestants=LARGE_RIVALS, steps=1000, rows=64, length=256, precision="bf16", **fields)
+    return Study(shape=LARGE, steps=1000, rows=64, length=256, precision="bf16", **fields)
 
 
 # The most important ones first: what runs, runs in this order.
@@ -156,6 +161,7 @@ STUDIES = {
             name="embedded-30m",
             label="Python's source, about 30M parameters",
             corpus="embedded",
+            contestants=LARGE_RIVALS,
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
             weight_decays=(0.1, 0.5, 1.0),
@@ -164,9 +170,10 @@ STUDIES = {
             name="shakespeare-30m",
             label="Tiny Shakespeare by characters, about 30M parameters",
             corpus="characters",
-            rates=(1e-3, 2e-3, 4e-3),
+            contestants=(*LARGE_RIVALS, *LESS_BY_HEART),
+            rates=(1e-3, 2e-3, 4e-3, 8e-3),
             dropouts=(0.3, 0.4, 0.5),
-            weight_decays=(1.0, 2.0),
+            weight_decays=(1.0, 2.0, 4.0),
         ),
         _small(
             name="ablations",
