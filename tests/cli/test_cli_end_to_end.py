@@ -289,7 +289,7 @@ def test_the_environment_is_one_document(cli, workspace):
     document = cli("env", "--json").document
     assert {"hardware", "system", "python", "packages", "commit", "device", "precisions", "operators"} == set(document)
     operators = {"bk_core", "bk_tunnel", "bk_carry", "convolution", "projections", "moe", "loss", "attention"}
-    assert operators | {"norm bf16", "router bf16"} == set(document["operators"])
+    assert operators | {"norm bf16", "router bf16", "one token"} == set(document["operators"])
     words = cli("env")
     assert document["packages"]["torch"] in words.out and document["operators"]["moe"]["reason"] in words.out
 

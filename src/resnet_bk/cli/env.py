@@ -82,6 +82,7 @@ def _capabilities() -> dict[str, Any]:
     from resnet_bk.ops.grouped import choose_moe_backend
     from resnet_bk.ops.layer_norm import choose_norm_backend
     from resnet_bk.ops.loss import choose_loss_backend
+    from resnet_bk.ops.one_token import choose_one_token_backend
     from resnet_bk.ops.projections import choose_projections_backend
     from resnet_bk.ops.single import choose_single_backend
     from resnet_bk.training.step import choose_device
@@ -98,6 +99,7 @@ def _capabilities() -> dict[str, Any]:
         "norm bf16": choose_norm_backend(torch.empty(0, device=device), torch.bfloat16),
         "router bf16": choose_single_backend(device, torch.bfloat16),
         "moe": choose_moe_backend(device, torch.bfloat16, 0, 0, 0),
+        "one token": choose_one_token_backend(device),
         "loss": choose_loss_backend(device, torch.float32),
     }
     return {

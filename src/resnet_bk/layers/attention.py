@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.linear import Linear
 from resnet_bk.ops.rotation import rotate
 
 
@@ -18,9 +19,9 @@ class CausalAttention(nn.Module):
     def __init__(self, *, hidden_size: int, num_heads: int, causal: bool, conv_size: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.causal, self.dropout = num_heads, causal, dropout
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = Linear(hidden_size, hidden_size)
 
     def forward(self, x_BND: Tensor, context: SequenceContext, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The mixed tokens, and the keys and values ``(B, heads, past + N, head_dim)`` for the next call.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs
 from resnet_bk.ops.single import linear_in_single
@@ -43,8 +44,8 @@ class BKMixer(nn.Module):
         self.blend = blend
         self.initial_energy, self.initial_eta = energy, eta
         self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
-        self.potential = nn.Linear(hidden_size, num_heads, bias=False)
-        self.output = nn.Linear(2 * num_heads, hidden_size, bias=False)
+        self.potential = Linear(hidden_size, num_heads)
+        self.output = Linear(2 * num_heads, hidden_size)
         self.energy = nn.Parameter(torch.empty(num_heads))
         self.raw_eta = nn.Parameter(torch.empty(num_heads))
 

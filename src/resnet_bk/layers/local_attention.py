@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding
 from resnet_bk.ops.local_attention import local_attention
@@ -25,9 +26,9 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.num_heads, self.window, self.dropout = num_heads, window, dropout
         self.log_rate = nn.Parameter(torch.empty(num_heads))
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = Linear(hidden_size, hidden_size)
 
     @torch.no_grad()
     def initial_log_rate(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.norm import type_of_products
 from resnet_bk.ops.moe import balanced_bias, chosen_expert, gumbel_noise, load_balancing_loss, straight_through
 from resnet_bk.ops.single import linear_in_single
@@ -52,7 +53,7 @@ class MixtureOfExperts(nn.Module):
         self.router_bias_update_rate = router_bias_update_rate
         self.reduce_load: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("router_bias", torch.zeros(num_experts) if router_bias_update_rate else None)
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.router = Linear(hidden_size, num_experts)
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 

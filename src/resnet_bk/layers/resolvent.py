@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from resnet_bk.layers.context import MixerState, SequenceContext
 from resnet_bk.layers.convolution import ShortConvolution
+from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding, state_behind
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
@@ -58,9 +59,9 @@ class ResolventMixer(nn.Module):
         self.key_size = key_size if state == "matrix" else 0
         value_size = hidden_size // num_heads
         channels = num_heads * (2 * self.key_size + value_size)
-        self.qkv = nn.Linear(hidden_size, channels, bias=False)
+        self.qkv = Linear(hidden_size, channels)
         self.convolution = ShortConvolution(channels, conv_size) if conv_size else None
-        self.potential = nn.Linear(hidden_size, num_heads, bias=False)
+        self.potential = Linear(hidden_size, num_heads)
         if regime == "tunnelling":
             self.log_rate = nn.Parameter(torch.empty(num_heads))
         else:
@@ -68,9 +69,9 @@ class ResolventMixer(nn.Module):
             self.raw_eta = nn.Parameter(torch.empty(num_heads))
             self.log_amplitude = nn.Parameter(torch.empty(num_heads))
         self.skip = nn.Parameter(torch.empty(num_heads))
-        self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, hidden_size)
         self.norm = nn.RMSNorm(value_size, eps=norm_eps)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = Linear(hidden_size, hidden_size)
 
     @torch.no_grad()
     def initial_chains(self) -> dict[str, Tensor]:

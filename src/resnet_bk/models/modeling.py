@@ -23,6 +23,7 @@ from resnet_bk.layers import (
     SequenceContext,
     ShortConvolution,
 )
+from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
 from resnet_bk.layers.rotary import rotary_angles
@@ -285,7 +286,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
         self.model = ResNetBKModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size)
         # Of a way to train, not of the model: see ``linear_cross_entropy``.
         self.loss_chunk_tokens: int | None = None
         self.post_init()
@@ -484,7 +485,7 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
 def _is_matrix(head: Any) -> bool:
     """Whether calling ``head`` is multiplying with its weight and nothing else, hooks included."""
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, Linear)
         and getattr(head, "bias", None) is None
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
     )
