@@ -7,9 +7,9 @@ One row, float32, weights at their start: what a token costs does not depend on 
 model and its cache, and the likeliest next one. Contexts are made, not read: attention's cache holds random keys and
 values of the context's length, local attention's those of its window, and a resolvent's is the state behind a short
 text, which has the same size behind a long one. All models and contexts take their steps in turns, forth and back,
-after steps that do not count. Total parameters are equal within 1%. Attention's keys and values are appended as
-transformers' dynamic cache does it, by a copy. Before anything is timed, each model's decoding is held against the full
-pass.
+after steps that do not count; ratios are medians of the rounds'. Total parameters are equal within 1%. Attention's keys
+and values are appended as transformers' dynamic cache does it, by a copy. Before anything is timed, each model's
+decoding is held against the full pass.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.models import ResNetBKCache, ResNetBKForCausalLM
 
 CONTEXTS = [1024, 4096, 16_384, 65_536]
-WARMUP, ROUNDS = 2, 25
+WARMUP, ROUNDS = 2, 45
 TEXT = 80  # tokens behind which ours decodes; the check's length too
 LIMIT = 1e-4  # relative, of logits decoded and computed at once
 
@@ -98,11 +98,13 @@ def measure(device: torch.device, preset: str) -> dict[str, Any]:
                     }
                     for key, value in seconds.items()
                 },
-                "speedup": seconds[BASELINE] / seconds[OURS] if len(seconds) == len(models) else None,
+                "speedup": times_as_long(samples[BASELINE, context], samples[OURS, context])
+                if len(seconds) > 1
+                else None,
             }
         )
         print_point(points[-1])
-    flatness = statistics.median(samples[OURS, CONTEXTS[-1]]) / statistics.median(samples[OURS, CONTEXTS[0]])
+    flatness = times_as_long(samples[OURS, CONTEXTS[-1]], samples[OURS, CONTEXTS[0]])
     print(f"a token of ours behind {CONTEXTS[-1]:,} costs {flatness:.3f} times one behind {CONTEXTS[0]:,}")
     return {
         "environment": describe_environment(),
@@ -115,6 +117,11 @@ def measure(device: torch.device, preset: str) -> dict[str, Any]:
         "points": points,
         "longest_over_shortest": flatness,
     }
+
+
+def times_as_long(one: list[float], other: list[float]) -> float:
+    """The median over rounds, each of which is a moment of the machine."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def times(decoders: dict[tuple[str, int], Decoder], synchronize: Any) -> dict[tuple[str, int], list[float]]:
