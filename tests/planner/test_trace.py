@@ -136,8 +136,7 @@ def test_streamed_blocks_take_the_room_of_two():
     assert trace_training(shallow, training, CUDA).peak_bytes <= with_two
 
 
-# An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py. Before, norms wrote float32.
-COMMITS_OF_OTHER_NORMS = {"499a8384eff7", "a82dce1035eb"}
+# An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py.
 
 
 def recorded_steps():
@@ -165,8 +164,6 @@ FRUGAL = json.loads((RECORDS / "frugal.json").read_text())["cells"]
 @pytest.mark.parametrize("name", [name for name, cell in FRUGAL.items() if "allocated_bytes" in cell])
 def test_recorded_frugal_runs_of_an_h100_are_predicted(name):
     cell = FRUGAL[name]
-    if cell["commit"] in COMMITS_OF_OTHER_NORMS:
-        pytest.skip("recorded of norms that wrote float32")
     config = ResNetBKConfig.from_preset(cell["cell"]["preset"])
     training = TrainingConfig(**cell["training"])
     held = cell["cell"]["cap_bytes"] is not None and "inside" not in name
