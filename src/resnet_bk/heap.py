@@ -1,8 +1,8 @@
 """Memory that a CPU has freed stays with the process, for the tensors to come.
 
 By default the C library hands every large block that is freed back to the system, and the next one of that size is
-taken page by page anew, by the system and not by the model, whatever the model (benchmarks/freed_memory.py measures what
-that costs). Kept, a block is used again at once. The process holds its peak until it ends.
+taken page by page anew, whatever the model. Kept, a block is used again at once (benchmarks/freed_memory.py measures
+both). The process holds its peak until it ends.
 """
 
 import ctypes
