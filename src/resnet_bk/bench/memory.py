@@ -25,6 +25,7 @@ from resnet_bk.bench.contestants import BASELINE, OURS
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import Subject, language_model_loss
 from resnet_bk.environment import peak_resident_bytes
+from resnet_bk.heap import give_back_freed_memory
 from resnet_bk.memory.strategy import Strategy
 from resnet_bk.memory.tracking import TensorTracker, training_tensors
 from resnet_bk.models import ResNetBKForCausalLM
@@ -149,6 +150,7 @@ def measure_model_memory(key: str, subject: Subject, resident: int | None = None
 def begin_peak_resident() -> int:
     """Bytes of this process in RAM; where Linux lets it, ``peak_resident_bytes`` counts from here on."""
     gc.collect()
+    give_back_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text(FORGET_PEAK, encoding="ascii")
     return int(psutil.Process().memory_info().rss)
