@@ -13,8 +13,9 @@ from resnet_bk.heap import freed_memory, keep_freed_memory
 
 PROGRAM = """
 import json, resource, sys
+import psutil
 import torch
-from resnet_bk.heap import freed_memory, keep_freed_memory
+from resnet_bk.heap import freed_memory, give_back_freed_memory, keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory(torch.device("cpu")) and keep_freed_memory(torch.device("cpu"))
@@ -24,7 +25,10 @@ for _ in range(5):
     torch.ones(2**24)  # 64 MiB, which glibc would map by themselves
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"faults": faults, "peak": peak, "said": freed_memory()}))
+held = psutil.Process().memory_info().rss
+give_back_freed_memory()
+given_back = held - psutil.Process().memory_info().rss
+print(json.dumps({"faults": faults, "peak": peak, "said": freed_memory(), "given_back": given_back}))
 """
 PAGES = 2**26 // 4096
 
@@ -40,9 +44,13 @@ def test_freed_memory_is_used_again_without_the_system():
     assert max(kept["faults"][2:]) < PAGES / 20
     assert min(returned["faults"][1:]) > PAGES / 2, "otherwise there is nothing to keep"
     assert (kept["said"], returned["said"]) == ("kept", "returned")
-    assert kept["peak"] < returned["peak"] + 1.5 * 2**16, (
-        "at most one block more, in kB: where the first does not align"
-    )
+    assert kept["peak"] < returned["peak"] + 1.5 * 2**16, "in kB, one block more at most"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+def test_what_is_kept_can_be_given_back():
+    assert ran("keep")["given_back"] > 2**26 * 0.9
+    assert ran("return")["given_back"] < 2**20, "nothing was kept"
 
 
 def test_a_gpus_host_is_left_alone(monkeypatch):
