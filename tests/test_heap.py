@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ print(json.dumps({"faults": faults, "peak": peak, "said": freed_memory(), "given
 PAGES = 2**26 // 4096
 
 
+@cache
 def ran(mode):
     result = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
     return json.loads(result.stdout)

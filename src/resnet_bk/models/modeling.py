@@ -23,7 +23,6 @@ from resnet_bk.layers import (
     SequenceContext,
     ShortConvolution,
 )
-from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.mixture import Routing
 from resnet_bk.layers.padding import Padding
 from resnet_bk.layers.rotary import rotary_angles
@@ -31,6 +30,7 @@ from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
 from resnet_bk.models.configuration import Mixer, ResNetBKConfig
 from resnet_bk.ops.embedding import embedding_in_single
 from resnet_bk.ops.loss import cross_entropy, linear_cross_entropy, shift_targets
+from resnet_bk.ops.one_token import linear
 
 
 @dataclass
@@ -286,7 +286,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
         self.model = ResNetBKModel(config)
-        self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Of a way to train, not of the model: see ``linear_cross_entropy``.
         self.loss_chunk_tokens: int | None = None
         self.post_init()
@@ -358,7 +358,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         hidden_BND = _positions_to_keep(output.last_hidden_state, attention_mask, logits_to_keep)
         if return_logits is None:
             return_logits = targets_BN is None or not self.training
-        logits_BNV = self.lm_head(hidden_BND) if return_logits or not _is_matrix(self.lm_head) else None
+        logits_BNV = self._logits(hidden_BND) if return_logits or not _is_matrix(self.lm_head) else None
         nats = loss = None
         if targets_BN is not None:
             nats, loss = self.loss_of(hidden_BND, targets_BN, output.router_aux_loss, logits_BNV=logits_BNV)
@@ -371,6 +371,13 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             router_aux_loss=output.router_aux_loss,
             expert_load=output.expert_load,
         )
+
+    def _logits(self, hidden_BND: Tensor) -> Tensor:
+        """By the head; of a token to decode, by reading its matrix once."""
+        if hidden_BND.shape[:2] == (1, 1) and _is_matrix(self.lm_head):
+            return linear(hidden_BND, self.lm_head.weight)
+        logits_BNV: Tensor = self.lm_head(hidden_BND)
+        return logits_BNV
 
     def loss_of(
         self, hidden_BND: Tensor, targets_BN: Tensor, router_aux_loss: Tensor, *, logits_BNV: Tensor | None = None
@@ -485,7 +492,7 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
 def _is_matrix(head: Any) -> bool:
     """Whether calling ``head`` is multiplying with its weight and nothing else, hooks included."""
     return (
-        type(head) in (nn.Linear, Linear)
+        type(head) is nn.Linear
         and getattr(head, "bias", None) is None
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
     )
