@@ -4,14 +4,16 @@
     python benchmarks/step.py --device cpu --preset seed --out benchmarks/results/cpu/step.json
 
 Each length keeps the tokens of a step (fewer rows as they get longer). Peak memory is each model's alone; times are
-taken in turns, A B C C B A, forward to update, after steps that do not count. Total parameters are equal within 1%,
-and all models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half precision).
-Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs, over the
-rate of a large matrix product in the same precision and run.
+taken in turns, A B C C B A, forward to update, after steps that do not count; on a CPU, which others use too, for at
+least a minute. Ratios are medians of the rounds', with bootstrapped 95% intervals. Total parameters are equal within
+1%, and all models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half
+precision). Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs, over
+the rate of a large matrix product in the same precision and run.
 """
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 
 from resnet_bk.bench.contestants import BASELINE, OURS, contestant_configs, without_position_table
 from resnet_bk.bench.memory import peak_bytes
+from resnet_bk.bench.statistics import Pairs, paired_ratio
 from resnet_bk.bench.subject import Subject, random_batch, synchronizer
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
@@ -30,7 +33,8 @@ from resnet_bk.models.flops import formula_flops
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.micro_step import AUTOCAST_DTYPES
 
-WARMUP, ROUNDS = 3, 7
+WARMUP, ROUNDS, RESAMPLES = 3, 7, 1000
+LEAST_SECONDS = {"cuda": 0.0, "cpu": 60.0}
 LENGTHS = {"cuda": [128, 512, 1024, 4096, 16_384, 65_536, 131_072], "cpu": [128, 512, 2048, 8192]}
 TOKENS = {"cuda": 131_072, "cpu": 8192}
 
@@ -90,7 +94,10 @@ def measure_length(
     subjects = {key: build(key) for key in configs}
     synchronize = synchronizer(device)
     samples: dict[str, list[float]] = {key: [] for key in configs}
-    for number in range(WARMUP + ROUNDS):
+    number, until = 0, math.inf
+    while number < WARMUP + ROUNDS or time.perf_counter() < until:
+        if number == WARMUP:
+            until = time.perf_counter() + LEAST_SECONDS[device.type]
         for key in subjects if number % 2 == 0 else reversed(subjects):
             synchronize()
             began = time.perf_counter()
@@ -98,6 +105,7 @@ def measure_length(
             synchronize()
             if number >= WARMUP:
                 samples[key].append(time.perf_counter() - began)
+        number += 1
     models = {}
     for key, config in configs.items():
         seconds = statistics.median(samples[key])
@@ -109,12 +117,14 @@ def measure_length(
             "utilisation": flops / seconds / rate,
             "peak_bytes": peaks[key],
         }
-    ratios = [theirs / ours for ours, theirs in zip(samples[OURS], samples[BASELINE], strict=True)]
+    pairs = Pairs(ours=samples[OURS], baseline=samples[BASELINE], blocks=[0] * len(samples[OURS]))
+    ratio = paired_ratio(pairs, resamples=RESAMPLES)
     return {
         "sequence_length": length,
         "batch_size": batch_size,
         "models": models,
-        "speedup": statistics.median(ratios),
+        "speedup": ratio.value,
+        "speedup_interval": [ratio.low, ratio.high],
         "memory_ratio": peaks[BASELINE] / peaks[OURS],
     }
 

@@ -60,7 +60,9 @@ def measure(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
         point = measure_length(configs, length, device, "fp32", rate)
         document["points"].append(point)
         speeds = ", ".join(f"{key} {row['tokens_per_second']:,.0f} tokens/s" for key, row in point["models"].items())
-        print(f"N {length:5,}: {point['speedup']:.2f} times the Transformer's tokens/s, {speeds}", flush=True)
+        low, high = point["speedup_interval"]
+        ratio = f"{point['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        print(f"N {length:5,}: {ratio} times the Transformer's tokens/s, {speeds}", flush=True)
     return document
 
 

@@ -31,6 +31,14 @@ def tokens(rows, length, seed=0, dtype=torch.float64):
     return [torch.randn(rows, length, 2, 4, generator=generator, dtype=dtype) for _ in range(3)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_blocks():
+    """Windows of these tests are cut into blocks where four divides them, and are one where it does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHORTEST_BLOCK", 1)
+        yield
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 3),
@@ -127,6 +135,21 @@ def test_the_gpus_kernel_for_windows_reads_neither_ahead_nor_behind():
     assert changed.nonzero().flatten().tolist() == list(range(120, 184))
 
 
+@pytest.mark.parametrize(("shortest", "block"), [(64, 64), (128, 256)])
+def test_windows_are_cut_on_a_cpu_where_blocks_are_not_too_short(monkeypatch, shortest, block):
+    window, keys = 256, []
+
+    def attend(q, k, v, rates, mask, dropout):
+        keys.append(k.shape[1])
+        return q
+
+    monkeypatch.setattr(module, "SHORTEST_BLOCK", shortest)
+    monkeypatch.setattr(module, "_attend", attend)
+    q, k, v = tokens(1, 516)
+    local_attention(q, k, v, window=window, rates=RATES)
+    assert keys == [window, window + block, window + 4]
+
+
 @pytest.mark.parametrize(("length", "window"), [(5, 8), (8, 8), (21, 8)])
 def test_gradients_of_every_input(length, window):
     q, k, v, rates = (x.requires_grad_() for x in (*tokens(1, length), RATES.clone()))
@@ -146,8 +169,8 @@ def test_no_token_reads_ahead_or_behind_the_window(window):
 
 
 def test_memory_grows_with_the_window_and_not_with_all_pairs():
-    sizes = []
-    for length in (1024, 8192):
+    window, sizes = 64, []
+    for length in (window + 1024, window + 8192):
         q, k, v = (x.requires_grad_() for x in tokens(1, length, dtype=torch.float32))
         saved = {}
 
@@ -156,7 +179,7 @@ def test_memory_grows_with_the_window_and_not_with_all_pairs():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            local_attention(q, k, v, window=64, rates=RATES)
+            local_attention(q, k, v, window=window, rates=RATES)
         sizes.append(sum(storage.nbytes() for storage in saved.values()))
     assert sizes[1] <= 8.2 * sizes[0]
 

@@ -1,7 +1,7 @@
 """Causal attention within a window that fades with the distance, in time and memory that grow as N x window.
 
-On a GPU half types go through torch's flash attention, which knows windows. Elsewhere queries go in blocks of
-``window``: a block reads itself and the block before it, which is all that it may see.
+On a GPU half types go through torch's flash attention, which knows windows. Elsewhere queries go in blocks, each of
+which reads itself and the ``window`` tokens before it, which is all that it may see.
 
 A head's logits lose ``rate`` for each token between query and key (O. Press et al., "Train short, test long", 2022,
 with rates that are learned). Rate x (j - i) is a product of a few more coordinates, rates in the query and places in
@@ -24,6 +24,9 @@ EXTRA_COORDINATES = 8
 DIGIT = 256
 # Where torch has flash attention: compute capability, coordinates of a head at most, and what they are multiples of.
 FIRST_WITH_FLASH, MOST_COORDINATES, COORDINATES_MULTIPLE = (8, 0), 256, 8
+# Blocks of a part of the window compute fewer pairs that no query may see, and read more keys. On a CPU, where products
+# take most of the time, a quarter is best (benchmarks/local_attention.py); elsewhere a block is a window.
+PARTS_ON_A_CPU, SHORTEST_BLOCK = 4, 64
 
 
 def local_attention(
@@ -55,16 +58,18 @@ def local_attention(
     plain = filled is None and documents is None and not dropout
     if plain and length > 1 and (before or length > window) and _flash_serves(q):
         return _by_flash(q, k, v, window, rates)
-    first, in_blocks = min(window, length), length - length % window
+    block = _block_size(window, q.device)
+    first = min(window, length)
+    in_blocks = length - (length - first) % block
     mask = _first_mask(first, before, window, filled, None if documents is None else documents[:, :first], q.device)
     mixed = [_attend(q[:, :first], k[:, : before + first], v[:, : before + first], rates, mask, dropout)]
-    if in_blocks > window:
-        of_keys, of_values = (_with_block_before(x[:, before : before + in_blocks], window) for x in (k, v))
-        of_documents = None if documents is None else _with_block_before(documents[:, :in_blocks], window)
-        others = _blocks(q[:, window:in_blocks], window)
-        others = _attend(others, of_keys, of_values, rates, _band(window, window, of_documents, q.device), dropout)
+    if in_blocks > first:
+        of_keys, of_values = (_with_window_before(x[:, before : before + in_blocks], window, block) for x in (k, v))
+        of_documents = None if documents is None else _with_window_before(documents[:, :in_blocks], window, block)
+        others = q[:, first:in_blocks].reshape(-1, block, *q.shape[2:])
+        others = _attend(others, of_keys, of_values, rates, _band(block, window, of_documents, q.device), dropout)
         mixed.append(others.reshape(len(q), -1, *q.shape[2:]))
-    if first < length and in_blocks < length:
+    if in_blocks < length:
         rest = length - in_blocks
         of_keys, of_values = (x[:, -window - rest :] for x in (k, v))
         of_documents = None if documents is None else documents[:, -window - rest :]
@@ -182,12 +187,15 @@ def _band(queries: int, window: int, documents: Tensor | None, device: torch.dev
     return (band & (documents[:, window:].unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
 
 
-def _blocks(x: Tensor, window: int) -> Tensor:
-    """``(B, blocks x W, ...)`` as ``(B x blocks, W, ...)``."""
-    return x.reshape(-1, window, *x.shape[2:])
+def _block_size(window: int, device: torch.device) -> int:
+    """Queries of a block, a divisor of the window."""
+    if kind_of(device) == "cpu" and window % PARTS_ON_A_CPU == 0 and window // PARTS_ON_A_CPU >= SHORTEST_BLOCK:
+        return window // PARTS_ON_A_CPU
+    return window
 
 
-def _with_block_before(x: Tensor, window: int) -> Tensor:
-    """From the second block on, each with the one before it: ``(B x (blocks - 1), 2 W, ...)``."""
-    blocks = x.reshape(len(x), -1, window, *x.shape[2:])
-    return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
+def _with_window_before(x: Tensor, window: int, block: int) -> Tensor:
+    """Each block behind the first window, with that many tokens before it: ``(B x blocks, window + block, ...)``."""
+    blocks = x.reshape(len(x), -1, block, *x.shape[2:])
+    before, number = window // block, blocks.shape[1] - window // block
+    return torch.cat([blocks[:, i : i + number] for i in range(before + 1)], dim=2).flatten(0, 1)

@@ -196,13 +196,17 @@ def _sweep(
 def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C1: Tensor, *, want_gradient: bool) -> tuple[Tensor, Tensor]:
     """-log p(target) ``(C, 1)``, and G = p - onehot(target) ``(C, V)`` in the products' dtype; without, anything."""
     sum_dtype = torch.promote_types(hidden_CD.dtype, torch.float32)
-    log_p_CV = F.log_softmax(hidden_CD @ weight_VD.t(), dim=1, dtype=sum_dtype)
-    log_p_C1 = log_p_CV.gather(1, targets_C1)
+    logits_CV = hidden_CD @ weight_VD.t()
     if not want_gradient:
-        return -log_p_C1, hidden_CD
+        return -F.log_softmax(logits_CV, dim=1, dtype=sum_dtype).gather(1, targets_C1), hidden_CD
+    p_CV = F.softmax(logits_CV, dim=1, dtype=sum_dtype)
+    # The logarithm of the largest p, which is never near 0, and how far the target's logit lies below: one exponential
+    # of each logit gives both loss and gradient.
+    below_C1 = logits_CV.amax(1, keepdim=True).to(sum_dtype) - logits_CV.gather(1, targets_C1)
+    nats_C1 = below_C1 - p_CV.amax(1, keepdim=True).log()
     # p - 1 as expm1(log p), which is exact where the target is all but certain.
-    g_CV = log_p_CV.exp_().scatter_(1, targets_C1, log_p_C1.expm1())
-    return -log_p_C1, g_CV.to(hidden_CD.dtype)
+    g_CV = p_CV.scatter_(1, targets_C1, torch.expm1(-nats_C1))
+    return nats_C1, g_CV.to(hidden_CD.dtype)
 
 
 def _chunk_in_place(
