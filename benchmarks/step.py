@@ -7,8 +7,8 @@ Each length keeps the tokens of a step (fewer rows as they get longer). Peak mem
 taken in turns, A B C C B A, forward to update, after steps that do not count; on a CPU, which others use too, for at
 least a minute. Ratios are medians of the rounds', with bootstrapped 95% intervals. Total parameters are equal within
 1%, and all models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half
-precision). Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs, over
-the rate of a large matrix product in the same precision and run.
+precision). Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs,
+over the rate of a large matrix product in the same precision and run.
 """
 
 import argparse
