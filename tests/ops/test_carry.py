@@ -5,11 +5,12 @@ import torch
 from dense_oracle import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ops import bk_carry, bk_core, bk_tunnel
 from resnet_bk.ops.carry import choose_carry_backend, operators
-from resnet_bk.ops.carry.chunked import CHUNK
+from resnet_bk.ops.carry.chunked import CHUNK, Decays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 17 * CHUNK + 5]
@@ -214,6 +215,40 @@ def test_a_token_right_behind_a_decay_to_nothing_has_its_own_decay_to_the_last_d
     inputs["log_l"] = torch.full_like(inputs["log_l"], -0.1)
     inputs["log_l"][:, 4] = -3e5
     assert_equal(everything(inputs, backend=backend), reference(inputs), 5e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pieces=st.integers(0, 3),
+    size=st.integers(1, CHUNK),
+    slowest=st.floats(-6, 3),
+    written_at_exit=st.booleans(),
+    starts=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_decays_by_the_compiled_loop_are_the_exponentials(pieces, size, slowest, written_at_exit, starts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    log_l = -torch.rand(pieces, 2, size, generator=generator, dtype=torch.float64) * 10**slowest
+    log_sum = log_l.cumsum(-1)
+    ahead = log_sum if written_at_exit else log_sum - log_l
+    counts = (torch.rand(pieces, 2, size, generator=generator) < 0.2).int().cumsum(-1, dtype=torch.int32)
+    single, double = (
+        Decays(log_sum=log_sum, ahead=ahead, starts=counts if starts else None, dtype=dtype).between()
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert single.dtype == torch.float32 and single.shape == double.shape
+    torch.testing.assert_close(single, double.float(), rtol=3e-7, atol=1e-37)
+
+
+def test_whoever_keeps_account_of_tensors_sees_those_of_the_decays():
+    log_sum = torch.linspace(-1, -9, CHUNK, dtype=torch.float64).expand(2, 3, CHUNK)
+    decays = Decays(log_sum=log_sum, ahead=log_sum, starts=None, dtype=torch.float32)
+    by_loop = decays.between()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(log_sum)
+        assert Decays(log_sum=fake, ahead=fake, starts=None, dtype=torch.float32).between().shape == by_loop.shape
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(decays.between(), by_loop, rtol=5e-6, atol=0)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def choose_carry_backend(
     """What ``backend="auto"`` means on ``device``, for the chunked form of heads that are ``width`` wide."""
     kind = kind_of(device)
     if kind == "cpu":
-        return BackendChoice(name="torch", reason="chunks as batched matrix products of torch's BLAS")
+        return BackendChoice(name="torch", reason="chunks as batched matrix products of torch's BLAS; decays by numba")
     if kind != "cuda" or not HAS_TRITON:
         why = "triton is not installed" if kind == "cuda" else f"there are no compiled kernels on {kind}"
         return BackendChoice(name="torch", reason=f"chunks as batched matrix products, since {why}")

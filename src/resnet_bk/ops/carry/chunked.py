@@ -9,7 +9,8 @@ ahead of key j, and S_0 the state that enters the chunk,
 
 and the state that leaves it is exp(L_C) S_0 + sum_j exp(L_C - A_j) k_j v_j^T. Decays are exponentials of differences
 inside one chunk, so nothing grows with N and nothing overflows. The states that enter the chunks follow the same
-recurrence over chunks, which goes ``GROUP`` of them at a time. All together O(N (C (K + V) + K V)).
+recurrence over chunks, which goes ``GROUP`` of them at a time. All together O(N (C (K + V) + K V)). On a CPU a compiled
+loop makes float32's decays between the tokens of a chunk, with an exponential for each token instead of each pair.
 
 The adjoint, with E the gradient of the state that leaves a chunk and o' that of o:
 
@@ -30,10 +31,16 @@ Source: the chunked form is that of T. Dao and A. Gu, "Transformers are SSMs" (2
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from resnet_bk.imagined import is_imagined
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
 
 CHUNK = 64  # tokens
 GROUP = 16  # chunks whose states one product joins
@@ -69,12 +76,32 @@ class Decays:
 
     def between(self) -> Tensor:
         """exp(L_i - A_j) for j <= i and 0 else, ``(..., C, C)``."""
+        if self._may_be_compiled():
+            return self._between_compiled()
         size = self.log_sum.shape[-1]
         unrelated = torch.ones(size, size, dtype=torch.bool, device=self.log_sum.device).triu_(1)
         if self.starts is not None:
             unrelated = unrelated | (self.starts.unsqueeze(-1) != self.starts.unsqueeze(-2))
         difference = (self.log_sum.unsqueeze(-1) - self.ahead.unsqueeze(-2)).to(self.dtype)
         return difference.masked_fill_(unrelated, -torch.inf).exp_()
+
+    def _may_be_compiled(self) -> bool:
+        """Whether these are numbers in a CPU's memory, and nobody keeps account of what is allocated there."""
+        on_cpu = self.log_sum.device.type == "cpu" and self.dtype == torch.float32
+        return on_cpu and type(self.log_sum) is Tensor and not is_imagined() and not is_in_torch_dispatch_mode()
+
+    def _between_compiled(self) -> Tensor:
+        from resnet_bk.ops.carry.decay_kernels import between_kernel
+
+        size = self.log_sum.shape[-1]
+        out = torch.empty(*self.log_sum.shape, size, dtype=self.dtype)
+        starts = self.log_sum.new_empty(0, size, dtype=torch.int32) if self.starts is None else self.starts
+        arrays = [x.reshape(-1, size).numpy() for x in (self.log_sum, self.ahead, starts)]
+        rows = len(arrays[0])
+        pieces = max(1, min(torch.get_num_threads(), out.numel() // ELEMENTS_WORTH_A_THREAD))
+        edges = [rows * piece // pieces for piece in range(pieces + 1)]
+        in_threads(partial(between_kernel, *arrays, out.view(-1, size, size).numpy()), list(pairwise(edges)))
+        return out
 
 
 def carry(
