@@ -29,7 +29,7 @@ The start of a document at t cuts everything that would cross it; l_t k_t v_t^T 
 Source: the chunked form is that of T. Dao and A. Gu, "Transformers are SSMs" (2024), section 6.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -97,10 +97,12 @@ class Decays:
         out = torch.empty(*self.log_sum.shape, size, dtype=self.dtype)
         starts = self.log_sum.new_empty(0, size, dtype=torch.int32) if self.starts is None else self.starts
         arrays = [x.reshape(-1, size).numpy() for x in (self.log_sum, self.ahead, starts)]
+        kernel: Callable[..., None] = between_kernel
+        into = partial(kernel, *arrays, out.view(-1, size, size).numpy())
         rows = len(arrays[0])
         pieces = max(1, min(torch.get_num_threads(), out.numel() // ELEMENTS_WORTH_A_THREAD))
         edges = [rows * piece // pieces for piece in range(pieces + 1)]
-        in_threads(partial(between_kernel, *arrays, out.view(-1, size, size).numpy()), list(pairwise(edges)))
+        in_threads(into, list(pairwise(edges)))
         return out
 
 
