@@ -28,7 +28,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from quality_study.cells import Cell, Results, keep, merge, nothing
+from quality_study.cells import Cell, Results, choice, keep, merge, nothing
 from quality_study.contestants import CONTESTANTS
 from quality_study.speed import TIMED, step_seconds
 from quality_study.studies import PUBLISHED, STUDIES, Study
@@ -192,7 +192,7 @@ class Runner:
         if not all(cell.name in results for cell in swept):
             return None
         measured = [cell for cell in swept if "choosing" in results[cell.name]]
-        return min(measured, key=lambda cell: float(results[cell.name]["choosing"]), default=None)
+        return min(measured, key=lambda cell: choice(cell, results[cell.name]), default=None)
 
     def beside(self, like: Cell) -> list[Cell]:
         """All that has run of its study and contestant with its seed, at the study's own steps, swept or not."""

@@ -46,6 +46,12 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def choice(cell: Cell, found: dict[str, Any]) -> tuple[float, float]:
+    """What the best cell has the least of: loss where it is chosen; among equals, as of tasks that are learned whole at
+    several rates, the rate."""
+    return float(found["choosing"]), cell.rate
+
+
 def nothing() -> Results:
     """Results before anything has run."""
     return {"cells": {}, "steps": {}, "environments": []}

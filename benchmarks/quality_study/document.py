@@ -14,7 +14,9 @@ from resnet_bk.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, IMAGES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
-OURS, BASELINE = "ours", "attention"
+OURS, OURS_OF_TWO_BLOCKS, BASELINE = "ours", "ours-half", "attention"
+RECALL, NEAR, FAR = "recall", "1x the length", "4x the length"
+NOTEWORTHY = 0.05  # of right answers
 CALLED = {
     "attention": "the Transformer",
     "hybrid": "the hybrid without positions",
@@ -80,6 +82,9 @@ def findings(edition: Edition) -> str:
         if study.corpus is not None and study.base == BASELINE and (OURS, False) in found:
             said = [*_against_baseline(found), *_against_families(edition, found)]
             sentences += [f"- {study.label}: {' '.join(said)}"] if said else []
+        if study.name == RECALL and {(OURS_OF_TWO_BLOCKS, False), (BASELINE, False)} <= set(found):
+            said = _recalled(found[OURS_OF_TWO_BLOCKS, False], found[BASELINE, False])
+            sentences.append(f"- {study.label}: {said}")
     return "\n".join(sentences) or "Nothing is measured yet."
 
 
@@ -108,6 +113,23 @@ def _verdict(ours: Row, theirs: Row) -> str:
     where, verdict = ("below", "wins") if gap.value < 0 else ("above", "loses")
     interval = f"{abs(gap.value):.3f} (95%: {near:.3f} to {far:.3f})"
     return f"our test loss is **{where}** the Transformer's by {interval}: ours **{verdict}**"
+
+
+def _recalled(ours: Row, theirs: Row) -> str:
+    """Ours at four times the training length, the Transformer at it."""
+    far, near = (statistics.mean(_shares(row, test)) for row, test in ((ours, FAR), (theirs, NEAR)))
+    verdict = "no worse" if far >= near else "**worse**"
+    each = ", ".join(f"{100 * share:.1f}%" for share in _shares(ours, FAR))
+    there = statistics.mean(_shares(theirs, FAR))
+    return (
+        f"at {FAR}, ours says {far:.1%} of the values rightly (seeds: {each}), which is {verdict} than the Transformer "
+        f"at {NEAR}, {near:.1%}; at {FAR} the Transformer says {there:.1%}."
+    )
+
+
+def _shares(row: Row, test: str) -> list[float]:
+    """Of right answers, by seed."""
+    return [cell["answers"][test] for cell in row.cells]
 
 
 def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
@@ -224,9 +246,15 @@ def _answers(edition: Edition, study: Study, found: list[Row]) -> list[str]:
         f"| --- | --- | --- |{' --- |' * len(study.tests)}",
     ]
     for row in found:
-        shares = [f"{100 * statistics.mean(cell['answers'][test] for cell in row.cells):.1f}%" for test in study.tests]
-        lines.append(f"| {edition.labels[row.contestant]} | {row.rate:g} | {len(row.cells)} | {' | '.join(shares)} |")
+        said = [_mean_share(_shares(row, test)) for test in study.tests]
+        lines.append(f"| {edition.labels[row.contestant]} | {row.rate:g} | {len(row.cells)} | {' | '.join(said)} |")
     return lines
+
+
+def _mean_share(shares: list[float]) -> str:
+    """With the lowest seed's where that is not much the same: a mean hides one that has not learned."""
+    mean, lowest = statistics.mean(shares), min(shares)
+    return f"{mean:.1%}" + (f" (lowest {lowest:.1%})" if mean - lowest >= NOTEWORTHY else "")
 
 
 def by_position(edition: Edition) -> str:

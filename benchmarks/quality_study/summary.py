@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from quality_study.cells import Cell, Results
+from quality_study.cells import Cell, Results, choice
 from quality_study.studies import Study
 from resnet_bk.chance import t_quantile
 
@@ -71,7 +71,7 @@ def rows(results: Results, study: Study) -> list[Row]:
 
 def _row(study: Study, cells: dict[Cell, dict[str, Any]]) -> Row:
     swept = [cell for cell in cells if cell.seed == study.seeds[0]] or list(cells)
-    best = min(swept, key=lambda cell: float(cells[cell]["choosing"]))
+    best = min(swept, key=lambda cell: choice(cell, cells[cell]))
     mine = [replace(best, seed=seed) for seed in study.seeds]
     return Row(
         contestant=best.contestant,
