@@ -26,7 +26,9 @@ README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "convergence.sv
 REPORTS = {name: ROOT / "benchmarks" / "results" / name / "report.json" for name in ("cpu", "gpu")}
 SHAKESPEARE = ROOT / "benchmarks" / "results" / "gpu" / "shakespeare.json"
 STEPS = ROOT / "benchmarks" / "results" / "gpu" / "step.json"
-THROUGHPUT = ROOT / "benchmarks" / "results" / "cpu" / "throughput.json"
+THROUGHPUT, THROUGHPUT_TINY = (
+    ROOT / "benchmarks" / "results" / "cpu" / name for name in ("throughput.json", "throughput-tiny.json")
+)
 DECODING = ROOT / "benchmarks" / "results" / "cpu" / "decoding.json"
 FRUGAL, FRUGAL_GPU = (ROOT / "benchmarks" / "results" / kind / "frugal.json" for kind in ("cpu", "gpu"))
 SPEEDS = {name: ROOT / "benchmarks" / "results" / name / "bk_core.json" for name in ("cpu", "gpu")}
@@ -107,17 +109,23 @@ def steps_table() -> str:
 
 def cpu_table() -> str:
     """Training over the length and decoding over the context on a CPU, as Markdown."""
-    training, decoding = read_json(THROUGHPUT), read_json(DECODING)
+    training, tiny, decoding = (read_json(path) for path in (THROUGHPUT, THROUGHPUT_TINY, DECODING))
     lines = ["| on a CPU | ResNet-BK, tokens/s | Transformer, tokens/s | ratio |", "| --- | --- | --- | --- |"]
-    rows = [(f"training, N = {point['sequence_length']:,}", point) for point in training["points"]]
+    rows = [(f"training, width 128, N = {point['sequence_length']:,}", point) for point in training["points"]]
+    rows += [(f"training, preset `tiny`, N = {point['sequence_length']:,}", point) for point in tiny["points"]]
     rows += [(f"decoding behind {point['context']:,} tokens", point) for point in decoding["points"]]
     for name, point in rows:
         ours, theirs = point["models"]["resnet-bk"], point["models"].get("transformer")
-        shown = f"{theirs['tokens_per_second']:,.1f} | {point['speedup']:.2f}" if theirs else "| "
+        within = " ({:.2f} to {:.2f})".format(*point["speedup_interval"]) if "speedup_interval" in point else ""
+        shown = f"{theirs['tokens_per_second']:,.1f} | {point['speedup']:.2f}{within}" if theirs else "| "
         lines.append(f"| {name} | {ours['tokens_per_second']:,.1f} | {shown} |")
     shown = "\n".join(lines)
+    low, high = decoding["longest_over_shortest_interval"]
+    flat = f"{decoding['longest_over_shortest']:.3f} ({low:.3f} to {high:.3f})"
     return (
-        f"{shown}\n\n<sub>[training](benchmarks/results/cpu/throughput.json): {source(training)}; "
+        f"{shown}\n\nA token of ResNet-BK behind 65,536 tokens takes {flat} times as long as one behind 1,024.\n\n"
+        f"<sub>training, [width 128](benchmarks/results/cpu/throughput.json): {source(training)}, "
+        f"[`tiny`](benchmarks/results/cpu/throughput-tiny.json): {source(tiny)}; "
         f"[decoding](benchmarks/results/cpu/decoding.json): {source(decoding)}</sub>"
     )
 
