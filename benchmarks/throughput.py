@@ -1,8 +1,8 @@
 """Training steps on a CPU over the length of the sequence, for a model of any shape: ours against attention's.
 
-    python benchmarks/throughput.py --preset tiny --out benchmarks/results/cpu/throughput_tiny.json
+    python benchmarks/throughput.py --preset tiny --out benchmarks/results/cpu/throughput-tiny.json
     python benchmarks/throughput.py --preset tiny --hidden-size 128 --num-layers 4 --heads 4 \\
-        --out benchmarks/results/cpu/throughput_128.json
+        --out benchmarks/results/cpu/throughput.json
 
 The same measurement as benchmarks/step.py (whole steps in float32, in turns, the tokens of a step kept, equal total
 parameters), at the two lengths that matter to small models: 1024 and 8192.
