@@ -37,7 +37,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from resnet_bk.imagined import is_imagined
 from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
@@ -86,9 +85,10 @@ class Decays:
         return difference.masked_fill_(unrelated, -torch.inf).exp_()
 
     def _may_be_compiled(self) -> bool:
-        """Whether these are numbers in a CPU's memory, and nobody keeps account of what is allocated there."""
+        """Whether these are numbers in a CPU's memory. Not whether somebody keeps account of operators: what is computed
+        again under selective checkpointing has to be the same bit for bit."""
         on_cpu = self.log_sum.device.type == "cpu" and self.dtype == torch.float32
-        return on_cpu and type(self.log_sum) is Tensor and not is_imagined() and not is_in_torch_dispatch_mode()
+        return on_cpu and type(self.log_sum) is Tensor and not is_imagined()
 
     def _between_compiled(self) -> Tensor:
         from resnet_bk.ops.carry.decay_kernels import between_kernel
