@@ -85,8 +85,8 @@ class Decays:
         return difference.masked_fill_(unrelated, -torch.inf).exp_()
 
     def _may_be_compiled(self) -> bool:
-        """Whether these are numbers in a CPU's memory. Not whether somebody keeps account of operators: what is computed
-        again under selective checkpointing has to be the same bit for bit."""
+        """Whether these are numbers in a CPU's memory. Whoever keeps account of operators does not matter: what is
+        computed again under selective checkpointing has to be the same bit for bit."""
         on_cpu = self.log_sum.device.type == "cpu" and self.dtype == torch.float32
         return on_cpu and type(self.log_sum) is Tensor and not is_imagined()
 
