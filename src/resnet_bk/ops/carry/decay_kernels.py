@@ -28,7 +28,7 @@ def between_kernel(log_sum_RC, ahead_RC, starts_RC, out_RCC, first, last):
                     own = 0.0
                 for j in range(i):
                     decay = decays[j] * own
-                    decays[j] = decay if decay > NOTHING else 0.0
+                    decays[j] = 0.0 if decay < NOTHING else decay  # what is no number stays so
             decays[i] = math.exp(log_sum_RC[row, i] - ahead_RC[row, i])
             for j in range(i + 1):
                 out_RCC[row, i, j] = decays[j]
