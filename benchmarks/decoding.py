@@ -9,9 +9,9 @@ values of the context's length, local attention's those of its window, and a res
 text, which has the same size behind a long one. All models and contexts take their steps in turns, forth and back,
 after steps that do not count; ratios are medians of the rounds'. Then ours behind the shortest and the longest context
 takes turns alone, with caches built anew now and again, since the place in memory counts too; of that ratio there is a
-bootstrapped 95% interval. Total parameters are equal within 1%. Attention's keys
-and values are appended as transformers' dynamic cache does it, by a copy. Before anything is timed, each model's
-decoding is held against the full pass.
+bootstrapped 95% interval. Total parameters are equal within 1%. Attention's keys and values are appended as
+transformers' dynamic cache does it, by a copy. Before anything is timed, each model's decoding is held against the full
+pass.
 """
 
 import argparse
@@ -151,15 +151,14 @@ def times(
 
 def longest_over_shortest(model: ResNetBKForCausalLM, synchronize: Any) -> Interval:
     """How many times a token behind the shortest context one behind the longest costs."""
-    ends = (CONTEXTS[0], CONTEXTS[-1])
-    shortest: list[float] = []
-    longest: list[float] = []
+    ends = [(OURS, CONTEXTS[0]), (OURS, CONTEXTS[-1])]
+    samples: dict[tuple[str, int], list[float]] = {end: [] for end in ends}
     for _ in range(BLOCKS):
-        decoders = {("", context): decoder for context in ends if (decoder := decoder_behind(model, context))}
-        samples = times(decoders, synchronize, rounds=ROUNDS_OF_BLOCK)
-        shortest += samples["", ends[0]]
-        longest += samples["", ends[1]]
+        decoders = {end: decoder for end in ends if (decoder := decoder_behind(model, end[1])) is not None}
+        for end, seconds in times(decoders, synchronize, rounds=ROUNDS_OF_BLOCK).items():
+            samples[end] += seconds
     blocks = [number for number in range(BLOCKS) for _ in range(ROUNDS_OF_BLOCK)]
+    shortest, longest = (samples[end] for end in ends)
     return paired_ratio(Pairs(ours=shortest, baseline=longest, blocks=blocks), resamples=RESAMPLES)
 
 

@@ -8,7 +8,6 @@ it take turns, after each has been checked against all pairs in double precision
 
 import argparse
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoding import times_as_long
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import write_json
 from resnet_bk.heap import keep_freed_memory
@@ -52,8 +52,7 @@ def measure(window: int, length: int, size: int) -> dict[str, Any]:
             torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
             if number:
                 samples[parts].append(time.perf_counter() - began)
-    # Of the rounds, each of which is a moment of the machine.
-    ratios = {x: statistics.median(a / b for a, b in zip(samples[1], samples[x], strict=True)) for x in PARTS}
+    ratios = {parts: times_as_long(samples[1], samples[parts]) for parts in PARTS}
     found = ", ".join(f"1/{parts} {ratio:.2f}" for parts, ratio in ratios.items())
     print(f"N {length:,}, heads of {size}: as fast as blocks of the window in blocks of {found} of it", flush=True)
     rows = [{"parts": x, "error": errors[x], "samples": samples[x], "speedup": ratios[x]} for x in PARTS]

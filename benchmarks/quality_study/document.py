@@ -83,8 +83,8 @@ def findings(edition: Edition) -> str:
             said = [*_against_baseline(found), *_against_families(edition, found)]
             sentences += [f"- {study.label}: {' '.join(said)}"] if said else []
         if study.name == RECALL and {(OURS_OF_TWO_BLOCKS, False), (BASELINE, False)} <= set(found):
-            said = _recalled(found[OURS_OF_TWO_BLOCKS, False], found[BASELINE, False])
-            sentences.append(f"- {study.label}: {said}")
+            recalled = _recalled(found[OURS_OF_TWO_BLOCKS, False], found[BASELINE, False])
+            sentences.append(f"- {study.label}: {recalled}")
     return "\n".join(sentences) or "Nothing is measured yet."
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,11 @@ def in_threads(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]]) -> lis
     first, *others = pieces
     tasks = [_pool(os.getpid(), torch.get_num_threads()).submit(work, *piece) for piece in others]
     return [work(*first), *(task.result() for task in tasks)]
+
+
+def even_pieces(count: int, pieces: int) -> list[tuple[int, int]]:
+    """Where each of ``pieces`` of ``count`` things begins and ends, as even as whole numbers let them be."""
+    return list(pairwise(count * piece // pieces for piece in range(pieces + 1)))
 
 
 @lru_cache(maxsize=4)

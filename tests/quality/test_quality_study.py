@@ -326,6 +326,27 @@ def test_findings_are_those_of_the_losses() -> None:
     assert "carries no claim" in findings(_edition(ours={8e-3: good[:1]}, attention={8e-3: bad}))
 
 
+def _recall(**shares: dict[float, list[float]]) -> Edition:
+    """By contestant and rate, each seed's share of right answers at all lengths; all have learned what chooses."""
+    results = nothing()
+    for contestant, by_rate in shares.items():
+        for rate, of_seeds in by_rate.items():
+            for seed, share in enumerate(of_seeds):
+                cell = Cell(study="recall", contestant=contestant.replace("_", "-"), rate=rate, seed=seed)
+                found = {"choosing": -1.0, "answers": dict.fromkeys(STUDIES["recall"].tests, share)}
+                keep(results, "cells", cell.name, found, {"machine": "a"})
+    return of_files({"quality.json": results})
+
+
+def test_of_rates_that_chose_alike_the_smallest_counts_and_a_seed_that_failed_is_seen() -> None:
+    edition = _recall(ours_half={3e-3: [0.8, 0.8], 1e-3: [1.0, 0.0]}, attention={1e-3: [0.98, 0.96]})
+    lines = table(edition, STUDIES["recall"]).splitlines()
+    assert "| 0.001 | 2 | 50.0% (lowest 0.0%) |" in lines[2] and "| 0.001 | 2 | 97.0% |" in lines[3]
+    said = findings(edition)
+    assert "50.0% of the values rightly (seeds: 100.0%, 0.0%), which is **worse**" in said
+    assert "which is no worse than" in findings(_recall(ours_half={1e-3: [1.0]}, attention={1e-3: [1.0]}))
+
+
 def test_tables_say_which_rates_and_dropouts_are_at_an_edge() -> None:
     edition = _edition(ours={4e-3: [3.0], 8e-3: [2.0], 1.6e-2: [3.0]}, attention={4e-3: [2.0], 8e-3: [3.0]})
     lines = table(edition, STUDIES["embedded-1m"]).splitlines()

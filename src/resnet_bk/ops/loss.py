@@ -68,11 +68,11 @@ def choose_loss_backend(device: torch.device, dtype: torch.dtype) -> BackendChoi
     """How ``linear_cross_entropy`` treats a chunk of logits in ``dtype`` on ``device``, and why."""
     kind = kind_of(device)
     if kind != "cuda":
-        return BackendChoice(name="torch", reason=f"log_softmax a chunk of tokens at a time, on {kind}")
+        return BackendChoice(name="torch", reason=f"softmax a chunk of tokens at a time, on {kind}")
     if dtype == torch.float64:
-        return BackendChoice(name="torch", reason="log_softmax a chunk of tokens at a time: float64 is for checks")
+        return BackendChoice(name="torch", reason="softmax a chunk of tokens at a time: float64 is for checks")
     if torch.compiler.is_compiling():
-        return BackendChoice(name="torch", reason="log_softmax a chunk of tokens at a time, for the compiler to fuse")
+        return BackendChoice(name="torch", reason="softmax a chunk of tokens at a time, for the compiler to fuse")
     return BackendChoice(name="triton", reason="loss and gradient of a chunk of tokens in its logits' place")
 
 
@@ -86,7 +86,7 @@ def chunk_rows(tokens: int, vocab_size: int, hidden_size: int, *, bytes_per_logi
 
 
 def bytes_per_logit(backend: str, dtype: torch.dtype) -> int:
-    """At the worst moment: in torch log-probabilities beside their logits, in dtype and in what sums are done in."""
+    """At the worst moment: in torch probabilities beside their logits, in dtype and in what sums are done in."""
     sum_size = max(4, dtype.itemsize)
     return dtype.itemsize if backend == "triton" else 2 * sum_size + (dtype.itemsize if dtype.itemsize < 4 else 0)
 

@@ -32,7 +32,7 @@ from resnet_bk.ops.bk.cpu_kernels import (
     tunnel_adjoint_kernel,
     tunnel_kernel,
 )
-from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, even_pieces, in_threads
 
 Array = NDArray[np.floating[Any]]
 
@@ -329,8 +329,7 @@ def _run(
 def _shares(rows: int, lanes: int, pieces: int) -> list[tuple[int, int, int, int]]:
     """(row begin, row end, lane begin, lane end) of each piece: whole rows where there are enough, else lanes."""
     if rows >= pieces:
-        cuts = [rows * piece // pieces for piece in range(pieces + 1)]
-        return [(begin, end, 0, lanes) for begin, end in pairwise(cuts)]
+        return [(begin, end, 0, lanes) for begin, end in even_pieces(rows, pieces)]
     vectors = max(1, lanes // LANES_WORTH_A_VECTOR)
     pieces = min(pieces, vectors)
     cuts = [vectors * piece // pieces * LANES_WORTH_A_VECTOR for piece in range(pieces)] + [lanes]

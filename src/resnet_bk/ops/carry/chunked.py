@@ -32,14 +32,13 @@ Source: the chunked form is that of T. Dao and A. Gu, "Transformers are SSMs" (2
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_bk.imagined import is_imagined
-from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, in_threads
+from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, even_pieces, in_threads
 
 CHUNK = 64  # tokens
 GROUP = 16  # chunks whose states one product joins
@@ -99,10 +98,8 @@ class Decays:
         arrays = [x.reshape(-1, size).numpy() for x in (self.log_sum, self.ahead, starts)]
         kernel: Callable[..., None] = between_kernel
         into = partial(kernel, *arrays, out.view(-1, size, size).numpy())
-        rows = len(arrays[0])
         pieces = max(1, min(torch.get_num_threads(), out.numel() // ELEMENTS_WORTH_A_THREAD))
-        edges = [rows * piece // pieces for piece in range(pieces + 1)]
-        in_threads(into, list(pairwise(edges)))
+        in_threads(into, even_pieces(len(arrays[0]), pieces))
         return out
 
 
