@@ -1,18 +1,21 @@
 """Times of the benchmark beside those of others' tools, of the same callables: do the clocks agree?
 
     python benchmarks/timing_agreement.py --device cpu
-    python benchmarks/timing_agreement.py --device cuda --preset 100m --precision bf16
+    python benchmarks/timing_agreement.py --device cuda --preset 100m --precision bf16 --sequence-length 1024
 
 On a CPU the other is torch.utils.benchmark.Timer, on a GPU triton.testing.do_bench, which empties the cache before
 each call; there the callable of ours is timed after the cache was emptied too. Tools take turns, since a machine's
 speed drifts, and what counts is the median of the turns' ratios. Turns go on until its 95% interval is narrow enough to
-tell, whatever it says, or until there have been too many; agreement is an interval that lies within 5%. Prints JSON.
+tell, whatever it says, or until there have been too many or too long; agreement is an interval that lies within 5%.
+Prints JSON, and what is known of each callable to stderr as soon as it is.
 """
 
 import argparse
 import functools
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=30, help="at least; there may be twenty times as many")
+    parser.add_argument("--seconds", type=float, default=120.0, help="the longest that a callable's turns may take")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -50,7 +54,11 @@ def main() -> None:
     device = torch.device(arguments.device)
     keep_freed_memory(device)
     works = callables(arguments.preset, arguments.precision, arguments.batch_size, arguments.sequence_length, device)
-    rows = {name: compare(work, device, arguments.turns) for name, work in works.items()}
+    rows = {}
+    for name, work in works.items():
+        rows[name] = compare(work, device, arguments.turns, arguments.seconds)
+        told = {key: value for key, value in rows[name].items() if key != "samples"}
+        print(name, json.dumps(told), file=sys.stderr, flush=True)
     document = {
         "environment": describe_environment(),
         "settings": vars(arguments),
@@ -78,15 +86,18 @@ def callables(
     return works
 
 
-def compare(work: Work, device: torch.device, turns: int) -> dict[str, Any]:
+def compare(work: Work, device: torch.device, turns: int, seconds: float) -> dict[str, Any]:
     """Medians of both in seconds, and by which share ours is longer."""
     ours, theirs = (ours_on_gpu, theirs_on_gpu) if device.type == "cuda" else (ours_on_cpu, theirs_on_cpu)
     for _ in range(WARMUP):
         work()
     own: list[float] = []
     others: list[float] = []
+    began = time.monotonic()
     for number in range(turns * AT_MOST):
-        if number % turns == 0 and number and half(longer(own, others)) < NARROW:
+        if number and time.monotonic() - began > seconds:
+            break
+        if number and number % turns == 0 and half(longer(own, others)) < NARROW:
             break
         for samples, tool in [(own, ours), (others, theirs)][:: 1 if number % 2 == 0 else -1]:
             samples.append(tool(work, device))
