@@ -1,4 +1,6 @@
-"""A linear layer of one token: the same numbers as torch's, and torch's own wherever somebody keeps account."""
+"""Operators of one token: the same numbers as torch's, and torch's own wherever somebody keeps account."""
+
+import math
 
 import pytest
 import torch
@@ -7,8 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.ops import one_token
-from resnet_bk.ops.one_token import choose_one_token_backend, linear
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.ops import one_token, one_token_kernels
+from resnet_bk.ops.bk import bk_tunnel
+from resnet_bk.ops.carry import bk_carry
+from resnet_bk.ops.gap import gap_of_rate
+from resnet_bk.ops.gated_norm import gated_norm
+from resnet_bk.ops.moe import chosen_expert
+from resnet_bk.ops.one_token import choose_one_token_backend, is_alone, linear
+from resnet_bk.ops.projections import queries_keys_values
+
+KERNELS = [name for name in vars(one_token_kernels) if name.endswith("_kernel") and name != "product_kernel"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +33,6 @@ def two_threads():
 @pytest.fixture
 def kernel(monkeypatch):
     """Counts the calls of the compiled one."""
-    from resnet_bk.ops import one_token_kernels
-
     calls, compiled = [], one_token_kernels.linear_kernel
     monkeypatch.setattr(one_token_kernels, "linear_kernel", lambda *args: (calls.append(args), compiled(*args)))
     return calls
@@ -120,3 +129,198 @@ def test_it_compiles_into_one_graph(kernel):
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
     assert not kernel
+
+
+@torch.no_grad()
+def test_a_large_matrix_is_read_by_every_thread(kernel, monkeypatch):
+    monkeypatch.setattr(one_token, "WORTH_TWO_THREADS", 21)
+    x, weight = torch.randn(1, 3), torch.randn(7, 3)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    assert [len(rows) for rows, _, _ in kernel] == [3, 4] or torch.get_num_threads() == 1
+    linear(x, weight[:6])
+    assert len(kernel[-1][0]) == 6
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Which kernels were called."""
+    names = set()
+
+    def noted(name, compiled):
+        return lambda *args: (names.add(name), compiled(*args))
+
+    for name in KERNELS:
+        monkeypatch.setattr(one_token_kernels, name, noted(name, getattr(one_token_kernels, name)))
+    return names
+
+
+def projection(seed, heads, key_size, value_size, taps, scale=1.0):
+    """What ``queries_keys_values`` takes of one token."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = heads * (2 * key_size + value_size)
+    angle = 6 * torch.rand(1, 1, key_size // 2, generator=generator)
+    return {
+        "x": scale * torch.randn(1, 1, channels, generator=generator),
+        "weight": torch.randn(taps, channels, generator=generator),
+        "window": scale * torch.randn(1, taps - 1, channels, generator=generator),
+        "rotary": (angle.cos(), angle.sin()),
+    }
+
+
+def doubled(arguments):
+    return {
+        name: tuple(x.double() for x in value) if isinstance(value, tuple) else value.double()
+        for name, value in arguments.items()
+    }
+
+
+def assert_near(found, exact, tolerance=2e-6):
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == wanted.shape and ours.is_contiguous()
+        assert (ours - wanted).norm() <= tolerance * wanted.norm() + 1e-30
+
+
+sizes = st.integers(1, 40)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 99),
+    heads=st.integers(1, 5),
+    half=sizes,
+    value_size=sizes,
+    taps=st.integers(1, 5),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+@torch.no_grad()
+def test_queries_keys_and_values(seed, heads, half, value_size, taps, scale):
+    arguments = projection(seed, heads, 2 * half, value_size, taps, scale)
+    wanted = queries_keys_values(num_heads=heads, key_size=2 * half, **doubled(arguments))
+    found = queries_keys_values(num_heads=heads, key_size=2 * half, **arguments)
+    # A norm of numbers near 0 is what their rounding is: by as much as the convolution's terms cancel.
+    assert_near(found, wanted, 1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), heads=st.integers(1, 20), rate=st.floats(-12, 4))
+@torch.no_grad()
+def test_the_chain(seed, heads, rate):
+    generator = torch.Generator().manual_seed(seed)
+    potential = 5 * torch.randn(1, 1, heads, generator=generator)
+    log_rate, state = torch.full((heads,), rate), torch.rand(1, heads, generator=generator)
+    gap = gap_of_rate(F.softplus(potential.double()) * log_rate.double().exp())
+    wanted = bk_tunnel(gap, initial_state=state.double())
+    assert_near(one_token.tunnel(potential, log_rate, state), (wanted, -torch.expm1(wanted[:, -1])), 5e-7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), heads=st.integers(1, 5), key_size=sizes, value_size=sizes, decay=st.floats(-80, 0))
+@torch.no_grad()
+def test_the_carry(seed, heads, key_size, value_size, decay):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, heads, key_size, generator=generator)
+    v = torch.randn(1, 1, heads, value_size, generator=generator)
+    state = torch.randn(1, heads, key_size, value_size, generator=generator)
+    log_l, skip = torch.full((1, 1, heads), decay), torch.randn(heads, generator=generator)
+    before = state.clone()
+    single, double = (
+        bk_carry(
+            *(x.to(dtype) for x in (q, k, v, log_l)),
+            initial_state=state.to(dtype),
+            skip=skip.to(dtype),
+            output_final_state=True,
+            form="recurrent",
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    terms = (q.norm() * k.norm() + skip.norm()) * v.norm() + q.norm() * state.norm()
+    assert (single[0] - double[0]).norm() <= 1e-6 * terms
+    assert (single[1] - double[1]).norm() <= 1e-6 * (k.norm() * v.norm() + state.norm())
+    assert torch.equal(state, before), "the old state is somebody else's"
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), heads=st.integers(1, 5), size=sizes, scale=st.sampled_from([1e-8, 1.0, 1e8]))
+@torch.no_grad()
+def test_the_gated_norm(seed, heads, size, scale):
+    generator = torch.Generator().manual_seed(seed)
+    o = scale * torch.randn(1, 1, heads, size, generator=generator)
+    weight, gate = torch.randn(size, generator=generator), 5 * torch.randn(1, 1, heads * size, generator=generator)
+    wanted = gated_norm(o.double(), weight.double(), gate.double(), 1e-5)
+    assert_near([gated_norm(o, weight, gate, 1e-5)], [wanted])
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), hidden=st.integers(1, 70), inner=st.integers(1, 70))
+@torch.no_grad()
+def test_the_chosen_expert(seed, hidden, inner):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, hidden, generator=generator)
+    up, down = (torch.randn(3, *shape, generator=generator) for shape in ((hidden, inner), (inner, hidden)))
+    for expert in range(3):
+        wanted = F.gelu(x.double() @ up[expert].double()) @ down[expert].double()
+        size = F.gelu(x.double() @ up[expert].double()).abs() @ down[expert].double().abs()
+        found = chosen_expert(x, torch.tensor([expert]), up, down)
+        assert found.dtype == torch.float32
+        assert ((found - wanted).abs() <= 1e-5 * (size + x.norm() * up[expert].norm() * down[expert].norm())).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_shows_behind_every_operator(bad):
+    arguments = projection(0, 2, 4, 3, 3)
+    arguments["x"][0, 0, 9] = bad  # a value, which no norm touches
+    *_, v = queries_keys_values(num_heads=2, key_size=4, **arguments)
+    assert not v.isfinite().all()
+    log_l, state = one_token.tunnel(torch.tensor([[[bad, 0.0]]]), torch.zeros(2), torch.ones(1, 2))
+    assert log_l[0, 0, 0].isnan() == math.isnan(bad) and log_l[0, 0, 1].isfinite() and state[0, 1].isfinite()
+    o = torch.ones(1, 1, 2, 3)
+    o[0, 0, 1] = bad
+    normed = gated_norm(o, torch.ones(3), torch.ones(1, 1, 6), 1e-5)
+    assert normed[..., :3].isfinite().all() and normed[..., 3:].isnan().all()
+
+
+def decoded(model, tokens):
+    """Logits of each token, one at a time."""
+    cache, logits = None, []
+    for token in tokens.unbind(1):
+        output = model(token.unsqueeze(1), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def test_a_model_decodes_by_kernels_what_it_decodes_by_torch(called, monkeypatch):
+    torch.manual_seed(0)
+    model = ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", vocab_size=100)).eval()
+    tokens = torch.randint(100, (1, 12))
+    ours = decoded(model, tokens)
+    assert called == set(KERNELS) and len(KERNELS) == 6
+    called.clear()
+    monkeypatch.setattr(one_token.torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(ours, decoded(model, tokens), rtol=1e-4, atol=1e-5)
+    assert not called
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_with_a_gradient_or_a_second_row_all_is_torchs(called, rows):
+    model = ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", vocab_size=100)).eval()
+    with torch.set_grad_enabled(rows == 1):
+        decoded(model, torch.randint(100, (rows, 3)))
+    assert not called
+
+
+@torch.no_grad()
+def test_what_is_alone():
+    x = torch.ones(1, 4)
+    assert is_alone(1, x, torch.nn.Parameter(x))
+    assert not is_alone(2, x)
+    assert not is_alone(1, x, x.double())
+    assert not is_alone(1, x, torch.ones(4, 2).t())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_alone(1, x)
+    with FlopCounterMode(display=False):
+        assert not is_alone(1, x)
+    with torch.enable_grad():
+        assert not is_alone(1, x)

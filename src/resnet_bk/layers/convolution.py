@@ -39,8 +39,9 @@ class ShortConvolution(nn.Module):
             return x_BNC[:, x_BNC.shape[1] - before :].clone()  # a view would keep all tokens alive
         if window_BWC is None:
             window_BWC = x_BNC.new_zeros(x_BNC.shape[0], before, self.channels)
-        x_BMC = torch.cat([window_BWC.to(x_BNC.dtype), x_BNC], dim=1)
+        window_BWC = window_BWC.to(x_BNC.dtype)
         if padding is None:
-            return x_BMC[:, x_BMC.shape[1] - before :].clone()
+            return torch.cat([window_BWC[:, x_BNC.shape[1] :], x_BNC], dim=1)
+        x_BMC = torch.cat([window_BWC, x_BNC], dim=1)
         steps_BW = padding.num_real_B.unsqueeze(1) + torch.arange(before, device=x_BMC.device)
         return x_BMC.gather(1, steps_BW.unsqueeze(-1).expand(-1, -1, self.channels))

@@ -11,6 +11,7 @@ from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding, state_behind
+from resnet_bk.ops import one_token
 from resnet_bk.ops.bk import bk_core_pairs, bk_tunnel
 from resnet_bk.ops.carry import bk_carry
 from resnet_bk.ops.gap import gap_of_rate
@@ -176,6 +177,12 @@ class ResolventMixer(nn.Module):
         self, x_BND: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """log|l| and arg l ``(B, N, H)``, and what the chains remember: m ``(B, H)``, or l as a pair ``(B, H, 2)``."""
+        if self.regime == "tunnelling" and padding is None and starts_BN is None and state is not None:
+            tokens = x_BND.shape[0] * x_BND.shape[1]
+            if one_token.is_alone(tokens, x_BND, self.potential.weight, self.log_rate, state):
+                potential_BNH = one_token.linear(x_BND, self.potential.weight)
+                log_l_BNH, state = one_token.tunnel(potential_BNH, self.log_rate, state)
+                return log_l_BNH, None, state
         with torch.autocast(x_BND.device.type, enabled=False):
             potential_BNH = linear_in_single(x_BND, self.potential.weight)
             dtype = potential_BNH.dtype

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_bk.imagined import is_imagined
+from resnet_bk.ops import one_token
 from resnet_bk.ops.grouped import grouped_mm, needs_no_operator
 
 
@@ -24,6 +25,8 @@ def chosen_expert(x_TD: Tensor, expert_T: Tensor, up_EDI: Tensor, down_EID: Tens
     """
     if len(x_TD) == 1 and not torch.is_grad_enabled() and needs_no_operator(x_TD) and not is_imagined():
         expert = int(expert_T)  # decoding: there is nothing to sort
+        if one_token.is_alone(1, x_TD, up_EDI, down_EID):
+            return one_token.expert(x_TD, up_EDI[expert], down_EID[expert])
         hidden_TI = x_TD @ up_EDI[expert]
         # torch's gelu hands even these few numbers to a library, which takes as long as all else here.
         return (0.5 * hidden_TI * (1 + torch.erf(hidden_TI * 0.5**0.5))) @ down_EID[expert]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.imagined import kind_of
-from resnet_bk.ops import projections_torch
+from resnet_bk.ops import one_token, projections_torch
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.operator import operator
 
@@ -71,6 +71,10 @@ def queries_keys_values(
     cos, sin = (None, None) if rotary is None else rotary
     name = choose_projections_backend(x.device, x.dtype).name if backend == "auto" else backend
     arguments = (x, weight, window, documents, cos, sin, num_heads, key_size)
+    if weight is not None and window is not None and documents is None and cos is not None and sin is not None:
+        tokens = x.shape[0] * x.shape[1]
+        if backend == "auto" and one_token.is_alone(tokens, x, weight, window, cos, sin):
+            return one_token.queries_keys_values(x, weight, window, cos, sin, num_heads, key_size)
     if name == "torch" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return projections_torch.forward(*arguments)  # a token to decode is as quick as the operator's dispatch
     q, k, v = _projections(*arguments, name)

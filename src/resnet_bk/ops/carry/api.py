@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.imagined import kind_of
+from resnet_bk.ops import one_token
 from resnet_bk.ops.bk.api import HAS_TRITON, BackendChoice
 from resnet_bk.ops.carry import operators, reference
 from resnet_bk.ops.carry.operators import WIDEST_KERNEL
@@ -94,6 +95,9 @@ def bk_carry(
         o, final = v, state
     elif form == "quadratic":
         o, final = reference.carry_quadratic(q, k, v, log_l, starts, state, skip)
+    elif form == "recurrent" and _is_alone(q, k, v, log_l, starts, state, skip):
+        assert skip is not None
+        o, final = one_token.carry(q, k, v, log_l, state, skip)
     elif form == "recurrent":
         o, final = reference.carry_recurrent(q, k, v, log_l, starts, state, skip)
     else:
@@ -106,6 +110,19 @@ def bk_carry(
     if last is not None:
         final = _turn(final.mT, last.unsqueeze(-1)).mT
     return o, final.to(dtype)
+
+
+def _is_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_l: Tensor,
+    starts: Tensor | None,
+    state: Tensor,
+    skip: Tensor | None,
+) -> bool:
+    tokens = q.shape[0] * q.shape[1]
+    return starts is None and skip is not None and one_token.is_alone(tokens, q, k, v, log_l, state, skip)
 
 
 def _turned(q: Tensor, k: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
