@@ -6,6 +6,8 @@ else costs is the calls, a few microseconds each, of operators that have a few t
 operator of a layer is one call.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,7 +72,7 @@ def expert(x_1D: Tensor, up_DI: Tensor, down_ID: Tensor) -> Tensor:
     from resnet_bk.ops.one_token_kernels import expert_kernel
 
     out_1D = torch.empty(1, down_ID.shape[1])
-    expert_kernel(*(tensor.detach().numpy() for tensor in (x_1D[0], up_DI, down_ID, out_1D[0])))
+    _call(expert_kernel, (x_1D[0], up_DI, down_ID, out_1D[0]))
     return out_1D
 
 
@@ -83,7 +85,7 @@ def queries_keys_values(
     value_size = x_11C.shape[2] // num_heads - 2 * key_size
     q, k, v = (torch.empty(1, 1, num_heads, size) for size in (key_size, key_size, value_size))
     arguments = (x_11C[0, 0], weight_SC, window_1WC[0], cos[0, 0], sin[0, 0], q[0, 0], k[0, 0], v[0, 0])
-    projections_kernel(*(tensor.detach().numpy() for tensor in arguments))
+    _call(projections_kernel, arguments)
     return q, k, v
 
 
@@ -93,7 +95,7 @@ def tunnel(potential_11H: Tensor, log_rate_H: Tensor, state_1H: Tensor) -> tuple
 
     log_l_11H, after_1H = torch.empty_like(potential_11H), torch.empty_like(state_1H)
     arguments = (potential_11H[0, 0], log_rate_H, state_1H[0], log_l_11H[0, 0], after_1H[0])
-    tunnel_kernel(*(tensor.detach().numpy() for tensor in arguments), LARGEST_RATE)
+    _call(tunnel_kernel, arguments, LARGEST_RATE)
     return log_l_11H, after_1H
 
 
@@ -105,7 +107,7 @@ def carry(
 
     o_11HV, after_1HKV = torch.empty_like(v_11HV), torch.empty_like(state_1HKV)
     arguments = (q_11HK[0], k_11HK[0], v_11HV[0], log_l_11H[0], skip_H[None], state_1HKV, o_11HV[0], after_1HKV)
-    carry_kernel(*(tensor[0].detach().numpy() for tensor in arguments))
+    _call(carry_kernel, [tensor[0] for tensor in arguments])
     return o_11HV, after_1HKV
 
 
@@ -115,5 +117,9 @@ def gated_norm(o_11HV: Tensor, weight_V: Tensor, gate_11D: Tensor, eps: float) -
 
     out_11D = torch.empty_like(gate_11D)
     arguments = (o_11HV[0, 0], weight_V, gate_11D.view(o_11HV.shape[2:]), out_11D.view(o_11HV.shape[2:]))
-    gated_norm_kernel(*(tensor.detach().numpy() for tensor in arguments), eps)
+    _call(gated_norm_kernel, arguments, eps)
     return out_11D
+
+
+def _call(kernel: Callable[..., None], tensors: Sequence[Tensor], *numbers: float) -> None:
+    kernel(*(tensor.detach().numpy() for tensor in tensors), *numbers)
