@@ -8,6 +8,7 @@ from resnet_bk.layers.convolution import ShortConvolution
 from resnet_bk.layers.linear import Linear
 from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding
+from resnet_bk.ops import one_token
 from resnet_bk.ops.local_attention import local_attention
 
 SHORTEST_MEMORY = 4.0  # tokens, of the first head at the start
@@ -50,8 +51,24 @@ class LocalAttention(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["convolved"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("convolved"))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
+        mixed_BNHV, k, v = self._attend(q, k, v, context, state)
+        if context.remember:
+            after |= self._remembered(k, v, padding, starts_BN, state)
+        mixed_BND = mixed_BNHV.flatten(2)
+        return self.output(mixed_BND if padding is None else padding.restore(mixed_BND)), after
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, state: MixerState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values mixed ``(B, N, H, V)``, and all keys and values ``(B, past + N, H, K)``."""
+        starts_BN, dropout = context.front_starts_BN, self.dropout if self.training else 0.0
         if "keys" in state:
-            k, v = torch.cat([state["keys"], k], dim=1), torch.cat([state["values"], v], dim=1)
+            keys, values = state["keys"], state["values"]
+            if context.padding is None and starts_BN is None and "filled" not in state and not dropout:
+                tokens = q.shape[0] * q.shape[1]
+                if one_token.is_alone(tokens, q, k, v, keys, values, self.log_rate):
+                    return one_token.attend(q, k, v, keys, values, self.log_rate.exp())
+            k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
         mixed_BNHV = local_attention(
             q,
             k,
@@ -60,12 +77,9 @@ class LocalAttention(nn.Module):
             rates=self.log_rate.exp(),
             filled=state.get("filled"),
             documents=None if starts_BN is None else starts_BN.cumsum(1),
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
         )
-        if context.remember:
-            after |= self._remembered(k, v, padding, starts_BN, state)
-        mixed_BND = mixed_BNHV.flatten(2)
-        return self.output(mixed_BND if padding is None else padding.restore(mixed_BND)), after
+        return mixed_BNHV, k, v
 
     def _remembered(
         self, k: Tensor, v: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: MixerState

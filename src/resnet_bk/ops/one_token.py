@@ -111,6 +111,20 @@ def carry(
     return o_11HV, after_1HKV
 
 
+def attend(
+    q_11HK: Tensor, k_11HK: Tensor, v_11HV: Tensor, keys_1PHK: Tensor, values_1PHV: Tensor, rate_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local attention ``(1, 1, H, V)`` of a token that ``is_alone``, behind P others in its window, and their keys and
+    values with its own, ``(1, P + 1, H, K)`` and ``(1, P + 1, H, V)``."""
+    from resnet_bk.ops.one_token_kernels import window_kernel
+
+    keys_1MHK, values_1MHV = (x.new_empty(1, x.shape[1] + 1, *x.shape[2:]) for x in (keys_1PHK, values_1PHV))
+    out_11HV = torch.empty_like(v_11HV, memory_format=torch.contiguous_format)
+    token, result = (q_11HK[0, 0], k_11HK[0, 0], v_11HV[0, 0]), (keys_1MHK[0], values_1MHV[0], out_11HV[0, 0])
+    _call(window_kernel, (*token, keys_1PHK[0], values_1PHV[0], rate_H, *result))
+    return out_11HV, keys_1MHK, values_1MHV
+
+
 def gated_norm(o_11HV: Tensor, weight_V: Tensor, gate_11D: Tensor, eps: float) -> Tensor:
     """``(1, 1, D)`` of a token that ``is_alone``."""
     from resnet_bk.ops.one_token_kernels import gated_norm_kernel

@@ -117,6 +117,40 @@ def carry_kernel(q_HK, k_HK, v_HV, log_l_H, skip_H, state_HKV, o_HV, after_HKV):
 
 
 @_compiled
+def window_kernel(q_HK, k_HK, v_HV, keys_PHK, values_PHV, rate_H, keys_MHK, values_MHV, out_HV):
+    """Local attention of a token behind P others; keys and values with its own are written, M = P + 1, as read."""
+    heads, key_size = q_HK.shape
+    past = keys_PHK.shape[0]
+    weight_HM = np.empty((heads, past + 1), np.float32)
+    scale = ONE / np.float32(math.sqrt(key_size))
+    for place in range(past + 1):
+        row_HK = keys_PHK[place] if place < past else k_HK
+        for head in range(heads):
+            product = np.float32(0)
+            for index in range(key_size):
+                key = row_HK[head, index]
+                keys_MHK[place, head, index] = key
+                product += q_HK[head, index] * key
+            weight_HM[head, place] = product * scale + rate_H[head] * np.float32(place - past)
+    for head in range(heads):
+        largest, total = weight_HM[head].max(), np.float32(0)
+        for place in range(past + 1):
+            weight = math.exp(weight_HM[head, place] - largest)
+            weight_HM[head, place] = weight
+            total += weight
+        weight_HM[head] /= total
+    out_HV[:] = 0
+    for place in range(past + 1):
+        row_HV = values_PHV[place] if place < past else v_HV
+        for head in range(heads):
+            weight = weight_HM[head, place]
+            for index in range(out_HV.shape[1]):
+                value = row_HV[head, index]
+                values_MHV[place, head, index] = value
+                out_HV[head, index] += weight * value
+
+
+@_compiled
 def gated_norm_kernel(o_HV, weight_V, gate_HV, out_HV, eps):
     """o / rms(o) * weight * silu(gate)."""
     for head in range(o_HV.shape[0]):
