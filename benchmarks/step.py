@@ -5,10 +5,12 @@
 
 Each length keeps the tokens of a step (fewer rows as they get longer). Peak memory is each model's alone; times are
 taken in turns, A B C C B A, forward to update, after steps that do not count; on a CPU, which others use too, for at
-least a minute. Ratios are medians of the rounds', with bootstrapped 95% intervals. Total parameters are equal within
-1%, and all models run eagerly, attention through scaled_dot_product_attention (flash attention on a GPU in half
-precision). Model FLOP utilisation counts the formulas of resnet_bk.bench.flops, causal attention as the half it needs,
-over the rate of a large matrix product in the same precision and run.
+least a minute. On a GPU a turn is four steps with one wait behind them, and the mean of them counts: as in training,
+which waits where it logs, the next step is launched while the one before is computed. Ratios are medians of the
+rounds', with bootstrapped 95% intervals. Total parameters are equal within 1%, and all models run eagerly, attention
+through scaled_dot_product_attention (flash attention on a GPU in half precision). Model FLOP utilisation counts the
+formulas of resnet_bk.bench.flops, causal attention as the half it needs, over the rate of a large matrix product in the
+same precision and run.
 """
 
 import argparse
@@ -33,7 +35,9 @@ from resnet_bk.models.flops import formula_flops
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.micro_step import AUTOCAST_DTYPES
 
-WARMUP, ROUNDS, RESAMPLES = 3, 7, 1000
+ROUNDS, RESAMPLES = 7, 1000
+WARMUP = {"cuda": 1, "cpu": 3}  # rounds
+STEPS = {"cuda": 4, "cpu": 1}  # between two waits
 LEAST_SECONDS = {"cuda": 0.0, "cpu": 60.0}
 LENGTHS = {"cuda": [128, 512, 1024, 4096, 16_384, 65_536, 131_072], "cpu": [128, 512, 2048, 8192]}
 TOKENS = {"cuda": 131_072, "cpu": 8192}
@@ -59,6 +63,7 @@ def measure(device: torch.device, preset: str, precision: Precision) -> dict[str
         "preset": preset,
         "precision": precision,
         "tokens_per_step": TOKENS[device.type],
+        "steps_per_sample": STEPS[device.type],
         "matrix_product_flops_per_second": matrix_product_rate(device, precision),
         "points": [],
     }
@@ -94,17 +99,18 @@ def measure_length(
     subjects = {key: build(key) for key in configs}
     synchronize = synchronizer(device)
     samples: dict[str, list[float]] = {key: [] for key in configs}
-    number, until = 0, math.inf
-    while number < WARMUP + ROUNDS or time.perf_counter() < until:
-        if number == WARMUP:
+    number, until, warmup, steps = 0, math.inf, WARMUP[device.type], STEPS[device.type]
+    while number < warmup + ROUNDS or time.perf_counter() < until:
+        if number == warmup:
             until = time.perf_counter() + LEAST_SECONDS[device.type]
         for key in subjects if number % 2 == 0 else reversed(subjects):
             synchronize()
             began = time.perf_counter()
-            subjects[key].step()
+            for _ in range(steps):
+                subjects[key].step()
             synchronize()
-            if number >= WARMUP:
-                samples[key].append(time.perf_counter() - began)
+            if number >= warmup:
+                samples[key].append((time.perf_counter() - began) / steps)
         number += 1
     models = {}
     for key, config in configs.items():

@@ -89,15 +89,11 @@ class MixtureOfExperts(nn.Module):
         return (noisy_TE if self.router_bias is None else noisy_TE + self.router_bias).argmax(-1)
 
     def _routing(self, logits_TE: Tensor, expert_T: Tensor, real_BN: Tensor | None) -> Routing:
-        probabilities_TE = F.softmax(logits_TE, dim=-1)
-        if real_BN is None:
-            weight_T, count = torch.ones_like(logits_TE[:, 0]), logits_TE.new_full((), max(1, len(logits_TE)))
-        else:
-            weight_T = real_BN.flatten().to(logits_TE.dtype)
-            count = weight_T.sum().clamp(min=1)
-            probabilities_TE = probabilities_TE * (weight_T * (weight_T.numel() / count)).unsqueeze(1)
+        weight_T = torch.ones_like(logits_TE[:, 0]) if real_BN is None else real_BN.flatten().to(logits_TE.dtype)
+        count = weight_T.sum().clamp(min=1)
         tokens_E = torch.zeros_like(logits_TE[0]).index_add(0, expert_T, weight_T)
         load_E = tokens_E / count if self.reduce_load is None else _shared_load(self.reduce_load, tokens_E, count)
+        probabilities_TE = F.softmax(logits_TE, dim=-1) * (weight_T * (weight_T.numel() / count)).unsqueeze(1)
         return Routing(balancing_loss=load_balancing_loss(probabilities_TE, load_E), expert_load_E=load_E.detach())
 
 
