@@ -1,8 +1,9 @@
 """The sweeps as Triton kernels: one pass over memory, N in parallel, every chunk of tokens started by itself.
 
 A **lane** is one chunk of tokens of one chain; a program sweeps ``LANES`` of them side by side, heads next to each
-other and chunks after that, so that accesses are coalesced whether H is 64 or 1. Tokens go through registers eight at
-a time. The formulas are in ``scan``.
+other and chunks after that. Tokens go through registers eight at a time, where there are heads enough to lie side by
+side in memory; of one head alone a lane takes whole lines of memory at once, 32 tokens forward and 16 pairs backward,
+and programs are of one warp, so that accesses are coalesced whether H is 64 or 1. The formulas are in ``scan``.
 
 **Where a chunk starts.** The causal ratio before a chunk is not waited for. The kernel walks back from the chunk's
 start until tokens further back provably do not matter, and sweeps from there. Walking back over sites j with
@@ -40,20 +41,23 @@ from resnet_bk.ops.bk.gpu_kernels import (
     tunnel_maps_kernel,
 )
 
-LANES = 64
+LANES, LANES_OF_ONE_HEAD = 64, 32
 LONGEST_CHUNK, SHORTEST_CHUNK = 1024, 16
 BIDIRECTIONAL_CHUNK = 32  # in registers, see the kernel
 # Chunks are as long as leaves this many lanes for the device to hide its latencies with.
 WANTED_LANES = 1 << 17
 CARRIED_CHUNK = 128
+# Sites read and written at once: of many heads; of one, forward, backward, and where a chunk's start is sought.
+WIDTH, WIDTH_OF_ONE_HEAD, ADJOINT_WIDTH_OF_ONE_HEAD, HALO_OF_ONE_HEAD = 8, 32, 16, 16
 
 
 def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *, reverse: bool = False) -> Tensor:
     """l_i for all i, ``(B, N, H, 2)``; ``reverse`` sweeps from the right end."""
     v_BNH = v_BNH.contiguous()
     out_BNH2 = shift_H2.new_empty(*v_BNH.shape, 2)
-    chunk, grid, num_lanes = _grid(v_BNH)
-    causal_kernel[grid](
+    program = _Program(v_BNH)
+    chunk, num_lanes = program.cut()
+    causal_kernel[program.grid(num_lanes)](
         v_BNH,
         shift_H2.contiguous(),
         bonds.contiguous(),
@@ -65,9 +69,9 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
         _half_a_unit(shift_H2),
         PER_TOKEN=bonds.dim() == 3,
         REVERSE=reverse,
-        ONE_HEAD=v_BNH.shape[2] == 1,
-        LANES=LANES,
-        num_warps=LANES // 32,
+        WIDTH=program.of_one_head(WIDTH_OF_ONE_HEAD),
+        HALO=program.of_one_head(HALO_OF_ONE_HEAD),
+        **program.options,
     )
     return out_BNH2
 
@@ -79,7 +83,8 @@ def causal_adjoint(
     batch_size, length, heads, _ = l_BNH2.shape
     per_token = bonds.dim() == 3
     v_bar_BNH = l_BNH2.new_empty(batch_size, length, heads)
-    chunk, grid, num_lanes = _grid(v_bar_BNH)
+    program = _Program(v_bar_BNH)
+    chunk, num_lanes = program.cut()
     shift_part = l_BNH2.new_empty(batch_size, num_lanes // heads, heads, 2)
     if not wants_bonds:
         bonds_bar = bonds.new_empty(0, *bonds.shape[1:])
@@ -89,7 +94,7 @@ def causal_adjoint(
     else:
         bonds_bar = l_BNH2.new_empty(batch_size, num_lanes // heads, heads)
     state_bar_BH2 = torch.empty_like(state_BH2, memory_format=torch.contiguous_format)
-    causal_adjoint_kernel[grid](
+    causal_adjoint_kernel[program.grid(num_lanes)](
         grad_BNH2.contiguous(),
         l_BNH2.contiguous(),
         bonds.contiguous(),
@@ -106,9 +111,8 @@ def causal_adjoint(
         PER_TOKEN=per_token,
         WANTS_BONDS=wants_bonds,
         REVERSE=reverse,
-        ONE_HEAD=heads == 1,
-        LANES=LANES,
-        num_warps=LANES // 32,
+        WIDTH=program.of_one_head(ADJOINT_WIDTH_OF_ONE_HEAD),
+        **program.options,
     )
     shift_bar_H2 = shift_part.sum((0, 1), dtype=torch.float64).to(l_BNH2.dtype)
     if wants_bonds and not per_token:
@@ -120,8 +124,9 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
     """G_ii of the whole chain, ``(B, N, H, 2)``."""
     v_BNH = v_BNH.contiguous()
     out_BNH2 = shift_H2.new_empty(*v_BNH.shape, 2)
+    program = _Program(v_BNH)
     num_lanes = triton.cdiv(v_BNH.shape[1], BIDIRECTIONAL_CHUNK) * v_BNH.shape[2]
-    bidirectional_kernel[triton.cdiv(num_lanes, LANES), v_BNH.shape[0]](
+    bidirectional_kernel[program.grid(num_lanes)](
         v_BNH,
         shift_H2.contiguous(),
         bonds.contiguous(),
@@ -130,9 +135,8 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
         num_lanes,
         _half_a_unit(shift_H2),
         PER_TOKEN=bonds.dim() == 3,
-        ONE_HEAD=v_BNH.shape[2] == 1,
-        LANES=LANES,
-        num_warps=LANES // 32,
+        HALO=program.of_one_head(HALO_OF_ONE_HEAD),
+        **program.options,
     )
     return out_BNH2
 
@@ -179,13 +183,27 @@ class _Carried:
         return entering
 
 
-def _grid(like_BNH: Tensor) -> tuple[int, tuple[int, int], int]:
-    """Tokens in a chunk, the programs, and lanes of a row (chunks x heads)."""
-    batch_size, length, heads = like_BNH.shape
-    wanted = triton.next_power_of_2(triton.cdiv(batch_size * length * heads, WANTED_LANES))
-    chunk = min(max(wanted, SHORTEST_CHUNK), LONGEST_CHUNK)
-    num_lanes = triton.cdiv(length, chunk) * heads
-    return chunk, (triton.cdiv(num_lanes, LANES), batch_size), num_lanes
+class _Program:
+    """How the sweeps that find their own start are launched for a tensor ``(B, N, H)``."""
+
+    def __init__(self, like_BNH: Tensor) -> None:
+        self.batch_size, self.length, self.heads = like_BNH.shape
+        self.lanes = LANES_OF_ONE_HEAD if self.heads == 1 else LANES
+        self.options = {"ONE_HEAD": self.heads == 1, "LANES": self.lanes, "num_warps": self.lanes // 32}
+
+    def of_one_head(self, width: int) -> int:
+        """Sites at a time: ``width`` if there is one head."""
+        return width if self.heads == 1 else WIDTH
+
+    def cut(self) -> tuple[int, int]:
+        """Tokens in a chunk, and lanes of a row (chunks x heads)."""
+        wanted = triton.next_power_of_2(triton.cdiv(self.batch_size * self.length * self.heads, WANTED_LANES))
+        chunk = min(max(wanted, SHORTEST_CHUNK, self.of_one_head(WIDTH_OF_ONE_HEAD)), LONGEST_CHUNK)
+        return chunk, triton.cdiv(self.length, chunk) * self.heads
+
+    def grid(self, num_lanes: int) -> tuple[int, int]:
+        """For ``num_lanes`` of each row."""
+        return triton.cdiv(num_lanes, self.lanes), self.batch_size
 
 
 def _half_a_unit(like: Tensor) -> float:
