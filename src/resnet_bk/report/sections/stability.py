@@ -156,7 +156,7 @@ def _largest(errors: list[float | None]) -> float | None:
 def _plot(result: StabilityResult) -> Plot:
     groups = _groups(result)
     series = sorted({(form, length) for form, length, _ in groups})
-    with drawing(height=2.4) as canvas:
+    with drawing(height=3.0) as canvas:
         (axes,) = canvas.axes
         lengths = sorted({length for _, length in series})
         for form, length in series:
@@ -178,7 +178,7 @@ def _plot(result: StabilityResult) -> Plot:
         axes.set_yscale("log")
         axes.set_xlabel("eta, the distance of the energy from the real axis")
         axes.set_ylabel("largest relative error")
-        axes.legend(fontsize=7.5)
+        canvas.legend_above()
     return Plot(
         caption="Largest error of values and gradients over eta",
         alternative="Errors rise as eta falls; the table above has the figures",
