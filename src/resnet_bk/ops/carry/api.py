@@ -95,11 +95,8 @@ def bk_carry(
         o, final = v, state
     elif form == "quadratic":
         o, final = reference.carry_quadratic(q, k, v, log_l, starts, state, skip)
-    elif form == "recurrent" and _is_alone(q, k, v, log_l, starts, state, skip):
-        assert skip is not None
-        o, final = one_token.carry(q, k, v, log_l, state, skip)
     elif form == "recurrent":
-        o, final = reference.carry_recurrent(q, k, v, log_l, starts, state, skip)
+        o, final = _recurrent(q, k, v, log_l, starts, state, skip)
     else:
         chosen = choose_carry_backend(v.device, dtype, max(key_size, v.shape[-1]))
         name = chosen.name if backend == "auto" else backend
@@ -112,17 +109,13 @@ def bk_carry(
     return o, final.to(dtype)
 
 
-def _is_alone(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_l: Tensor,
-    starts: Tensor | None,
-    state: Tensor,
-    skip: Tensor | None,
-) -> bool:
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_l: Tensor, starts: Tensor | None, state: Tensor, skip: Tensor | None
+) -> tuple[Tensor, Tensor]:
     tokens = q.shape[0] * q.shape[1]
-    return starts is None and skip is not None and one_token.is_alone(tokens, q, k, v, log_l, state, skip)
+    if starts is None and skip is not None and one_token.is_alone(tokens, q, k, v, log_l, state, skip):
+        return one_token.carry(q, k, v, log_l, state, skip)
+    return reference.carry_recurrent(q, k, v, log_l, starts, state, skip)
 
 
 def _turned(q: Tensor, k: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
