@@ -6,9 +6,9 @@ side in memory; of one head alone a lane takes whole lines of memory at once, 32
 and programs are of one warp, so that accesses are coalesced whether H is 64 or 1. The formulas are in ``scan``.
 
 **Where a chunk starts.** The causal ratio before a chunk is not waited for. The kernel walks back from the chunk's
-start until tokens further back provably do not matter, and sweeps from there. Walking back over sites j with
-r_j = 1 / (a_j - t_{j+1} r_{j+1}), every state in the upper half-plane that could enter on the left is mapped into a
-disc of diameter p / x, where both follow from what is at hand:
+start until tokens further back provably do not matter. Walking back over sites j with r_j = 1 / (a_j - t_{j+1} r_{j+1})
+it adds up the ratio that it came for, l <- l + q t r with q <- q t r^2 (q = t = 1 at first), and every state in the
+upper half-plane that could enter on the left is mapped into a disc of diameter p / x, where both are at hand:
 
     p <- p t |r|^2,    x <- eta + t |r|^2 x    (p = 1, x = eta at first)
 
@@ -43,7 +43,7 @@ from resnet_bk.ops.bk.gpu_kernels import (
 
 LANES, LANES_OF_ONE_HEAD = 64, 32
 LONGEST_CHUNK, SHORTEST_CHUNK = 1024, 16
-BIDIRECTIONAL_CHUNK = 32  # in registers, see the kernel
+BIDIRECTIONAL_CHUNK = 16  # in registers, see the kernel
 # Chunks are as long as leaves this many lanes for the device to hide its latencies with.
 WANTED_LANES = 1 << 17
 CARRIED_CHUNK = 128
@@ -135,6 +135,7 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
         num_lanes,
         _half_a_unit(shift_H2),
         PER_TOKEN=bonds.dim() == 3,
+        CHUNK=BIDIRECTIONAL_CHUNK,
         HALO=program.of_one_head(HALO_OF_ONE_HEAD),
         **program.options,
     )
@@ -189,7 +190,7 @@ class _Program:
     def __init__(self, like_BNH: Tensor) -> None:
         self.batch_size, self.length, self.heads = like_BNH.shape
         self.lanes = LANES_OF_ONE_HEAD if self.heads == 1 else LANES
-        self.options = {"ONE_HEAD": self.heads == 1, "LANES": self.lanes, "num_warps": self.lanes // 32}
+        self.options = {"LANES": self.lanes, "num_warps": self.lanes // 32}
 
     def of_one_head(self, width: int) -> int:
         """Sites at a time: ``width`` if there is one head."""

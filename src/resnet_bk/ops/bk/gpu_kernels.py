@@ -1,10 +1,11 @@
 """The Triton kernels behind ``gpu``, which explains them.
 
-``base`` is the offset of a lane's row and head, ``n`` the first of its ``WIDTH`` sites in sweep order, from the row's
-left end or with ``REVERSE`` from its right one. Bonds are stored with the right one of the two sites they join.
+``base`` is the offset of a lane's row and head, ``n`` the first of ``WIDTH`` sites in sweep order, from the row's left
+end or with ``REVERSE`` from its right one. Bonds are stored with the right one of the two sites they join.
 
-Tiles ``(LANES, WIDTH)`` lie as memory does, whichever way they are swept: what is read and written is then side by
-side. Arithmetic takes eight of their columns at a time into registers, in sweep order.
+What is read and written are tiles ``(LANES, WIDTH)`` that lie as memory does, whichever way they are swept. Arithmetic
+is on their columns: tuples in sweep order, one site of every lane each. The number of heads is compiled in, so that the
+compiler sees which lanes lie side by side.
 """
 
 import triton
@@ -15,50 +16,114 @@ from resnet_bk.ops.kernels import kernel
 
 @triton.jit
 def _columns(x, REVERSE: tl.constexpr):
-    """The 8 columns of ``(LANES, 8)`` in sweep order: three rounds of splitting on the lowest bit of the index."""
+    """The columns of a tile in sweep order: rounds of halving."""
     lanes: tl.constexpr = x.shape[0]
-    even, odd = tl.split(tl.reshape(x, [lanes, 2, 2, 2]))
-    x00, x10 = tl.split(even)
-    x01, x11 = tl.split(odd)
-    x0, x4 = tl.split(x00)
-    x2, x6 = tl.split(x10)
-    x1, x5 = tl.split(x01)
-    x3, x7 = tl.split(x11)
-    if REVERSE:
-        x0, x1, x2, x3, x4, x5, x6, x7 = x7, x6, x5, x4, x3, x2, x1, x0
-    return x0, x1, x2, x3, x4, x5, x6, x7
+    if x.shape[1] == 1:
+        columns = (tl.reshape(x, [lanes]),)
+    else:
+        half: tl.constexpr = x.shape[1] // 2
+        first, last = tl.split(tl.permute(tl.reshape(x, [lanes, 2, half]), (0, 2, 1)))
+        if REVERSE:
+            first, last = last, first
+        columns = _columns(first, REVERSE) + _columns(last, REVERSE)
+    return columns
 
 
 @triton.jit
-def _tile(x0, x1, x2, x3, x4, x5, x6, x7, REVERSE: tl.constexpr):
+def _tile(x, REVERSE: tl.constexpr):
     """The inverse of ``_columns``."""
-    lanes: tl.constexpr = x0.shape[0]
-    if REVERSE:
-        x0, x1, x2, x3, x4, x5, x6, x7 = x7, x6, x5, x4, x3, x2, x1, x0
-    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-    return tl.reshape(tl.join(even, odd), [lanes, 8])
+    if len(x) == 1:
+        tile = tl.reshape(x[0], [x[0].shape[0], 1])
+    else:
+        half: tl.constexpr = len(x) // 2
+        first, last = _tile(x[:half], REVERSE), _tile(x[half:], REVERSE)
+        if REVERSE:
+            first, last = last, first
+        tile = tl.reshape(tl.permute(tl.join(first, last), (0, 2, 1)), [first.shape[0], len(x)])
+    return tile
 
 
 @triton.jit
-def _halves(x, REVERSE: tl.constexpr):
-    """The columns that are swept first, and the others."""
-    lanes: tl.constexpr = x.shape[0]
-    half: tl.constexpr = x.shape[1] // 2
-    first, last = tl.split(tl.permute(tl.reshape(x, [lanes, 2, half]), (0, 2, 1)))
-    if REVERSE:
-        first, last = last, first
-    return first, last
+def _places(base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Where sites n .. n + WIDTH - 1 lie, ``(LANES, WIDTH)``, and which of them are in the row."""
+    first = length - WIDTH - n if REVERSE else n
+    tokens = first[:, None] + tl.arange(0, WIDTH)[None, :]
+    return base[:, None] + tokens.to(tl.int64) * heads, (tokens >= 0) & (tokens < length)
 
 
 @triton.jit
-def _rejoined(first, last, REVERSE: tl.constexpr):
-    """The inverse of ``_halves``."""
-    lanes: tl.constexpr = first.shape[0]
-    width: tl.constexpr = 2 * first.shape[1]
-    if REVERSE:
-        first, last = last, first
-    return tl.reshape(tl.permute(tl.join(first, last), (0, 2, 1)), [lanes, width])
+def _load(ptr, base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Columns of sites n .. n + WIDTH - 1; 0 outside of the row."""
+    at, inside = _places(base, n, length, heads, WIDTH, REVERSE)
+    return _columns(tl.load(ptr + at, mask=inside, other=0.0), REVERSE)
+
+
+@triton.jit
+def _store(ptr, base, n, length, heads, columns, inside_lanes, REVERSE: tl.constexpr):
+    at, inside = _places(base, n, length, heads, len(columns), REVERSE)
+    tl.store(ptr + at, _tile(columns, REVERSE), mask=inside & inside_lanes[:, None])
+
+
+@triton.jit
+def _pairs_in_a_row(base, n, length, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Where the pairs of sites n .. n + WIDTH - 1 of the only head lie, ``(LANES, 2 WIDTH)``, and which are in the row.
+
+    They lie side by side, said so that the compiler sees it: it would move 8 bytes at a time otherwise.
+    """
+    first = length - WIDTH - n if REVERSE else n
+    places = 2 * first.to(tl.int64)[:, None] + tl.arange(0, 2 * WIDTH)[None, :]
+    return 2 * base[:, None] + places, (places >= 0) & (places < 2 * length)
+
+
+@triton.jit
+def _pairs_apart(base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Where the pairs of sites n .. n + WIDTH - 1 lie, ``(LANES, WIDTH, 2)``, and which of them are in the row."""
+    at, inside = _places(base, n, length, heads, WIDTH, REVERSE)
+    parts = tl.arange(0, 2)[None, None, :]
+    return 2 * at[:, :, None] + parts, inside[:, :, None] & (parts < 2)
+
+
+@triton.jit
+def _load_pairs(ptr, base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Columns of real and of imaginary parts of sites n .. n + WIDTH - 1; 0 outside of the row."""
+    if heads == 1:
+        at, inside = _pairs_in_a_row(base, n, length, WIDTH, REVERSE)
+        pairs = tl.reshape(tl.load(ptr + at, mask=inside, other=0.0), [base.shape[0], WIDTH, 2])
+    else:
+        at, inside = _pairs_apart(base, n, length, heads, WIDTH, REVERSE)
+        pairs = tl.load(ptr + at, mask=inside, other=0.0)
+    re, im = tl.split(pairs)
+    return _columns(re, REVERSE), _columns(im, REVERSE)
+
+
+@triton.jit
+def _store_pairs(ptr, base, n, length, heads, re, im, inside_lanes, REVERSE: tl.constexpr):
+    width: tl.constexpr = len(re)
+    pairs = tl.join(_tile(re, REVERSE), _tile(im, REVERSE))
+    if heads == 1:
+        at, inside = _pairs_in_a_row(base, n, length, width, REVERSE)
+        tl.store(ptr + at, tl.reshape(pairs, [base.shape[0], 2 * width]), mask=inside & inside_lanes[:, None])
+    else:
+        at, inside = _pairs_apart(base, n, length, heads, width, REVERSE)
+        tl.store(ptr + at, pairs, mask=inside & inside_lanes[:, None, None])
+
+
+@triton.jit
+def _bonds(
+    ptr, bond, base, n, length, heads, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Columns of the bonds to the earlier neighbour of sites n .. n + WIDTH - 1.
+
+    Where each token has its own, those that are not in the row are 0. Read from the right, a bond lies where the
+    earlier one of its sites does.
+    """
+    if PER_TOKEN:
+        columns = _load(ptr, base, n - 1 if REVERSE else n, length, heads, WIDTH, REVERSE)
+    else:
+        columns = (bond,)
+        for _ in tl.static_range(WIDTH - 1):
+            columns = columns + (bond,)
+    return columns
 
 
 @triton.jit
@@ -73,201 +138,36 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _inverse(re, im):
+    """1 / (re + i im), and the square of its modulus."""
+    square = _reciprocal(re * re + im * im)
+    return re * square, -im * square, square
+
+
+@triton.jit
 def _ratio(v, shift_re, shift_im, t, l_re, l_im):
     """1 / (v + shift - t l)."""
-    re = v + shift_re - t * l_re
-    im = shift_im - t * l_im
-    scale = _reciprocal(re * re + im * im)
-    return re * scale, -im * scale
+    re, im, _square = _inverse(v + shift_re - t * l_re, shift_im - t * l_im)
+    return re, im
 
 
 @triton.jit
-def _walk(v, t, shift_re, shift_im, r_re, r_im, p, x):
-    """One site further back; ``t`` is the bond to the site before it on the walk (0 at the walk's first)."""
-    weight = t * (r_re * r_re + r_im * r_im)
-    first = x == 0
-    p = tl.where(first, p, p * weight)
-    x = tl.where(first, -shift_im, -shift_im + weight * x)
-    r_re, r_im = _ratio(v, shift_re, shift_im, t, r_re, r_im)
-    return r_re, r_im, p, x
+def _walk(v, t, shift_re, shift_im, r_re, r_im, square, p, x, q_re, q_im, l_re, l_im):
+    """One site further back: its ratio from the right, the bound, and what it adds to the ratio l at the walk's start.
 
-
-@triton.jit
-def _first_token(n, length, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Of sites n .. n + WIDTH - 1, as they lie in memory."""
-    return length - WIDTH - n if REVERSE else n
-
-
-@triton.jit
-def _places(base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Where sites n .. n + WIDTH - 1 lie, ``(LANES, WIDTH)``, and which of them are in the row."""
-    tokens = _first_token(n, length, WIDTH, REVERSE)[:, None] + tl.arange(0, WIDTH)[None, :]
-    return base[:, None] + tokens.to(tl.int64) * heads, (tokens >= 0) & (tokens < length)
-
-
-@triton.jit
-def _bond_places(base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Where the bonds of sites n .. n + WIDTH - 1 to their earlier neighbours lie, and which are in the row."""
-    tokens = _first_token(n, length, WIDTH, REVERSE)[:, None] + tl.arange(0, WIDTH)[None, :]
-    if REVERSE:
-        tokens += 1
-    return base[:, None] + tokens.to(tl.int64) * heads, (tokens >= 0) & (tokens < length)
-
-
-@triton.jit
-def _pairs_in_a_row(base, n, length, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Where the pairs of sites n .. n + WIDTH - 1 of the only head lie, ``(LANES, 2 WIDTH)``, and which are in the row.
-
-    They lie side by side, said so that the compiler sees it: it would move 8 bytes at a time otherwise.
+    ``t`` is the bond to the site before it on the walk; it counts as 1 at the walk's first, where r is 0.
     """
-    places = 2 * _first_token(n, length, WIDTH, REVERSE).to(tl.int64)[:, None] + tl.arange(0, 2 * WIDTH)[None, :]
-    return 2 * base[:, None] + places, (places >= 0) & (places < 2 * length)
-
-
-@triton.jit
-def _pairs_apart(base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Where the pairs of sites n .. n + WIDTH - 1 lie, ``(LANES, WIDTH, 2)``, and which of them are in the row."""
-    at, inside = _places(base, n, length, heads, WIDTH, REVERSE)
-    parts = tl.arange(0, 2)[None, None, :]
-    return 2 * at[:, :, None] + parts, inside[:, :, None] & (parts < 2)
-
-
-@triton.jit
-def _load_tile(ptr, base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Sites n .. n + WIDTH - 1; 0 outside of the row."""
-    at, inside = _places(base, n, length, heads, WIDTH, REVERSE)
-    return tl.load(ptr + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_pairs(
-    ptr, base, n, length, heads, WIDTH: tl.constexpr, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr
-):  # fmt: skip
-    """Real and imaginary parts of sites n .. n + WIDTH - 1; 0 outside of the row."""
-    if ONE_HEAD:
-        at, inside = _pairs_in_a_row(base, n, length, WIDTH, REVERSE)
-        pairs = tl.reshape(tl.load(ptr + at, mask=inside, other=0.0), [base.shape[0], WIDTH, 2])
-    else:
-        at, inside = _pairs_apart(base, n, length, heads, WIDTH, REVERSE)
-        pairs = tl.load(ptr + at, mask=inside, other=0.0)
-    return tl.split(pairs)
-
-
-@triton.jit
-def _store_pairs(ptr, base, n, length, heads, re, im, inside_lanes, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr):
-    width: tl.constexpr = re.shape[1]
-    if ONE_HEAD:
-        at, inside = _pairs_in_a_row(base, n, length, width, REVERSE)
-        pairs = tl.reshape(tl.join(re, im), [base.shape[0], 2 * width])
-        tl.store(ptr + at, pairs, mask=inside & inside_lanes[:, None])
-    else:
-        at, inside = _pairs_apart(base, n, length, heads, width, REVERSE)
-        tl.store(ptr + at, tl.join(re, im), mask=inside & inside_lanes[:, None, None])
-
-
-@triton.jit
-def _bonds_of(
-    bonds_ptr, bond, base, n, length, heads, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr
-):  # fmt: skip
-    """The bonds to the earlier neighbour of sites n .. n + WIDTH - 1, 0 where there is none inside the row.
-
-    ``(LANES, WIDTH)`` if each token has its own, else ``(LANES, 8)``, the same for every eight of them.
-    """
-    if PER_TOKEN:
-        at, inside = _bond_places(base, n, length, heads, WIDTH, REVERSE)
-        t = tl.load(bonds_ptr + at, mask=inside, other=0.0)
-    else:
-        t = tl.broadcast_to(bond[:, None], [bond.shape[0], 8])
-    return t
-
-
-@triton.jit
-def _halves_of_bonds(t, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr):
-    if PER_TOKEN:
-        first, last = _halves(t, REVERSE)
-    else:
-        first, last = t, t
-    return first, last
-
-
-@triton.jit
-def _sweep_8(v, t, shift_re, shift_im, l_re, l_im, REVERSE: tl.constexpr):
-    """Eight ratios: the tiles of their parts, and the last."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v, REVERSE)
-    t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t, REVERSE)
-    a0, b0 = _ratio(v0, shift_re, shift_im, t0, l_re, l_im)
-    a1, b1 = _ratio(v1, shift_re, shift_im, t1, a0, b0)
-    a2, b2 = _ratio(v2, shift_re, shift_im, t2, a1, b1)
-    a3, b3 = _ratio(v3, shift_re, shift_im, t3, a2, b2)
-    a4, b4 = _ratio(v4, shift_re, shift_im, t4, a3, b3)
-    a5, b5 = _ratio(v5, shift_re, shift_im, t5, a4, b4)
-    a6, b6 = _ratio(v6, shift_re, shift_im, t6, a5, b5)
-    a7, b7 = _ratio(v7, shift_re, shift_im, t7, a6, b6)
-    return (
-        _tile(a0, a1, a2, a3, a4, a5, a6, a7, REVERSE), _tile(b0, b1, b2, b3, b4, b5, b6, b7, REVERSE), a7, b7,
-    )  # fmt: skip
-
-
-@triton.jit
-def _sweep_16(v, t, shift_re, shift_im, l_re, l_im, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr):
-    v0, v1 = _halves(v, REVERSE)
-    t0, t1 = _halves_of_bonds(t, PER_TOKEN, REVERSE)
-    a0, b0, l_re, l_im = _sweep_8(v0, t0, shift_re, shift_im, l_re, l_im, REVERSE)
-    a1, b1, l_re, l_im = _sweep_8(v1, t1, shift_re, shift_im, l_re, l_im, REVERSE)
-    return _rejoined(a0, a1, REVERSE), _rejoined(b0, b1, REVERSE), l_re, l_im
-
-
-@triton.jit
-def _sweep_32(v, t, shift_re, shift_im, l_re, l_im, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr):
-    v0, v1 = _halves(v, REVERSE)
-    t0, t1 = _halves_of_bonds(t, PER_TOKEN, REVERSE)
-    a0, b0, l_re, l_im = _sweep_16(v0, t0, shift_re, shift_im, l_re, l_im, PER_TOKEN, REVERSE)
-    a1, b1, l_re, l_im = _sweep_16(v1, t1, shift_re, shift_im, l_re, l_im, PER_TOKEN, REVERSE)
-    return _rejoined(a0, a1, REVERSE), _rejoined(b0, b1, REVERSE), l_re, l_im
-
-
-@triton.jit
-def _masked_ratio(v, shift_re, shift_im, t, l_re, l_im, n):
-    re, im = _ratio(v, shift_re, shift_im, t, l_re, l_im)
-    return tl.where(n >= 0, re, l_re), tl.where(n >= 0, im, l_im)
-
-
-@triton.jit
-def _walk_8(v, t, begins, shift_re, shift_im, r_re, r_im, p, x, REVERSE: tl.constexpr):
-    """Eight sites back. Site j is joined to the walk's last one, j + 1, by the bond stored with j + 1."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v, REVERSE)
-    t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t, REVERSE)
-    last_bond = t7
-    if begins:
-        t7 = tl.zeros_like(t7)
-    r_re, r_im, p, x = _walk(v7, t7, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v6, t6, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v5, t5, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v4, t4, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v3, t3, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v2, t2, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v1, t1, shift_re, shift_im, r_re, r_im, p, x)
-    r_re, r_im, p, x = _walk(v0, t0, shift_re, shift_im, r_re, r_im, p, x)
-    if begins:
-        # From here on p counts the bond that leads into the chunk.
-        p = p * last_bond
-    return r_re, r_im, p, x
-
-
-@triton.jit
-def _masked_8(v, t, shift_re, shift_im, l_re, l_im, n, REVERSE: tl.constexpr):
-    """Eight ratios of which those before the row's first site are left out: the last."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v, REVERSE)
-    t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t, REVERSE)
-    l_re, l_im = _masked_ratio(v0, shift_re, shift_im, t0, l_re, l_im, n)
-    l_re, l_im = _masked_ratio(v1, shift_re, shift_im, t1, l_re, l_im, n + 1)
-    l_re, l_im = _masked_ratio(v2, shift_re, shift_im, t2, l_re, l_im, n + 2)
-    l_re, l_im = _masked_ratio(v3, shift_re, shift_im, t3, l_re, l_im, n + 3)
-    l_re, l_im = _masked_ratio(v4, shift_re, shift_im, t4, l_re, l_im, n + 4)
-    l_re, l_im = _masked_ratio(v5, shift_re, shift_im, t5, l_re, l_im, n + 5)
-    l_re, l_im = _masked_ratio(v6, shift_re, shift_im, t6, l_re, l_im, n + 6)
-    l_re, l_im = _masked_ratio(v7, shift_re, shift_im, t7, l_re, l_im, n + 7)
-    return l_re, l_im
+    weight = t * square
+    p = p * weight
+    x = -shift_im + weight * x
+    r_re, r_im, square = _inverse(v + shift_re - t * r_re, shift_im - t * r_im)
+    q_re = q_re * t
+    q_im = q_im * t
+    add_re = q_re * r_re - q_im * r_im
+    add_im = q_re * r_im + q_im * r_re
+    q_re = add_re * r_re - add_im * r_im
+    q_im = add_re * r_im + add_im * r_re
+    return r_re, r_im, square, p, x, q_re, q_im, l_re + add_re, l_im + add_im
 
 
 @triton.jit
@@ -277,53 +177,52 @@ def _entering(
 ):  # fmt: skip
     """The ratio before ``start`` in sweep order: of a halo that is long enough, or of the row from its beginning.
 
-    ``HALO`` sites, 8 or 16, are read at a time.
+    ``HALO`` sites are read at a time. Rows that begin in the middle of them have no state.
     """
     dtype: tl.constexpr = shift_re.dtype
     r_re = tl.zeros_like(shift_re)
-    r_im = tl.zeros_like(shift_re)
-    p = tl.zeros_like(shift_re) + 1.0
-    x = tl.zeros_like(shift_re)
+    r_im, x, l_re, l_im, q_im = r_re, r_re, r_re, r_re, r_re
+    square, p, q_re = r_re + 1.0, r_re + 1.0, r_re + 1.0
+    least = tolerance * -shift_im
+    into = _bonds(bonds_ptr, bond, base, start, length, heads, 1, PER_TOKEN, REVERSE)[0]
     halo = 0
     pending = tl.max((start > 0).to(tl.int32), axis=0)
     while pending > 0:
         halo += HALO
         n = start - halo
-        v = _load_tile(v_ptr, base, n, length, heads, HALO, REVERSE).to(dtype)
-        t = _bonds_of(bonds_ptr, bond, base, n + 1, length, heads, HALO, PER_TOKEN, REVERSE)
-        if HALO == 16:
-            v0, v1 = _halves(v, REVERSE)
-            t0, t1 = _halves_of_bonds(t, PER_TOKEN, REVERSE)
-            r_re, r_im, p, x = _walk_8(v1, t1, halo == HALO, shift_re, shift_im, r_re, r_im, p, x, REVERSE)
-            r_re, r_im, p, x = _walk_8(v0, t0, False, shift_re, shift_im, r_re, r_im, p, x, REVERSE)
-        else:
-            r_re, r_im, p, x = _walk_8(v, t, halo == HALO, shift_re, shift_im, r_re, r_im, p, x, REVERSE)
-        far_enough = (p <= tolerance * x * -shift_im) | (start <= halo)
+        v = _load(v_ptr, base, n, length, heads, HALO, REVERSE)
+        t = _bonds(bonds_ptr, bond, base, n + 1, length, heads, HALO, PER_TOKEN, REVERSE)
+        before_re, before_im, last_re, last_im = r_re, r_im, q_re, q_im
+        for u in tl.static_range(HALO - 1, -1, -1):
+            joined = tl.where(n + u >= 0, t[u], 0.0)
+            if u == HALO - 1:
+                joined = tl.where(n + u == start - 1, 1.0, joined)
+            r_re, r_im, square, p, x, q_re, q_im, l_re, l_im = _walk(
+                v[u].to(dtype), joined, shift_re, shift_im, r_re, r_im, square, p, x, q_re, q_im, l_re, l_im
+            )
+        # What the row's first site leaves is kept for the state.
+        outside = n < 0
+        r_re, r_im = tl.where(outside, before_re, r_re), tl.where(outside, before_im, r_im)
+        q_re, q_im = tl.where(outside, last_re, q_re), tl.where(outside, last_im, q_im)
+        far_enough = (p * into <= least * x) | (start <= halo)
         pending = tl.max((~far_enough).to(tl.int32), axis=0)
+    # The state is one site more: its ratio beside the row's is h / (1 - t h r).
+    first = _bonds(bonds_ptr, bond, base, start * 0, length, heads, 1, PER_TOKEN, REVERSE)[0]
+    h_re, h_im = first * state_re, first * state_im
+    re, im, _square = _inverse(1.0 - (h_re * r_re - h_im * r_im), -(h_re * r_im + h_im * r_re))
+    h_re, h_im = h_re * re - h_im * im, h_re * im + h_im * re
     from_the_beginning = start <= halo
-    l_re = tl.where(from_the_beginning, state_re, 0.0)
-    l_im = tl.where(from_the_beginning, state_im, 0.0)
-    for back in range(0, halo, HALO):
-        n = start - halo + back
-        v = _load_tile(v_ptr, base, n, length, heads, HALO, REVERSE).to(dtype)
-        t = _bonds_of(bonds_ptr, bond, base, n, length, heads, HALO, PER_TOKEN, REVERSE)
-        if HALO == 16:
-            v0, v1 = _halves(v, REVERSE)
-            t0, t1 = _halves_of_bonds(t, PER_TOKEN, REVERSE)
-            l_re, l_im = _masked_8(v0, t0, shift_re, shift_im, l_re, l_im, n, REVERSE)
-            l_re, l_im = _masked_8(v1, t1, shift_re, shift_im, l_re, l_im, n + 8, REVERSE)
-        else:
-            l_re, l_im = _masked_8(v, t, shift_re, shift_im, l_re, l_im, n, REVERSE)
-    return l_re, l_im
+    l_re += tl.where(from_the_beginning, q_re * h_re - q_im * h_im, 0.0)
+    l_im += tl.where(from_the_beginning, q_re * h_im + q_im * h_re, 0.0)
+    return tl.where(start == 0, state_re, l_re), tl.where(start == 0, state_im, l_im)
 
 
 @kernel
 def causal_kernel(
-    v_ptr, shift_ptr, bonds_ptr, state_ptr, out_ptr, length, heads, chunk, num_lanes, tolerance,
-    PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr, WIDTH: tl.constexpr, HALO: tl.constexpr,
-    LANES: tl.constexpr,
+    v_ptr, shift_ptr, bonds_ptr, state_ptr, out_ptr, length, heads: tl.constexpr, chunk, num_lanes, tolerance,
+    PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """l_i of one chunk a lane, 8 or 32 sites at a time."""
+    """l_i of one chunk a lane, ``WIDTH`` sites at a time."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < num_lanes
@@ -331,6 +230,7 @@ def causal_kernel(
     start = tl.where(inside, lane // heads * chunk, 0)
     base = row * length * heads + head
     shift_re, shift_im = tl.load(shift_ptr + 2 * head), tl.load(shift_ptr + 2 * head + 1)
+    dtype: tl.constexpr = shift_re.dtype
     bond = shift_re if PER_TOKEN else tl.load(bonds_ptr + head)
     state_re = tl.load(state_ptr + 2 * (row * heads + head))
     state_im = tl.load(state_ptr + 2 * (row * heads + head) + 1)
@@ -340,61 +240,42 @@ def causal_kernel(
     )  # fmt: skip
     for step in range(0, chunk, WIDTH):
         n = start + step
-        v = _load_tile(v_ptr, base, n, length, heads, WIDTH, REVERSE).to(shift_re.dtype)
-        t = _bonds_of(bonds_ptr, bond, base, n, length, heads, WIDTH, PER_TOKEN, REVERSE)
-        if WIDTH == 32:
-            re, im, l_re, l_im = _sweep_32(v, t, shift_re, shift_im, l_re, l_im, PER_TOKEN, REVERSE)
-        else:
-            re, im, l_re, l_im = _sweep_8(v, t, shift_re, shift_im, l_re, l_im, REVERSE)
-        _store_pairs(out_ptr, base, n, length, heads, re, im, inside, REVERSE, ONE_HEAD)
+        v = _load(v_ptr, base, n, length, heads, WIDTH, REVERSE)
+        t = _bonds(bonds_ptr, bond, base, n, length, heads, WIDTH, PER_TOKEN, REVERSE)
+        re, im = (), ()
+        for u in tl.static_range(WIDTH):
+            l_re, l_im = _ratio(v[u].to(dtype), shift_re, shift_im, t[u], l_re, l_im)
+            re, im = re + (l_re,), im + (l_im,)
+        _store_pairs(out_ptr, base, n, length, heads, re, im, inside, REVERSE)
 
 
 @triton.jit
-def _sweep_back(v, t, shift_re, shift_im, l_re, l_im, r_re, r_im):
-    """Eight times, from the last site to the first: G = 1 / (1 / l - t r) into l's place, then r = 1 / (a - t r).
+def _onto_diagonal(l_re, l_im, t, r_re, r_im):
+    """G = 1 / (1 / l - t r) from what is on the left and, through the bond t, on the right.
 
     1 / l is a less what is on the left, at hand in fewer registers. Where a potential near 1e19 and more makes l vanish
     in float32, G does too.
     """
-    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v, False)
-    t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t, False)
-    b7, d7 = r_re, r_im
-    b6, d6 = _ratio(v7, shift_re, shift_im, t7, b7, d7)
-    b5, d5 = _ratio(v6, shift_re, shift_im, t6, b6, d6)
-    b4, d4 = _ratio(v5, shift_re, shift_im, t5, b5, d5)
-    b3, d3 = _ratio(v4, shift_re, shift_im, t4, b4, d4)
-    b2, d2 = _ratio(v3, shift_re, shift_im, t3, b3, d3)
-    b1, d1 = _ratio(v2, shift_re, shift_im, t2, b2, d2)
-    b0, d0 = _ratio(v1, shift_re, shift_im, t1, b1, d1)
-    r_re, r_im = _ratio(v0, shift_re, shift_im, t0, b0, d0)
     square = l_re * l_re + l_im * l_im
     vanished = square == 0.0
     inverse = _reciprocal(tl.where(vanished, 1.0, square))
-    g_re = l_re * inverse - t * _tile(b0, b1, b2, b3, b4, b5, b6, b7, False)
-    g_im = -l_im * inverse - t * _tile(d0, d1, d2, d3, d4, d5, d6, d7, False)
+    g_re = l_re * inverse - t * r_re
+    g_im = -l_im * inverse - t * r_im
     scale = tl.where(vanished, 0.0, _reciprocal(g_re * g_re + g_im * g_im))
-    return g_re * scale, -g_im * scale, r_re, r_im
-
-
-@triton.jit
-def _next_bonds(bonds_ptr, bond, base, n, length, heads, PER_TOKEN: tl.constexpr):
-    """The bonds to the later neighbour of sites n .. n+7; 0 where the row ends."""
-    t = _bonds_of(bonds_ptr, bond, base, n + 1, length, heads, 8, PER_TOKEN, False)
-    columns = n[:, None] + 1 + tl.arange(0, 8)[None, :]
-    return tl.where(columns < length, t, 0.0)
+    return g_re * scale, -g_im * scale
 
 
 @kernel
 def bidirectional_kernel(
-    v_ptr, shift_ptr, bonds_ptr, out_ptr, length, heads, num_lanes, tolerance,
-    PER_TOKEN: tl.constexpr, ONE_HEAD: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr,
+    v_ptr, shift_ptr, bonds_ptr, out_ptr, length, heads: tl.constexpr, num_lanes, tolerance,
+    PER_TOKEN: tl.constexpr, CHUNK: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """G_ii of one chunk of 32 tokens a lane: the sweep from the left stays in registers for the one from the right."""
+    """G_ii of one short chunk a lane: the sweep from the left stays in registers for the one from the right."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < num_lanes
     head = lane % heads
-    start = tl.where(inside, lane // heads * 32, 0)
+    start = tl.where(inside, lane // heads * CHUNK, 0)
     base = row * length * heads + head
     shift_re, shift_im = tl.load(shift_ptr + 2 * head), tl.load(shift_ptr + 2 * head + 1)
     dtype: tl.constexpr = shift_re.dtype
@@ -404,46 +285,25 @@ def bidirectional_kernel(
         v_ptr, bonds_ptr, bond, shift_re, shift_im, zero, zero, base, start, length, heads, tolerance,
         HALO, PER_TOKEN, False,
     )  # fmt: skip
-    n0, n1, n2, n3 = start, start + 8, start + 16, start + 24
-    v0 = _load_tile(v_ptr, base, n0, length, heads, 8, False).to(dtype)
-    v1 = _load_tile(v_ptr, base, n1, length, heads, 8, False).to(dtype)
-    v2 = _load_tile(v_ptr, base, n2, length, heads, 8, False).to(dtype)
-    v3 = _load_tile(v_ptr, base, n3, length, heads, 8, False).to(dtype)
-    t0 = _bonds_of(bonds_ptr, bond, base, n0, length, heads, 8, PER_TOKEN, False)
-    t1 = _bonds_of(bonds_ptr, bond, base, n1, length, heads, 8, PER_TOKEN, False)
-    t2 = _bonds_of(bonds_ptr, bond, base, n2, length, heads, 8, PER_TOKEN, False)
-    t3 = _bonds_of(bonds_ptr, bond, base, n3, length, heads, 8, PER_TOKEN, False)
-    a0, b0, l_re, l_im = _sweep_8(v0, t0, shift_re, shift_im, l_re, l_im, False)
-    a1, b1, l_re, l_im = _sweep_8(v1, t1, shift_re, shift_im, l_re, l_im, False)
-    a2, b2, l_re, l_im = _sweep_8(v2, t2, shift_re, shift_im, l_re, l_im, False)
-    a3, b3, l_re, l_im = _sweep_8(v3, t3, shift_re, shift_im, l_re, l_im, False)
     # Read from the right, the chunk begins where it ends; one that reaches over the row's end begins there.
     r_re, r_im = _entering(
-        v_ptr, bonds_ptr, bond, shift_re, shift_im, zero, zero, base, tl.maximum(length - start - 32, 0),
+        v_ptr, bonds_ptr, bond, shift_re, shift_im, zero, zero, base, tl.maximum(length - start - CHUNK, 0),
         length, heads, tolerance, HALO, PER_TOKEN, True,
     )  # fmt: skip
-    t3 = _next_bonds(bonds_ptr, bond, base, n3, length, heads, PER_TOKEN)
-    t2 = _next_bonds(bonds_ptr, bond, base, n2, length, heads, PER_TOKEN)
-    t1 = _next_bonds(bonds_ptr, bond, base, n1, length, heads, PER_TOKEN)
-    t0 = _next_bonds(bonds_ptr, bond, base, n0, length, heads, PER_TOKEN)
-    re, im, r_re, r_im = _sweep_back(v3, t3, shift_re, shift_im, a3, b3, r_re, r_im)
-    _store_pairs(out_ptr, base, n3, length, heads, re, im, inside, False, ONE_HEAD)
-    re, im, r_re, r_im = _sweep_back(v2, t2, shift_re, shift_im, a2, b2, r_re, r_im)
-    _store_pairs(out_ptr, base, n2, length, heads, re, im, inside, False, ONE_HEAD)
-    re, im, r_re, r_im = _sweep_back(v1, t1, shift_re, shift_im, a1, b1, r_re, r_im)
-    _store_pairs(out_ptr, base, n1, length, heads, re, im, inside, False, ONE_HEAD)
-    re, im, r_re, r_im = _sweep_back(v0, t0, shift_re, shift_im, a0, b0, r_re, r_im)
-    _store_pairs(out_ptr, base, n0, length, heads, re, im, inside, False, ONE_HEAD)
-
-
-@triton.jit
-def _shifted(re, im, before_re, before_im, REVERSE: tl.constexpr):
-    """Each column's predecessor in sweep order; the first one's is given."""
-    a0, a1, a2, a3, a4, a5, a6, _a7 = _columns(re, REVERSE)
-    b0, b1, b2, b3, b4, b5, b6, _b7 = _columns(im, REVERSE)
-    return (
-        _tile(before_re, a0, a1, a2, a3, a4, a5, a6, REVERSE), _tile(before_im, b0, b1, b2, b3, b4, b5, b6, REVERSE),
-    )  # fmt: skip
+    v = _load(v_ptr, base, start, length, heads, CHUNK, False)
+    t = _bonds(bonds_ptr, bond, base, start, length, heads, CHUNK, PER_TOKEN, False)
+    t += _bonds(bonds_ptr, bond, base, start + CHUNK, length, heads, 1, PER_TOKEN, False)
+    left_re, left_im = (), ()
+    for u in tl.static_range(CHUNK):
+        l_re, l_im = _ratio(v[u].to(dtype), shift_re, shift_im, t[u], l_re, l_im)
+        left_re, left_im = left_re + (l_re,), left_im + (l_im,)
+    re, im = (), ()
+    for u in tl.static_range(CHUNK - 1, -1, -1):
+        after = tl.where(start + u + 1 < length, t[u + 1], 0.0)
+        g_re, g_im = _onto_diagonal(left_re[u], left_im[u], after, r_re, r_im)
+        r_re, r_im = _ratio(v[u].to(dtype), shift_re, shift_im, after, r_re, r_im)
+        re, im = (g_re,) + re, (g_im,) + im
+    _store_pairs(out_ptr, base, start, length, heads, re, im, inside, False)
 
 
 @triton.jit
@@ -469,59 +329,20 @@ def _series_step(g_re, g_im, l_re, l_im, t, p_re, p_im, sum_re, sum_im):
 
 
 @triton.jit
-def _adjoint_8(g_re, g_im, l_re, l_im, t, carry_re, carry_im, REVERSE: tl.constexpr):
-    """Eight sites back: the tiles of abar's parts, their sums, and the carry."""
-    g_re, g_im, l_re, l_im = (
-        _columns(g_re, REVERSE), _columns(g_im, REVERSE), _columns(l_re, REVERSE), _columns(l_im, REVERSE),
-    )  # fmt: skip
-    t = _columns(t, REVERSE)
-    a7, b7, carry_re, carry_im = _adjoint_step(g_re[7], g_im[7], l_re[7], l_im[7], t[7], carry_re, carry_im)
-    a6, b6, carry_re, carry_im = _adjoint_step(g_re[6], g_im[6], l_re[6], l_im[6], t[6], carry_re, carry_im)
-    a5, b5, carry_re, carry_im = _adjoint_step(g_re[5], g_im[5], l_re[5], l_im[5], t[5], carry_re, carry_im)
-    a4, b4, carry_re, carry_im = _adjoint_step(g_re[4], g_im[4], l_re[4], l_im[4], t[4], carry_re, carry_im)
-    a3, b3, carry_re, carry_im = _adjoint_step(g_re[3], g_im[3], l_re[3], l_im[3], t[3], carry_re, carry_im)
-    a2, b2, carry_re, carry_im = _adjoint_step(g_re[2], g_im[2], l_re[2], l_im[2], t[2], carry_re, carry_im)
-    a1, b1, carry_re, carry_im = _adjoint_step(g_re[1], g_im[1], l_re[1], l_im[1], t[1], carry_re, carry_im)
-    a0, b0, carry_re, carry_im = _adjoint_step(g_re[0], g_im[0], l_re[0], l_im[0], t[0], carry_re, carry_im)
-    total_re = ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))
-    total_im = ((b0 + b1) + (b2 + b3)) + ((b4 + b5) + (b6 + b7))
-    a = _tile(a0, a1, a2, a3, a4, a5, a6, a7, REVERSE)
-    b = _tile(b0, b1, b2, b3, b4, b5, b6, b7, REVERSE)
-    return a, b, total_re, total_im, carry_re, carry_im
-
-
-@triton.jit
-def _bonds_bar_8(
-    l_ptr, state_ptr, bonds_bar_ptr, row, head, base, n, length, heads, l_re, l_im, a, b, inside,
-    PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of eight sites' bonds, written if each token has its own: their sum."""
-    at_start = n == 0
-    token = tl.where(at_start, 0, n - 1)
-    token = length - 1 - token if REVERSE else token
-    known = (n > 0) & (n <= length)
-    before_ptr = l_ptr + 2 * (base + token.to(tl.int64) * heads)
-    before_re = tl.load(before_ptr, mask=known, other=0.0)
-    before_im = tl.load(before_ptr + 1, mask=known, other=0.0)
-    before_re = tl.where(at_start, tl.load(state_ptr + 2 * (row * heads + head)), before_re)
-    before_im = tl.where(at_start, tl.load(state_ptr + 2 * (row * heads + head) + 1), before_im)
-    previous_re, previous_im = _shifted(l_re, l_im, before_re, before_im, REVERSE)
-    bonds_bar = -(previous_re * a + previous_im * b)
-    if PER_TOKEN:
-        at, in_row = _bond_places(base, n, length, heads, 8, REVERSE)
-        _at, is_site = _places(base, n, length, heads, 8, REVERSE)
-        tl.store(bonds_bar_ptr + at, bonds_bar, mask=in_row & is_site & inside[:, None])
-    return tl.sum(bonds_bar, axis=1)
+def _ratio_before(l_ptr, state_ptr, row, head, base, n, length, heads, REVERSE: tl.constexpr):
+    """The ratio of site n - 1, or the state."""
+    re, im = _load_pairs(l_ptr, base, n - 1, length, heads, 1, REVERSE)
+    state = state_ptr + 2 * (row * heads + head)
+    return tl.where(n == 0, tl.load(state), re[0]), tl.where(n == 0, tl.load(state + 1), im[0])
 
 
 @kernel
 def causal_adjoint_kernel(
     grad_ptr, l_ptr, bonds_ptr, state_ptr, v_bar_ptr, shift_part_ptr, bonds_bar_ptr, state_bar_ptr,
-    length, heads, chunk, num_lanes, tolerance,
-    PER_TOKEN: tl.constexpr, WANTS_BONDS: tl.constexpr, REVERSE: tl.constexpr, ONE_HEAD: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr,
+    length, heads: tl.constexpr, chunk, num_lanes, tolerance,
+    PER_TOKEN: tl.constexpr, WANTS_BONDS: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """abar of one chunk a lane, from its last site to its first in sweep order, 8 or 16 at a time; the shift's sums."""
+    """abar of one chunk a lane, from its last site to its first in sweep order, ``WIDTH`` at a time; the sums."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < num_lanes
@@ -532,19 +353,14 @@ def causal_adjoint_kernel(
     bond = zero if PER_TOKEN else tl.load(bonds_ptr + head)
     end = start + chunk
     p_re = zero + 1.0
-    p_im = zero
-    carry_re = zero
-    carry_im = zero
+    p_im, carry_re, carry_im = zero, zero, zero
     ahead = 0
     pending = tl.max(((end < length) & inside).to(tl.int32), axis=0)
     while pending > 0:
         n = end + ahead
-        g_re, g_im = _load_pairs(grad_ptr, base, n, length, heads, 8, REVERSE, ONE_HEAD)
-        l_re, l_im = _load_pairs(l_ptr, base, n, length, heads, 8, REVERSE, ONE_HEAD)
-        g_re, g_im, l_re, l_im = (
-            _columns(g_re, REVERSE), _columns(g_im, REVERSE), _columns(l_re, REVERSE), _columns(l_im, REVERSE),
-        )  # fmt: skip
-        t = _columns(_bonds_of(bonds_ptr, bond, base, n, length, heads, 8, PER_TOKEN, REVERSE), REVERSE)
+        g_re, g_im = _load_pairs(grad_ptr, base, n, length, heads, 8, REVERSE)
+        l_re, l_im = _load_pairs(l_ptr, base, n, length, heads, 8, REVERSE)
+        t = _bonds(bonds_ptr, bond, base, n, length, heads, 8, PER_TOKEN, REVERSE)
         for u in tl.static_range(8):
             p_re, p_im, carry_re, carry_im = _series_step(
                 g_re[u], g_im[u], l_re[u], l_im[u], t[u], p_re, p_im, carry_re, carry_im
@@ -552,51 +368,36 @@ def causal_adjoint_kernel(
         ahead += 8
         done = (p_re * p_re + p_im * p_im <= tolerance * tolerance) | (end + ahead >= length) | ~inside
         pending = tl.max((~done).to(tl.int32), axis=0)
-    total_re = zero
-    total_im = zero
-    bond_total = zero
+    total_re, total_im, bond_total = zero, zero, zero
     for step in range(0, chunk, WIDTH):
         n = end - WIDTH - step
-        g_re, g_im = _load_pairs(grad_ptr, base, n, length, heads, WIDTH, REVERSE, ONE_HEAD)
-        l_re, l_im = _load_pairs(l_ptr, base, n, length, heads, WIDTH, REVERSE, ONE_HEAD)
-        t = _bonds_of(bonds_ptr, bond, base, n, length, heads, WIDTH, PER_TOKEN, REVERSE)
-        if WIDTH == 16:
-            g0_re, g1_re = _halves(g_re, REVERSE)
-            g0_im, g1_im = _halves(g_im, REVERSE)
-            l0_re, l1_re = _halves(l_re, REVERSE)
-            l0_im, l1_im = _halves(l_im, REVERSE)
-            t0, t1 = _halves_of_bonds(t, PER_TOKEN, REVERSE)
-            a1, b1, sum1_re, sum1_im, carry_re, carry_im = _adjoint_8(
-                g1_re, g1_im, l1_re, l1_im, t1, carry_re, carry_im, REVERSE
-            )
-            a0, b0, sum0_re, sum0_im, carry_re, carry_im = _adjoint_8(
-                g0_re, g0_im, l0_re, l0_im, t0, carry_re, carry_im, REVERSE
-            )
-            a = _rejoined(a0, a1, REVERSE)
-            total_re += sum1_re + sum0_re
-            total_im += sum1_im + sum0_im
-            if WANTS_BONDS:
-                bond_total += _bonds_bar_8(
-                    l_ptr, state_ptr, bonds_bar_ptr, row, head, base, n + 8, length, heads, l1_re, l1_im, a1, b1,
-                    inside, PER_TOKEN, REVERSE,
-                )  # fmt: skip
-                bond_total += _bonds_bar_8(
-                    l_ptr, state_ptr, bonds_bar_ptr, row, head, base, n, length, heads, l0_re, l0_im, a0, b0,
-                    inside, PER_TOKEN, REVERSE,
-                )  # fmt: skip
+        g_re, g_im = _load_pairs(grad_ptr, base, n, length, heads, WIDTH, REVERSE)
+        l_re, l_im = _load_pairs(l_ptr, base, n, length, heads, WIDTH, REVERSE)
+        t = _bonds(bonds_ptr, bond, base, n, length, heads, WIDTH, PER_TOKEN, REVERSE)
+        if WANTS_BONDS:
+            before_re, before_im = _ratio_before(l_ptr, state_ptr, row, head, base, n, length, heads, REVERSE)
+            l_re, l_im = (before_re,) + l_re, (before_im,) + l_im
         else:
-            a, b, sum_re, sum_im, carry_re, carry_im = _adjoint_8(
-                g_re, g_im, l_re, l_im, t, carry_re, carry_im, REVERSE
+            l_re, l_im = (zero,) + l_re, (zero,) + l_im
+        v_bar, bonds_bar = (), ()
+        sum_re, sum_im, bond_sum = zero, zero, zero
+        for u in tl.static_range(WIDTH - 1, -1, -1):
+            a_re, a_im, carry_re, carry_im = _adjoint_step(
+                g_re[u], g_im[u], l_re[u + 1], l_im[u + 1], t[u], carry_re, carry_im
             )
-            total_re += sum_re
-            total_im += sum_im
+            v_bar = (a_re,) + v_bar
+            sum_re += a_re
+            sum_im += a_im
             if WANTS_BONDS:
-                bond_total += _bonds_bar_8(
-                    l_ptr, state_ptr, bonds_bar_ptr, row, head, base, n, length, heads, l_re, l_im, a, b,
-                    inside, PER_TOKEN, REVERSE,
-                )  # fmt: skip
-        at, in_row = _places(base, n, length, heads, WIDTH, REVERSE)
-        tl.store(v_bar_ptr + at, a, mask=in_row & inside[:, None])
+                bond_bar = -(l_re[u] * a_re + l_im[u] * a_im)
+                bonds_bar = (bond_bar,) + bonds_bar
+                bond_sum += bond_bar
+        total_re += sum_re
+        total_im += sum_im
+        bond_total += bond_sum
+        _store(v_bar_ptr, base, n, length, heads, v_bar, inside, REVERSE)
+        if WANTS_BONDS and PER_TOKEN:
+            _store(bonds_bar_ptr, base, n - 1 if REVERSE else n, length, heads, bonds_bar, inside, REVERSE)
     part = row * num_lanes + lane
     tl.store(shift_part_ptr + 2 * part, total_re, mask=inside)
     tl.store(shift_part_ptr + 2 * part + 1, total_im, mask=inside)
