@@ -207,7 +207,7 @@ def _entering(
         far_enough = (p * into <= least * x) | (start <= halo)
         pending = tl.max((~far_enough).to(tl.int32), axis=0)
     # The state is one site more: its ratio beside the row's is h / (1 - t h r).
-    first = _bonds(bonds_ptr, bond, base, start * 0, length, heads, 1, PER_TOKEN, REVERSE)[0]
+    first = _bonds(bonds_ptr, bond, base, tl.zeros_like(start), length, heads, 1, PER_TOKEN, REVERSE)[0]
     h_re, h_im = first * state_re, first * state_im
     re, im, _square = _inverse(1.0 - (h_re * r_re - h_im * r_im), -(h_re * r_im + h_im * r_re))
     h_re, h_im = h_re * re - h_im * im, h_re * im + h_im * re
