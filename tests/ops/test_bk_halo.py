@@ -8,7 +8,7 @@ from resnet_bk.ops.bk.operators import sweeps
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# In the middle of the band nothing decays but by eta: a tenth a site.
+# In the middle of the band nothing decays but by eta: a twentieth a site.
 ETA, TOLERANCE = 0.05, 2e-5
 LENGTHS = [17, 33, 50]
 

@@ -47,7 +47,7 @@ BIDIRECTIONAL_CHUNK = 16  # in registers, see the kernel
 # Chunks are as long as leaves this many lanes for the device to hide its latencies with.
 WANTED_LANES = 1 << 17
 CARRIED_CHUNK = 128
-# Sites read and written at once: of many heads; of one, forward, backward, and where a chunk's start is sought.
+# Sites read and written at once by the causal sweeps: of many heads; of one, forward, backward, and before a chunk.
 WIDTH, WIDTH_OF_ONE_HEAD, ADJOINT_WIDTH_OF_ONE_HEAD, HALO_OF_ONE_HEAD = 8, 32, 16, 16
 
 

@@ -152,6 +152,16 @@ def _ratio(v, shift_re, shift_im, t, l_re, l_im):
 
 
 @triton.jit
+def _sweep(v, t, shift_re, shift_im, l_re, l_im):
+    """The ratios of consecutive sites from the one before them: columns of their parts, the last ones at the end."""
+    re, im = (), ()
+    for u in tl.static_range(len(v)):
+        l_re, l_im = _ratio(v[u].to(shift_re.dtype), shift_re, shift_im, t[u], l_re, l_im)
+        re, im = re + (l_re,), im + (l_im,)
+    return re, im
+
+
+@triton.jit
 def _walk(v, t, shift_re, shift_im, r_re, r_im, square, p, x, q_re, q_im, l_re, l_im):
     """One site further back: its ratio from the right, the bound, and what it adds to the ratio l at the walk's start.
 
@@ -230,7 +240,6 @@ def causal_kernel(
     start = tl.where(inside, lane // heads * chunk, 0)
     base = row * length * heads + head
     shift_re, shift_im = tl.load(shift_ptr + 2 * head), tl.load(shift_ptr + 2 * head + 1)
-    dtype: tl.constexpr = shift_re.dtype
     bond = shift_re if PER_TOKEN else tl.load(bonds_ptr + head)
     state_re = tl.load(state_ptr + 2 * (row * heads + head))
     state_im = tl.load(state_ptr + 2 * (row * heads + head) + 1)
@@ -242,10 +251,8 @@ def causal_kernel(
         n = start + step
         v = _load(v_ptr, base, n, length, heads, WIDTH, REVERSE)
         t = _bonds(bonds_ptr, bond, base, n, length, heads, WIDTH, PER_TOKEN, REVERSE)
-        re, im = (), ()
-        for u in tl.static_range(WIDTH):
-            l_re, l_im = _ratio(v[u].to(dtype), shift_re, shift_im, t[u], l_re, l_im)
-            re, im = re + (l_re,), im + (l_im,)
+        re, im = _sweep(v, t, shift_re, shift_im, l_re, l_im)
+        l_re, l_im = re[WIDTH - 1], im[WIDTH - 1]
         _store_pairs(out_ptr, base, n, length, heads, re, im, inside, REVERSE)
 
 
@@ -293,10 +300,7 @@ def bidirectional_kernel(
     v = _load(v_ptr, base, start, length, heads, CHUNK, False)
     t = _bonds(bonds_ptr, bond, base, start, length, heads, CHUNK, PER_TOKEN, False)
     t += _bonds(bonds_ptr, bond, base, start + CHUNK, length, heads, 1, PER_TOKEN, False)
-    left_re, left_im = (), ()
-    for u in tl.static_range(CHUNK):
-        l_re, l_im = _ratio(v[u].to(dtype), shift_re, shift_im, t[u], l_re, l_im)
-        left_re, left_im = left_re + (l_re,), left_im + (l_im,)
+    left_re, left_im = _sweep(v, t, shift_re, shift_im, l_re, l_im)
     re, im = (), ()
     for u in tl.static_range(CHUNK - 1, -1, -1):
         after = tl.where(start + u + 1 < length, t[u + 1], 0.0)
