@@ -43,6 +43,7 @@ EXACT = {
     "offloaded optimizer": {"offload_optimizer": True},
     "streamed weights": {"checkpointing": "full", "offload_optimizer": True, "stream_weights": True},
     "all together": ALL_TOGETHER,
+    "replayed": {**ALL_TOGETHER, "cuda_graphs": True},
 }
 ROUNDED = {
     "half weights": {"precision": "bf16", "offload_optimizer": True, "half_weights": True},
@@ -50,6 +51,7 @@ ROUNDED = {
     "all, halved": {**ALL_TOGETHER, "precision": "bf16", "half_weights": True, "moments": "bf16"},
     "all, halved, fp16": {**ALL_TOGETHER, "precision": "fp16", "half_weights": True, "moments": "bf16"},
     "updated in backward": {"offload_optimizer": True, "max_grad_norm": None},
+    "replayed, halved": {**ALL_TOGETHER, "precision": "bf16", "half_weights": True, "cuda_graphs": True},
 }
 
 

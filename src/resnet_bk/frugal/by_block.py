@@ -41,11 +41,25 @@ class ModelInParts(Protocol):
         """The piece's part of the loss, from what the last block gave and all blocks' scalars."""
 
 
+class Passes(Protocol):
+    """Another way for a piece to go through a block than ``ModelInParts.through`` and autograd."""
+
+    def forward(self, block: nn.Module, piece: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``through`` gives."""
+
+    def backward(self, block: nn.Module, piece: int, x: Tensor, gradient: Tensor, scalar_gradient: Tensor) -> Tensor:
+        """From the gradients of what ``through`` gives that of ``x``; it adds up those of parameters itself."""
+
+    def end(self, block: nn.Module) -> None:
+        """Behind all pieces' ``backward``: adds what it has added up to the parameters' gradients."""
+
+
 def backward_by_block(
     model: ModelInParts,
     num_pieces: int,
     waiting: WaitingTensors,
     *,
+    passes: Passes | None = None,
     holding: Holding | None = None,
     holding_ends: AbstractContextManager[Any] | None = None,
 ) -> None:
@@ -57,6 +71,7 @@ def backward_by_block(
         model: computes in whatever precision it chooses.
         num_pieces: at least 1.
         waiting: where tensors wait; keep it for the next step, as it keeps its memory.
+        passes: how pieces go through blocks, if not as autograd has it.
         holding: a context around everything that is done with one block, given the block that is next, too: it has the
             weights be there, and takes the gradients away at its end. It is entered twice for each block.
         holding_ends: the same for what is outside of blocks, around all of backward.
@@ -64,10 +79,10 @@ def backward_by_block(
     hold = holding or (lambda *_: nullcontext())
     random = _RandomStates(waiting.device)
     try:
-        scalars = _forward(model, num_pieces, waiting, random, hold)
+        scalars = _forward(model, num_pieces, waiting, random, hold, passes)
         with holding_ends or nullcontext():
             gradients = _backward_from_the_loss(model, num_pieces, waiting, random, scalars)
-            _backward_through_blocks(model, num_pieces, waiting, random, hold, gradients)
+            _backward_through_blocks(model, num_pieces, waiting, random, hold, gradients, passes)
             _backward_to_the_stem(model, num_pieces, waiting, random)
     finally:
         waiting.end()
@@ -75,10 +90,16 @@ def backward_by_block(
 
 @torch.no_grad()
 def _forward(
-    model: ModelInParts, num_pieces: int, waiting: WaitingTensors, random: "_RandomStates", hold: Holding
+    model: ModelInParts,
+    num_pieces: int,
+    waiting: WaitingTensors,
+    random: "_RandomStates",
+    hold: Holding,
+    passes: Passes | None,
 ) -> list[list[Tensor]]:
     """Leaves the input of every block waiting; returns each piece's scalars."""
     blocks = list(model.blocks)
+    through = model.through if passes is None else passes.forward
     scalars: list[list[Tensor]] = [[] for _ in range(num_pieces)]
     for piece in range(num_pieces):
         random.keep(("stem", piece))
@@ -90,7 +111,7 @@ def _forward(
             for piece in range(num_pieces):
                 (x,) = next(inputs)
                 random.restore((number, piece))
-                x, scalar = model.through(block, piece, x)
+                x, scalar = through(block, piece, x)
                 random.keep((number + 1, piece))
                 scalars[piece].append(scalar)
                 waiting.put((number + 1, piece), x)
@@ -112,7 +133,7 @@ def _backward_from_the_loss(
         leaves = [scalar.detach().requires_grad_() for scalar in scalars[piece]]
         model.loss(piece, x.requires_grad_(), leaves).backward()  # type: ignore[no-untyped-call]
         gradients.append([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
-        _put_gradient(waiting, last, piece, x)
+        _put_gradient(waiting, last, piece, _gradient_of(x))
     return gradients
 
 
@@ -123,6 +144,7 @@ def _backward_through_blocks(
     random: "_RandomStates",
     hold: Holding,
     scalar_gradients: list[list[Tensor]],
+    passes: Passes | None,
 ) -> None:
     blocks = list(model.blocks)
     order = list(reversed(range(len(blocks))))
@@ -135,11 +157,17 @@ def _backward_through_blocks(
             for piece in range(num_pieces):
                 x, gradient = next(pairs)
                 random.restore((number, piece))
+                if passes is not None:
+                    scalar_gradient = scalar_gradients[piece][number]
+                    _put_gradient(waiting, number, piece, passes.backward(block, piece, x, gradient, scalar_gradient))
+                    continue
                 y, scalar = model.through(block, piece, x.requires_grad_())
                 ends = [(y, gradient), (scalar, scalar_gradients[piece][number])]
                 results, gradients = zip(*(end for end in ends if end[0].requires_grad), strict=True)
                 torch.autograd.backward(results, gradients)
-                _put_gradient(waiting, number, piece, x)
+                _put_gradient(waiting, number, piece, _gradient_of(x))
+            if passes is not None:
+                passes.end(block)
 
 
 def _backward_to_the_stem(
@@ -152,8 +180,11 @@ def _backward_to_the_stem(
             x.backward(gradient)  # type: ignore[no-untyped-call]
 
 
-def _put_gradient(waiting: WaitingTensors, number: int, piece: int, x: Tensor) -> None:
-    gradient = torch.zeros_like(x) if x.grad is None else x.grad
+def _gradient_of(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+def _put_gradient(waiting: WaitingTensors, number: int, piece: int, gradient: Tensor) -> None:
     # The next block's is no longer needed by then: all blocks share its place.
     waiting.put(("gradient", number, piece), gradient, place=("gradient", piece))
 

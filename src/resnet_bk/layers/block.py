@@ -28,7 +28,7 @@ class BKBlock(nn.Module):
     ) -> tuple[Tensor, MixerState | None, Routing]:
         """The residual stream after the block, the chains' state, and how the tokens were routed."""
         x_BND, normed_BND = self.norm.of_stream(x_BND)
-        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows)
+        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows, context.noise_TE)
         mixed_BND, state = self.mixer(m_BND, context, state)
         return x_BND + self.dropout(m_BND) + self.dropout(mixed_BND), state, routing
 
@@ -53,7 +53,7 @@ class MixerBlock(nn.Module):
         x_BND, normed_BND = self.mixer_norm.of_stream(x_BND)
         mixed_BND, state = self.mixer(normed_BND, context, state)
         x_BND, normed_BND = self.moe_norm.of_stream(x_BND, self.dropout(mixed_BND))
-        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows)
+        m_BND, routing = self.moe(normed_BND, real_tokens(context), context.batch_rows, context.noise_TE)
         return x_BND + self.dropout(m_BND), state, routing
 
 

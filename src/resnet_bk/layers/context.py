@@ -19,7 +19,8 @@ class SequenceContext:
     same for the present ones. ``document_ids_BN`` tells the documents of packed rows apart: tokens of different ones
     do not mix. ``front_starts_BN`` is where a document starts behind another, bool, with each row's real tokens in
     front. Both are None for one document a row. ``batch_rows`` are the first row and the number of rows of the batch
-    that these rows are a piece of, None if they are all of it. Without ``remember`` nobody asks for the state behind
+    that these rows are a piece of, None if they are all of it. ``noise_TE`` is what the router's logits get, if it is
+    drawn already: then it is that of one block. Without ``remember`` nobody asks for the state behind
     the tokens, and a mixer to which that costs much may leave it out.
     """
 
@@ -29,6 +30,7 @@ class SequenceContext:
     document_ids_BN: Tensor | None = None
     front_starts_BN: Tensor | None = None
     batch_rows: tuple[int, int] | None = None
+    noise_TE: Tensor | None = None
     remember: bool = True
 
     def front_rotary(self) -> tuple[Tensor, Tensor] | None:

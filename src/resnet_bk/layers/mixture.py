@@ -58,16 +58,22 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
     def forward(
-        self, x_BND: Tensor, real_BN: Tensor | None, batch_rows: tuple[int, int] | None = None
+        self,
+        x_BND: Tensor,
+        real_BN: Tensor | None,
+        batch_rows: tuple[int, int] | None = None,
+        noise_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Each token through its expert; ``real_BN`` False keeps padding out of the routing statistics.
 
         With ``batch_rows`` (first row, rows of the batch) the noise is the batch's, and these rows' part of it is used:
-        in whatever pieces a batch is processed, each token meets the same.
+        in whatever pieces a batch is processed, each token meets the same. ``noise_TE`` is what ``noise`` drew before.
         """
         x_TD = x_BND.flatten(0, 1)
         logits_TE = linear_in_single(x_TD, self.router.weight)
-        noisy_TE = logits_TE + _noise(logits_TE, len(x_BND), batch_rows) if self.training else logits_TE
+        noisy_TE = logits_TE
+        if self.training:
+            noisy_TE = logits_TE + (_noise(logits_TE, len(x_BND), batch_rows) if noise_TE is None else noise_TE)
         expert_T = self._choice(noisy_TE)
         compute_dtype = type_of_products(x_TD)
         mixed_TD = chosen_expert(
@@ -78,6 +84,12 @@ class MixtureOfExperts(nn.Module):
             probability_T1 = probability_T.gather(1, expert_T.unsqueeze(1))
             mixed_TD = straight_through(mixed_TD, probability_T1)
         return mixed_TD.view_as(x_BND), self._routing(logits_TE, expert_T, real_BN)
+
+    def noise(self, x_BND: Tensor, batch_rows: tuple[int, int] | None) -> Tensor:
+        """What ``forward`` would add to the logits of these tokens in training, drawn now: ``(B N, experts)``."""
+        dtype = torch.promote_types(x_BND.dtype, torch.float32)
+        logits_TE = x_BND.new_empty(x_BND.shape[:2].numel(), self.num_experts, dtype=dtype)
+        return _noise(logits_TE, len(x_BND), batch_rows)
 
     @torch.no_grad()
     def balance(self, expert_load_E: Tensor) -> None:

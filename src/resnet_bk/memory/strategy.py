@@ -9,7 +9,8 @@ class Strategy:
     """Where weights, moments and activations are while training; ``resnet-bk train`` can do all of it.
 
     ``half`` is autocast. ``checkpointing`` is what backward computes again. ``offload_optimizer`` has masters, moments
-    and the update on the host; then matrices may be ``half_weights``, blocks may be streamed, and moments bfloat16.
+    and the update on the host; then matrices may be ``half_weights``, blocks may be streamed, and moments bfloat16. A
+    step block by block may be ``replayed`` from CUDA graphs.
     """
 
     name: str
@@ -19,6 +20,7 @@ class Strategy:
     half_weights: bool = False
     stream_weights: bool = False
     half_moments: bool = False
+    replayed: bool = False
 
     @property
     def goes_by_block(self) -> bool:

@@ -1,6 +1,6 @@
 """A step's gradients block after block: what ``frugal.by_block`` needs to know of a language model and its batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -10,9 +10,11 @@ from resnet_bk.frugal.by_block import backward_by_block
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.streaming import StreamedBlocks
 from resnet_bk.frugal.waiting import WaitingTensors
-from resnet_bk.layers import SequenceContext
+from resnet_bk.layers import MixtureOfExperts, SequenceContext
+from resnet_bk.layers.mixture import Routing
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.models.modeling import mean_balancing_loss, run_block
+from resnet_bk.training.block_passes import BlockPasses
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.micro_step import autocast, moved, seed_micro_step, share_of_step
 
@@ -23,10 +25,20 @@ Piece = tuple[int, tuple[int, int]]
 class ByBlock:
     """What such a step needs beside the model, and keeps for the next one."""
 
-    def __init__(self, optimizer: OffloadedAdamW, streamed: StreamedBlocks | None, device: torch.device) -> None:
-        """``streamed`` are the model's blocks, if their weights are in host memory."""
-        self.optimizer, self.streamed = optimizer, streamed
+    def __init__(
+        self,
+        optimizer: OffloadedAdamW,
+        streamed: StreamedBlocks | None,
+        device: torch.device,
+        *,
+        on_unrecorded: Callable[[], None] | None = None,
+    ) -> None:
+        """``streamed`` are the model's blocks, if their weights are in host memory. ``on_unrecorded`` hears, once, that
+        there was no memory to record passes in."""
+        self.optimizer, self.streamed, self.on_unrecorded = optimizer, streamed, on_unrecorded
         self.waiting = WaitingTensors(device)
+        self._passes: BlockPasses | None = None
+        self._without = False  # whether passes could not be recorded
 
     def gradients(
         self,
@@ -37,19 +49,38 @@ class ByBlock:
         config: TrainingConfig,
         step: int,
         device: torch.device,
+        *,
+        recorded: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and expert load of the step, whose gradients are computed."""
-        parts = _LanguageModel(model, scaler, batches, pieces, config, step, device)
+        """Cross-entropy and expert load of the step, whose gradients are computed.
+
+        With ``recorded`` passes, which may be as soon as a step on as many rows has gone through, kernels are those
+        that were recorded the first time.
+        """
+        parts = LanguageModel(model, scaler, batches, pieces, config, step, device)
         inside = {id(parameter) for block in parts.blocks for parameter in block.parameters()}
         ends = [parameter for parameter in model.parameters() if id(parameter) not in inside]
         backward_by_block(
             parts,
             len(pieces),
             self.waiting,
+            passes=self._passes_of(parts, recorded=recorded and parts.is_recordable),
             holding=self._holding,
             holding_ends=self.optimizer.holding(ends),
         )
         return torch.stack(parts.nats).sum(0), torch.stack(parts.loads()).sum(0)
+
+    def _passes_of(self, parts: "LanguageModel", *, recorded: bool) -> BlockPasses | None:
+        if self._passes is not None and self._passes.has_failed and not self._without:
+            self._without = True
+            if self.on_unrecorded is not None:
+                self.on_unrecorded()
+        if not recorded or self._without:
+            self._passes = None
+            return None
+        self._passes = self._passes or BlockPasses(self.optimizer, parts.device)
+        self._passes.begin(parts)
+        return self._passes
 
     @contextmanager
     def _holding(self, block: nn.Module, then: nn.Module | None) -> Iterator[None]:
@@ -58,7 +89,7 @@ class ByBlock:
             yield
 
 
-class _LanguageModel:
+class LanguageModel:
     """The model as stem, blocks and loss, over the pieces of a step."""
 
     def __init__(
@@ -88,11 +119,34 @@ class _LanguageModel:
             )
         return x_BND
 
-    def through(self, block: nn.Module, piece: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def is_recordable(self) -> bool:
+        """Whether one pass is like another: of as many rows, with nothing random in it but the router's noise."""
+        rows = {stop - start for _, (start, stop) in self.pieces}
+        return len(rows) == 1 and not self.model.config.dropout
+
+    def context(self, piece: int) -> SequenceContext:
+        """Where the piece's tokens stand."""
+        return self._contexts[piece]
+
+    def noise(self, block: nn.Module, piece: int, x: Tensor) -> Tensor:
+        """What ``through`` would draw for the block's router."""
+        moe: MixtureOfExperts = block.moe  # type: ignore[assignment]
+        return moe.noise(x, self._contexts[piece].batch_rows)
+
+    def computed(self, block: nn.Module, x: Tensor, context: SequenceContext) -> tuple[Tensor, Routing]:
+        """What a block makes of tokens that stand so, in the configuration's precision."""
         with autocast(self.device, self.config.precision):
-            x, routing = run_block(block, x, self._contexts[piece])
+            return run_block(block, x, context)
+
+    def note(self, piece: int, load_E: Tensor) -> None:
+        """How a piece's tokens were shared among the next block's experts."""
+        self._loads[piece].append(load_E)
+
+    def through(self, block: nn.Module, piece: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, routing = self.computed(block, x, self._contexts[piece])
         if not torch.is_grad_enabled():
-            self._loads[piece].append(routing.expert_load_E)
+            self.note(piece, routing.expert_load_E)
         return x, routing.balancing_loss
 
     def loss(self, piece: int, x: Tensor, scalars: list[Tensor]) -> Tensor:

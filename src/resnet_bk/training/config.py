@@ -46,7 +46,8 @@ class TrainingConfig:
     all. ``checkpointing`` computes a block's activations again in backward: all of them, those that are ``selective``ly
     cheap, or all with the blocks' inputs ``offload``ed to the host. ``offload_optimizer`` has masters, moments and
     updates on the host; then ``moments`` may be bf16, matrices may be ``half_weights`` on the device, and with
-    ``stream_weights`` the blocks' wait on the host too. ``loss_chunk_tokens`` tokens have logits at once, None for the
+    ``stream_weights`` the blocks' wait on the host too. ``cuda_graphs`` record what a step block by block asks of a GPU
+    for one block and replay it for those like it. ``loss_chunk_tokens`` tokens have logits at once, None for the
     loss's own rule.
     """
 
@@ -69,6 +70,7 @@ class TrainingConfig:
     moments: MomentsType = "fp32"
     half_weights: bool = False
     stream_weights: bool = False
+    cuda_graphs: bool = False
     loss_chunk_tokens: int | None = None
     seed: int = 0
     log_every: int = 20
@@ -116,6 +118,11 @@ class TrainingConfig:
         if self.half_weights and self.precision == "fp32":
             raise UserError(
                 "half_weights are multiplied in half precision; choose --precision bf16 or fp16, or leave them out"
+            )
+        if self.cuda_graphs and not self.goes_by_block:
+            raise UserError(
+                "cuda_graphs are of steps that go block by block; add --offload-optimizer True --checkpointing "
+                "offload, or leave them out"
             )
         if self.stream_weights and self.checkpointing == "none":
             raise UserError("stream_weights computes blocks again in backward; add --checkpointing full")

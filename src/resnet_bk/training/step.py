@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_bk.errors import UserError
 from resnet_bk.frugal.micro_batches import MicroBatches, split_rows
 from resnet_bk.frugal.optimizer import OffloadedAdamW
+from resnet_bk.imagined import is_imagined
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
 from resnet_bk.training.by_block import ByBlock
@@ -104,7 +105,9 @@ def train_step(
         ]
         if by_block is not None:
             with _updating(optimizer) if in_backward else nullcontext():
-                return by_block.gradients(model, scaler, batches, pieces, config, step, device)
+                # Of an imagined machine's steps, the second and all behind it.
+                recorded = config.cuda_graphs and (micro_batches.proven or is_imagined())
+                return by_block.gradients(model, scaler, batches, pieces, config, step, device, recorded=recorded)
         nats: list[Tensor] = []
         loads: list[Tensor] = []
         for number, (start, stop) in pieces:

@@ -66,7 +66,7 @@ def describe_strategy(config: TrainingConfig) -> str:
     if config.stream_weights:
         words.append("blocks streamed from the host")
     if config.goes_by_block:
-        words.append("a step block by block")
+        words.append("a step block by block" + (", replayed from CUDA graphs" if config.cuda_graphs else ""))
     if config.loss_chunk_tokens:
         words.append(f"logits of {config.loss_chunk_tokens:,} tokens at once")
     return ", ".join(words)
@@ -103,6 +103,7 @@ def strategy_of(config: TrainingConfig) -> Strategy:
         half_weights=config.half_weights,
         stream_weights=config.stream_weights,
         half_moments=config.moments == "bf16",
+        replayed=config.cuda_graphs,
     )
 
 
@@ -126,4 +127,5 @@ def training_fields(strategy: Strategy, half_type: Precision) -> dict[str, Any]:
         "half_weights": strategy.half_weights,
         "stream_weights": strategy.stream_weights,
         "moments": "bf16" if strategy.half_moments else "fp32",
+        "cuda_graphs": strategy.replayed,
     }
