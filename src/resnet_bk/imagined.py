@@ -24,6 +24,7 @@ class Machine:
 
 _machines: list[Machine] = []
 _listeners: list[Callable[[Tensor], None]] = []
+_recordings: list[None] = []
 
 
 @contextmanager
@@ -53,6 +54,21 @@ def is_copied_away(tensor: Tensor) -> None:
     """Tells whoever listens, on an imagined machine."""
     if _machines and _listeners:
         _listeners[-1](tensor)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """What is allocated meanwhile is in the memory of CUDA graphs, which nobody else gets: an imagined machine asks."""
+    _recordings.append(None)
+    try:
+        yield
+    finally:
+        _recordings.pop()
+
+
+def is_recorded() -> bool:
+    """Whether what is done at the moment is recorded."""
+    return bool(_recordings)
 
 
 def is_imagined() -> bool:

@@ -198,6 +198,9 @@ class TrainingFlags:
     """Matrices on the device in --precision; their masters stay float32 on the host."""
     stream_weights: Annotated[bool | None, shown(TrainingConfig.stream_weights, "True|False")] = None
     """Blocks wait on the host: two of them are on the device, whatever the depth."""
+    cuda_graphs: Annotated[bool | None, shown(TrainingConfig.cuda_graphs, "True|False")] = None
+    """A step block by block asks a GPU for a block's work once and replays it for those like it; --gpu-memory decides
+    itself whether there is room for that."""
     loss_chunk_tokens: Annotated[int | None, shown("the loss's own rule", "INT")] = None
     """Tokens that have logits at once; fewer take less memory, and change nothing but rounding."""
     seed: Annotated[int | None, shown(TrainingConfig.seed)] = None

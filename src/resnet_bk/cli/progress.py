@@ -51,6 +51,9 @@ class TrainingProgress:
                 soft_wrap=True,
             )
             return
+        if "cuda_graphs" in entry:
+            self._progress.console.print("no memory for CUDA graphs: going on without them, slower", soft_wrap=True)
+            return
         if self._task is not None:
             self._progress.update(self._task, completed=entry["step"])
         if "validation_loss" in entry:

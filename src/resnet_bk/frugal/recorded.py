@@ -9,13 +9,12 @@ what they need in between. On a CPU a pass is computed again each time it is rep
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_bk.imagined import is_imagined, kind_of
+from resnet_bk.imagined import recording
 
 # From what is in the rooms to the results.
 Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -34,8 +33,6 @@ class RecordedPasses:
         self._rooms: dict[Hashable, Tensor] = {}
         self._recorded: dict[Hashable, tuple[Any, list[Tensor]]] = {}
         self._pool: Any = None
-        # An imagined GPU's pool is known by its stream.
-        self._imagined_stream = torch.cpu.Stream() if is_imagined() else None
 
     @torch.no_grad()
     def run(self, key: Hashable, body: Pass, given: Sequence[Tensor]) -> list[Tensor]:
@@ -48,7 +45,7 @@ class RecordedPasses:
         for room, tensor in zip(rooms, given, strict=True):
             room.copy_(tensor)
         if not self._on_gpu:
-            with self._in_the_pool():
+            with recording():
                 left = self._leave(body(rooms))
         else:
             if key not in self._recorded:
@@ -83,8 +80,3 @@ class RecordedPasses:
         if key not in self._rooms:
             self._rooms[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
         return self._rooms[key]
-
-    def _in_the_pool(self) -> AbstractContextManager[Any]:
-        if self._imagined_stream is None or kind_of(self.device) != "cuda":
-            return nullcontext()
-        return torch.cpu.stream(self._imagined_stream)

@@ -23,6 +23,8 @@ from resnet_bk.planner.devices import Device
 FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 # Python and the driver, for one block's forward or backward pass, beside what runs of those before.
 LAUNCH_SECONDS, OVERLAP_LOSS = 1.2e-3, 0.05
+# The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
+REPLAY_SECONDS = 0.7e-3
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
 HALF_MOMENTS_SPEEDUP = 2.5
@@ -104,7 +106,7 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
     computing += (moved + moved_for_logits) / rates.memory
-    launches = LAUNCH_SECONDS * config.num_layers * (2 + again)
+    launches = config.num_layers * (2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again))
     if strategy.goes_by_block or device.machine.kind == "cpu":
         return shape.micro_batches * (computing + launches)
     return shape.micro_batches * _side_by_side(computing, launches)  # kernels are launched while others run

@@ -1,11 +1,11 @@
 """From the tensors of a step to what torch's allocator and the driver say of it on a GPU."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from resnet_bk.imagined import Machine
 from resnet_bk.memory.allocator import CachingAllocator
-from resnet_bk.planner.recorder import Event
+from resnet_bk.planner.recorder import GRAPHS, Event
 from resnet_bk.planner.trace import Trace
 
 # What cuBLAS takes for each thread that multiplies matrices, forward and backward, through torch's allocator: from
@@ -51,7 +51,7 @@ def footprint(trace: Trace, *, expandable: bool = False) -> Footprint:
         return Footprint(tensor_bytes=own, allocated_bytes=own, reserved_bytes=own, most_reserved_bytes=own)
     at_once, late = (_replayed(trace, expandable=expandable, copies_take_time=slow) for slow in (False, True))
     allocated = at_once.peak_allocated_bytes
-    if any(origin.stream for origin in trace.origins):
+    if any(origin.stream > 0 for origin in trace.origins):
         allocated += round(SHARE_OF_EXCHANGE * allocated)
     least, most = sorted(max(allocated, replay.peak_reserved_bytes) for replay in (at_once, late))
     return Footprint(
@@ -60,6 +60,11 @@ def footprint(trace: Trace, *, expandable: bool = False) -> Footprint:
         reserved_bytes=max(least, round(USUALLY_RESERVED * most)),
         most_reserved_bytes=most,
     )
+
+
+def larger(one: Footprint, other: Footprint) -> Footprint:
+    """The larger of both, byte count by byte count."""
+    return Footprint(**{name: max(size, getattr(other, name)) for name, size in asdict(one).items()})
 
 
 def workspace_bytes(machine: Machine) -> int:
@@ -80,6 +85,10 @@ def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> Cach
     replay.allocator.allocate(SMALL_CHANGE)
     for num_bytes in _of_libraries(trace):
         replay.allocator.allocate(num_bytes)
+    if any(origin.stream == GRAPHS for origin in trace.origins):
+        # They are recorded on a stream of their own, for which cuBLAS has others.
+        for num_bytes in _of_libraries(trace):
+            replay.allocator.allocate(num_bytes, stream=GRAPHS)
     moments = [event for event in trace.resident if trace.kinds.get(event.tensor) == "optimizer"]
     if moments:
         replay.first_step(trace, moments)

@@ -1,6 +1,6 @@
 """What training a model in a certain way takes of a certain machine: memory, part by part, and time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.cost import Cost, step_cost
 from resnet_bk.planner.devices import NCCL_BYTES, Device
-from resnet_bk.planner.footprint import Footprint, footprint
+from resnet_bk.planner.footprint import Footprint, footprint, larger
 from resnet_bk.planner.ranks import of_one_rank
 from resnet_bk.planner.trace import Trace, TracedPart, trace_training
 from resnet_bk.training.config import TrainingConfig
@@ -89,6 +89,10 @@ def predict(
     counts = count_parameters(config)
     on_gpu = device.machine.kind == "cuda"
     found = footprint(trace, expandable=held)
+    if training.cuda_graphs:
+        # The first step is not replayed.
+        first = trace_of(config, replace(training, cuda_graphs=False), device, ranks)
+        found = larger(found, footprint(first, expandable=held))
     return Prediction(
         device=device,
         training=training,

@@ -13,11 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from resnet_bk.frugal.optimizer import local_tensor
+from resnet_bk.imagined import is_recorded
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.planner.as_on_cuda import AsOnCuda, workspace_bytes
 
 Phase = Literal["setup", "forward", "backward", "update"]
 
+GRAPHS = -1
 BIASED_PRODUCT = torch.ops.aten.addmm.default
 LAYER_NORM = torch.ops.aten.native_layer_norm.default
 # What reads a number out of a tensor, which an imagined one has not. Nothing that a step allocates depends on it.
@@ -29,7 +31,8 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default
 class Origin:
     """Where a tensor was made: the phase of the step, the module's path and torch's operator.
 
-    ``stream`` is 0 for the one that computes, others are those beside it, as FSDP2 has for what ranks exchange.
+    ``stream`` is 0 for the one that computes, others are those beside it, as FSDP2 has for what ranks exchange, and
+    ``GRAPHS`` stands for the memory of CUDA graphs.
     """
 
     phase: Phase
@@ -157,6 +160,8 @@ class StepRecorder(TensorTracker):  # type: ignore[no-untyped-call]  # torch lea
 
     def _stream(self) -> int:
         """The number of the stream that torch would allocate on."""
+        if is_recorded():
+            return GRAPHS
         current = torch.cpu.current_stream()
         for number, stream in enumerate(self._streams):
             if stream is current:

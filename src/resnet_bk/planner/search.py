@@ -91,6 +91,7 @@ def candidates(
     found = [
         _candidate(config, chunked, device, counts, ranks)
         for ways in _ways(training, device, fixed, ranks)
+        if not (ways.cuda_graphs and config.dropout)
         for chunked in _chunks(config, ways, counts, ranks, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]
@@ -203,6 +204,8 @@ def _ways(training: TrainingConfig, device: Device, fixed: Collection[str], rank
     for strategy in _strategies(device, ranks, in_fp32="precision" in fixed and training.precision == "fp32"):
         fields: dict[str, Any] = training_fields(strategy, half)
         for rows in _micro_batches(own, fixed):
+            if strategy.replayed and own.batch_size % rows:
+                continue  # pieces of several sizes are not alike
             yield replace(training, **fields, micro_batch_size=rows if rows < own.batch_size else None)
 
 
@@ -239,8 +242,12 @@ def _strategies(device: Device, ranks: int, *, in_fp32: bool) -> Iterator[Strate
             for half_moments in (False, True):
                 offloaded = replace(plain, offload_optimizer=True, half_weights=half, half_moments=half_moments)
                 yield offloaded
+                in_places = [offloaded]
                 if checkpointing in ("full", "offload"):
-                    yield replace(offloaded, stream_weights=True)
+                    in_places.append(replace(offloaded, stream_weights=True))
+                yield from in_places
+                if checkpointing == "offload" and device.machine.kind == "cuda":
+                    yield from (replace(place, replayed=True) for place in in_places)
 
 
 def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int]:

@@ -25,17 +25,10 @@ Piece = tuple[int, tuple[int, int]]
 class ByBlock:
     """What such a step needs beside the model, and keeps for the next one."""
 
-    def __init__(
-        self,
-        optimizer: OffloadedAdamW,
-        streamed: StreamedBlocks | None,
-        device: torch.device,
-        *,
-        on_unrecorded: Callable[[], None] | None = None,
-    ) -> None:
-        """``streamed`` are the model's blocks, if their weights are in host memory. ``on_unrecorded`` hears, once, that
-        there was no memory to record passes in."""
-        self.optimizer, self.streamed, self.on_unrecorded = optimizer, streamed, on_unrecorded
+    def __init__(self, optimizer: OffloadedAdamW, streamed: StreamedBlocks | None, device: torch.device) -> None:
+        """``streamed`` are the model's blocks, if their weights are in host memory."""
+        self.optimizer, self.streamed = optimizer, streamed
+        self.on_unrecorded: Callable[[], None] | None = None  # hears, once, that there is no memory to record passes in
         self.waiting = WaitingTensors(device)
         self._passes: BlockPasses | None = None
         self._without = False  # whether passes could not be recorded

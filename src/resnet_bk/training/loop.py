@@ -63,6 +63,8 @@ class Trainer:
         self.run, self.device, self.dataset, self.observer = run, device, dataset, observer
         self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, prepared.scaler
         self.by_block = prepared.by_block
+        if self.by_block is not None:
+            self.by_block.on_unrecorded = lambda: observer({"cuda_graphs": False})
         self.config: TrainingConfig = run.config.training
         self.world = world
         rows = self.config.batch_size // world.size
