@@ -6,7 +6,8 @@
     link    = bytes that ranks exchange, one way / bandwidth between GPUs
 
 The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
-1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within 15% of all of them.
+1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within a fifth of those of one
+micro-batch. What launches take is fitted to steps of small ones, on the same hosts' slow cores: within a third.
 What runs side by side counts as the longest, and a twentieth of the rest. Of several ranks each computes its share of
 the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
@@ -22,7 +23,7 @@ from resnet_bk.planner.devices import Device
 
 FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 # Python and the driver, for one block's forward or backward pass, beside what runs of those before.
-LAUNCH_SECONDS, OVERLAP_LOSS = 1.2e-3, 0.05
+LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
 REPLAY_SECONDS = 0.7e-3
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
@@ -107,7 +108,7 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
     computing += (moved + moved_for_logits) / rates.memory
     launches = config.num_layers * (2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again))
-    if strategy.goes_by_block or device.machine.kind == "cpu":
+    if (strategy.goes_by_block and not strategy.replayed) or device.machine.kind == "cpu":
         return shape.micro_batches * (computing + launches)
     return shape.micro_batches * _side_by_side(computing, launches)  # kernels are launched while others run
 

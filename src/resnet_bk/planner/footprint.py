@@ -82,13 +82,10 @@ def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> Cach
     leaves are not those that a step with moments would ask for."""
     copied_away: frozenset[int] = trace.copied_away if copies_take_time else frozenset()
     replay = _Replay(CachingAllocator(expandable=expandable), trace, copied_away)
-    replay.allocator.allocate(SMALL_CHANGE)
-    for num_bytes in _of_libraries(trace):
-        replay.allocator.allocate(num_bytes)
-    if any(origin.stream == GRAPHS for origin in trace.origins):
-        # They are recorded on a stream of their own, for which cuBLAS has others.
-        for num_bytes in _of_libraries(trace):
-            replay.allocator.allocate(num_bytes, stream=GRAPHS)
+    # Graphs are recorded on a stream of their own, for which libraries take as much again.
+    for stream in (0, GRAPHS) if any(origin.stream == GRAPHS for origin in trace.origins) else (0,):
+        for num_bytes in (SMALL_CHANGE, *_of_libraries(trace)):
+            replay.allocator.allocate(num_bytes, stream=stream)
     moments = [event for event in trace.resident if trace.kinds.get(event.tensor) == "optimizer"]
     if moments:
         replay.first_step(trace, moments)
