@@ -500,32 +500,54 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def table(document: dict[str, Any]) -> str:
-    """The cells, as Markdown."""
-    lines = [
-        "| model, tokens a step | cap | by the driver | tensors, planned | on the host | at once | tokens/s "
-        "| inside the GPU | there, recomputing | loss |",
-        "| --- " * 10 + "|",
-    ]
+    """The cells, as Markdown, in the columns that any of them has something for."""
     cells = document["cells"]
-    for name, row in cells.items():
-        cell = row["cell"]
-        if cell["like"]:
-            continue
-        figures = [
-            f"`{cell['preset']}`, {cell['tokens']:,}" + (", clipped" if cell["clips"] else ""),
-            f"{cell['cap_bytes'] / GB:g} GB",
-            gigabytes(row.get("judged_bytes")),
-            f"{gigabytes(row.get('allocated_bytes'))}, {gigabytes(planned_tensors(row))}",
-            gigabytes(row.get("host", {}).get("peak_resident_bytes")),
-            f"{row.get('micro_batch_rows', '')} x {cell['length']:,}",
-            row["died"].replace("|", "/") if "died" in row else speed(row),
-            ratio(row, cells.get(name + INSIDE)),
-            ratio(row, cells.get(name + INSIDE + RECOMPUTING)),
-            losses(row, cells.get(name + INSIDE)),
-        ]
-        lines.append(f"| {' | '.join(figures)} |")
-    shown = "\n".join(lines)
+    figures = [figures_of(row, cells) for row in cells.values() if not row["cell"]["like"]]
+    columns = [name for name in figures[0] if any(row[name] for row in figures)] if figures else []
+    lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in figures)]
+    shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    others = [other_pieces(row) for row in cells.values() if row["cell"]["like"] and not is_alike(cells, row)]
+    if others:
+        shown += f"\n\nInside the GPU in other micro-batches: {'; '.join(others)}."
     return f"{shown}\n\n<sub>[cells](benchmarks/results/gpu/frugal.json): {source(document)}</sub>"
+
+
+def figures_of(row: dict[str, Any], cells: dict[str, Any]) -> dict[str, str]:
+    """A row by its columns."""
+    cell = row["cell"]
+    name = cell["name"]
+    died = row["died"].replace("|", "/") if "died" in row else ""
+    return {
+        "model, tokens a step": f"`{cell['preset']}`, {cell['tokens']:,}" + (", clipped" if cell["clips"] else ""),
+        "cap": f"{cell['cap_bytes'] / GB:g} GB",
+        "by the driver": gigabytes(row.get("judged_bytes")),
+        "tensors, planned": f"{gigabytes(row.get('allocated_bytes'))}, {gigabytes(planned_tensors(row))}",
+        "on the host": gigabytes(row.get("host", {}).get("peak_resident_bytes")),
+        "at once": pieces(row) + (", replayed" if row.get("training", {}).get("cuda_graphs") else ""),
+        "tokens/s": died or speed(row),
+        "inside the GPU": ratio(row, cells.get(name + INSIDE)),
+        "there, recomputing": ratio(row, cells.get(name + INSIDE + RECOMPUTING)),
+        "loss": losses(row, cells.get(name + INSIDE)),
+    }
+
+
+def is_alike(cells: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a row inside the GPU is of the micro-batches of its counterpart."""
+    like: dict[str, Any] = cells.get(row["cell"]["like"], {})
+    return like.get("micro_batch_rows") == row.get("micro_batch_rows")
+
+
+def pieces(row: dict[str, Any]) -> str:
+    """Rows and tokens of a micro-batch."""
+    return f"{row.get('micro_batch_rows', '')} x {row['cell']['length']:,}"
+
+
+def other_pieces(row: dict[str, Any]) -> str:
+    """Such a row in words."""
+    cell = row["cell"]
+    again = ", recomputing" if cell["fixed"].get("checkpointing") != "none" else ""
+    memory = gigabytes(row["judged_bytes"])
+    return f"`{cell['preset']}`, {cell['tokens']:,}{again}, {pieces(row)}: {speed(row)} tokens/s in {memory}"
 
 
 def gigabytes(num_bytes: int | None) -> str:
@@ -540,6 +562,8 @@ def speed(row: dict[str, Any]) -> str:
 
 def ratio(row: dict[str, Any], inside: dict[str, Any] | None) -> str:
     """Training inside the GPU in the same micro-batches, what it needs, and the share of its speed that is kept."""
+    if inside is not None and inside.get("micro_batch_rows") != row.get("micro_batch_rows") and "died" not in inside:
+        return ""  # that is no comparison
     if inside is None or "tokens_per_second" not in inside or "tokens_per_second" not in row:
         return inside["died"] if inside is not None and "died" in inside else ""
     kept = row["tokens_per_second"] / inside["tokens_per_second"]

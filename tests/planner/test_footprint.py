@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from resnet_bk.imagined import Machine
-from resnet_bk.planner.footprint import SMALL_CHANGE, Footprint, footprint, workspace_bytes
-from resnet_bk.planner.recorder import Event, Origin
+from resnet_bk.planner.footprint import SMALL_CHANGE, Footprint, footprint, larger, workspace_bytes
+from resnet_bk.planner.recorder import GRAPHS, Event, Origin
 from resnet_bk.planner.trace import Trace, live_bytes
 
 MIB = 2**20
@@ -57,6 +57,25 @@ def test_what_ranks_exchange_has_a_margin():
     exchanged = replace(alone, origins=[alone.origins[0], replace(alone.origins[1], stream=1)])
     assert footprint(exchanged).allocated_bytes == round(1.001 * footprint(alone).allocated_bytes)
     assert footprint(exchanged).tensor_bytes == footprint(alone).tensor_bytes
+
+
+def test_graphs_have_memory_of_their_own_with_workspaces():
+    """What is freed there nobody else gets, and what is freed elsewhere is not theirs."""
+    events = [Event(0, 100 * MIB), Event(0, -100 * MIB), Event(1, 80 * MIB), Event(1, -80 * MIB)]
+    alone = trace_of([], events)
+    replayed = replace(alone, origins=[alone.origins[0], replace(alone.origins[1], stream=GRAPHS)])
+    libraries = workspace_bytes(HOPPER) + SMALL_CHANGE
+    assert footprint(replayed).tensor_bytes == footprint(alone).tensor_bytes
+    assert footprint(replayed).allocated_bytes == footprint(alone).allocated_bytes + libraries
+    more = footprint(replayed).most_reserved_bytes - footprint(alone).most_reserved_bytes
+    assert 80 * MIB + libraries <= more <= 80 * MIB + libraries + 24 * MIB
+
+
+def test_of_two_steps_each_figure_is_the_larger():
+    one = Footprint(tensor_bytes=1, allocated_bytes=6, reserved_bytes=7, most_reserved_bytes=12)
+    other = Footprint(tensor_bytes=2, allocated_bytes=5, reserved_bytes=9, most_reserved_bytes=11)
+    assert larger(one, other) == larger(other, one)
+    assert larger(one, other) == Footprint(tensor_bytes=2, allocated_bytes=6, reserved_bytes=9, most_reserved_bytes=12)
 
 
 def step_of_blocks(count, size):

@@ -13,7 +13,10 @@ from resnet_bk.bench.contestants import contestant_configs
 from resnet_bk.imagined import Machine, is_imagined
 from resnet_bk.memory.strategy import STRATEGIES
 from resnet_bk.models import ResNetBKConfig
-from resnet_bk.planner.footprint import footprint
+from resnet_bk.planner.devices import DEVICES
+from resnet_bk.planner.footprint import footprint, larger
+from resnet_bk.planner.predict import predict
+from resnet_bk.planner.recorder import GRAPHS
 from resnet_bk.planner.trace import trace_training
 from resnet_bk.planner.verify import verify_training
 from resnet_bk.training.config import TrainingConfig
@@ -134,6 +137,27 @@ def test_streamed_blocks_take_the_room_of_two():
     )
     assert with_all - with_two == pytest.approx(8 * block, rel=0.05)
     assert trace_training(shallow, training, CUDA).peak_bytes <= with_two
+
+
+def test_a_step_that_is_replayed_has_rooms_and_a_pool_besides():
+    """The first step is not replayed: a prediction is of both."""
+    streamed = next(strategy for strategy in STRATEGIES if strategy.stream_weights)
+    fields = training_fields(replace(streamed, replayed=True), "bf16")
+    config, training = (
+        tiny("resolvent", num_layers=6),
+        TrainingConfig(batch_size=4, micro_batch_size=2, sequence_length=64, **fields),
+    )
+    plain = replace(training, cuda_graphs=False)
+    replayed, first = (trace_training(config, each, CUDA) for each in (training, plain))
+    pool = [origin for origin in replayed.origins if origin.stream == GRAPHS]
+    assert pool and not [origin for origin in first.origins if origin.stream == GRAPHS]
+    assert {origin.phase for origin in pool} == {"forward", "backward"}
+    device = DEVICES["h100"]
+    found, of_plain = predict(config, training, device), predict(config, plain, device)
+    assert found.footprint == larger(footprint(replayed), footprint(first))
+    assert found.gpu_bytes > of_plain.gpu_bytes and found.host_bytes == of_plain.host_bytes
+    rooms = footprint(replayed).tensor_bytes - footprint(first).tensor_bytes
+    assert rooms > 0, "inputs, gradients, results and the sums of gradients"
 
 
 # An H100's own figures: benchmarks/step.py and benchmarks/frugal_gpu.py.

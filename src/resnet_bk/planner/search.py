@@ -204,8 +204,8 @@ def _ways(training: TrainingConfig, device: Device, fixed: Collection[str], rank
     for strategy in _strategies(device, ranks, in_fp32="precision" in fixed and training.precision == "fp32"):
         fields: dict[str, Any] = training_fields(strategy, half)
         for rows in _micro_batches(own, fixed):
-            if strategy.replayed and own.batch_size % rows:
-                continue  # pieces of several sizes are not alike
+            if strategy.replayed and own.batch_size % -(-own.batch_size // rows):
+                continue  # pieces of two sizes are not alike
             yield replace(training, **fields, micro_batch_size=rows if rows < own.batch_size else None)
 
 
@@ -242,12 +242,11 @@ def _strategies(device: Device, ranks: int, *, in_fp32: bool) -> Iterator[Strate
             for half_moments in (False, True):
                 offloaded = replace(plain, offload_optimizer=True, half_weights=half, half_moments=half_moments)
                 yield offloaded
-                in_places = [offloaded]
                 if checkpointing in ("full", "offload"):
-                    in_places.append(replace(offloaded, stream_weights=True))
-                yield from in_places
-                if checkpointing == "offload" and device.machine.kind == "cuda":
-                    yield from (replace(place, replayed=True) for place in in_places)
+                    streamed = replace(offloaded, stream_weights=True)
+                    yield streamed
+                    if streamed.goes_by_block and device.machine.kind == "cuda":
+                        yield replace(streamed, replayed=True)
 
 
 def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int]:
