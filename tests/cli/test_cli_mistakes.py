@@ -38,7 +38,10 @@ TOO_LARGE = str(2**63)
 LONG_NAME = 300 * "x"
 TOO_MUCH = "of memory and .* are free; take a smaller .*resnet-bk plan"
 
+BY_BLOCK = ["--offload-optimizer", "True", "--checkpointing", "offload"]
 MISTAKES = [
+    ([*TRAIN, "--cuda-graphs", "True"], r"add --offload-optimizer True --checkpointing offload, or leave them out"),
+    ([*TRAIN, *BY_BLOCK, "--cuda-graphs", "True", "--device", "cpu"], r"leave out --cuda-graphs"),
     # Words that are not the command line's.
     ([], r"Expected one of \{plan, .*see `resnet-bk --help`"),
     (["teach"], "teach; see `resnet-bk --help`"),

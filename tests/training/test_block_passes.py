@@ -23,11 +23,8 @@ class Session:
         options = {**BY_BLOCK, "batch_size": ROWS, "sequence_length": LENGTH, "warmup_steps": 2, "device": "cpu"}
         self.config = TrainingConfig(**{**options, **training})
         self.prepared = prepare_training(ResNetBKForCausalLM(config).train(), self.config, CPU)
-        self.micro_batches, self.number, self.unrecorded = MicroBatches(rows), 0, 0
-        self.prepared.by_block.on_unrecorded = self.not_recorded
-
-    def not_recorded(self):
-        self.unrecorded += 1
+        self.micro_batches, self.number, self.why_not = MicroBatches(rows), 0, []
+        self.prepared.by_block.on_unrecorded = self.why_not.append
 
     def step(self):
         size = (self.config.batch_size, LENGTH + 1)
@@ -72,12 +69,18 @@ def test_all_passes_but_the_first_steps_are_replayed(runs):
     assert_same(replayed, plain)
 
 
-@pytest.mark.parametrize("why", [{"batch_size": 7}, {"model": {"dropout": 0.1}}], ids=str)
-def test_passes_that_are_not_alike_are_computed_one_by_one(runs, why):
-    plain, replayed = Session(**why), Session(**why, cuda_graphs=True)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 7}, "micro-batches are of two sizes"),
+        ({"model": {"dropout": 0.1}}, "each pass has a dropout of its own"),
+    ],
+)
+def test_passes_that_are_not_alike_are_computed_one_by_one(runs, options, said):
+    plain, replayed = Session(**options), Session(**options, cuda_graphs=True)
     for _ in range(3):
         assert replayed.step() == plain.step()
-    assert not runs and not replayed.unrecorded
+    assert not runs and replayed.why_not == [said]
     assert_same(replayed, plain)
 
 
@@ -106,7 +109,22 @@ def test_without_memory_to_record_in_the_step_goes_on_as_it_would_have(monkeypat
     monkeypatch.setattr(RecordedPasses, "run", failing)
     for _ in range(4):
         assert replayed.step() == plain.step()
-    assert count == at + 1 and replayed.unrecorded == 1 and replayed.micro_batches.rows == 2
+    assert count == at + 1 and replayed.why_not == ["memory did not suffice"] and replayed.micro_batches.rows == 2
+    assert_same(replayed, plain)
+
+
+def test_smaller_micro_batches_are_recorded_anew(runs):
+    """After a step that found no memory, from the second one on as many rows on."""
+    plain, replayed = Session(), Session(cuda_graphs=True)
+    for session in (plain, replayed):
+        session.step()
+        session.step()
+        session.micro_batches.rows, session.micro_batches.proven = 1, False
+    before = len(runs)
+    assert replayed.step() == plain.step()
+    assert len(runs) == before and replayed.prepared.by_block._passes is None, "and what was recorded is forgotten"
+    assert replayed.step() == plain.step()
+    assert {key[2][0] for key in runs[before:]} == {1}
     assert_same(replayed, plain)
 
 

@@ -51,8 +51,9 @@ class TrainingProgress:
                 soft_wrap=True,
             )
             return
-        if "cuda_graphs" in entry:
-            self._progress.console.print("no memory for CUDA graphs: going on without them, slower", soft_wrap=True)
+        if "no_cuda_graphs" in entry:
+            words = f"{entry['no_cuda_graphs']}: going on without CUDA graphs, the same but slower"
+            self._progress.console.print(words, soft_wrap=True)
             return
         if self._task is not None:
             self._progress.update(self._task, completed=entry["step"])

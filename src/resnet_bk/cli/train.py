@@ -94,14 +94,14 @@ class TrainCommand:
         from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.data.tokenizer import check_tokenizer
         from resnet_bk.training.run import check_new_run
-        from resnet_bk.training.start import check_ranks, start_run
+        from resnet_bk.training.start import check_device, check_ranks, start_run
         from resnet_bk.training.step import choose_device
 
         if world.is_main:
             check_new_run(self.out)
         config = self._configuration()
         check_ranks(config.training, world)
-        choose_device(config.training.device)
+        check_device(config.training)
         check_tokenizer(config.data.tokenizer)
         with world.one_here_first():
             dataset = prepare_dataset(config.data, on_progress=_remarks(world))

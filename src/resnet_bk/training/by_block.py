@@ -28,10 +28,10 @@ class ByBlock:
     def __init__(self, optimizer: OffloadedAdamW, streamed: StreamedBlocks | None, device: torch.device) -> None:
         """``streamed`` are the model's blocks, if their weights are in host memory."""
         self.optimizer, self.streamed = optimizer, streamed
-        self.on_unrecorded: Callable[[], None] | None = None  # hears, once, that there is no memory to record passes in
+        self.on_unrecorded: Callable[[str], None] | None = None  # hears, once, why passes are not recorded
         self.waiting = WaitingTensors(device)
         self._passes: BlockPasses | None = None
-        self._without = False  # whether passes could not be recorded
+        self._why_not: str | None = None
 
     def gradients(
         self,
@@ -53,27 +53,33 @@ class ByBlock:
         parts = LanguageModel(model, scaler, batches, pieces, config, step, device)
         inside = {id(parameter) for block in parts.blocks for parameter in block.parameters()}
         ends = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        # What was recorded is of no use to smaller micro-batches, which may be here for want of its memory.
+        self._passes = passes = self._passes_of(parts) if recorded else None
         backward_by_block(
             parts,
             len(pieces),
             self.waiting,
-            passes=self._passes_of(parts, recorded=recorded and parts.is_recordable),
+            passes=passes,
             holding=self._holding,
             holding_ends=self.optimizer.holding(ends),
         )
+        if passes is not None and passes.has_failed:
+            self._go_on_without("memory did not suffice")
         return torch.stack(parts.nats).sum(0), torch.stack(parts.loads()).sum(0)
 
-    def _passes_of(self, parts: "LanguageModel", *, recorded: bool) -> BlockPasses | None:
-        if self._passes is not None and self._passes.has_failed and not self._without:
-            self._without = True
-            if self.on_unrecorded is not None:
-                self.on_unrecorded()
-        if not recorded or self._without:
-            self._passes = None
+    def _passes_of(self, parts: "LanguageModel") -> BlockPasses | None:
+        if self._why_not is None and (why_not := parts.not_recordable()):
+            self._go_on_without(why_not)
+        if self._why_not is not None:
             return None
-        self._passes = self._passes or BlockPasses(self.optimizer, parts.device)
-        self._passes.begin(parts)
-        return self._passes
+        passes = self._passes or BlockPasses(self.optimizer, parts.device)
+        passes.begin(parts)
+        return passes
+
+    def _go_on_without(self, why_not: str) -> None:
+        self._why_not, self._passes = why_not, None
+        if self.on_unrecorded is not None:
+            self.on_unrecorded(why_not)
 
     @contextmanager
     def _holding(self, block: nn.Module, then: nn.Module | None) -> Iterator[None]:
@@ -112,11 +118,13 @@ class LanguageModel:
             )
         return x_BND
 
-    @property
-    def is_recordable(self) -> bool:
-        """Whether one pass is like another: of as many rows, with nothing random in it but the router's noise."""
-        rows = {stop - start for _, (start, stop) in self.pieces}
-        return len(rows) == 1 and not self.model.config.dropout
+    def not_recordable(self) -> str | None:
+        """Why passes are not alike, if not: of as many rows each, with nothing random but the router's noise."""
+        if self.model.config.dropout:
+            return "each pass has a dropout of its own"
+        if len({stop - start for _, (start, stop) in self.pieces}) > 1:
+            return "micro-batches are of two sizes"
+        return None
 
     def context(self, piece: int) -> SequenceContext:
         """Where the piece's tokens stand."""

@@ -64,7 +64,7 @@ class Trainer:
         self.model, self.optimizer, self.scaler = prepared.model, prepared.optimizer, prepared.scaler
         self.by_block = prepared.by_block
         if self.by_block is not None:
-            self.by_block.on_unrecorded = lambda: observer({"cuda_graphs": False})
+            self.by_block.on_unrecorded = lambda why: observer({"no_cuda_graphs": why})
         self.config: TrainingConfig = run.config.training
         self.world = world
         rows = self.config.batch_size // world.size

@@ -118,6 +118,13 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer, world: Wo
     return ReadyRun(trainer=trainer, state=state)
 
 
+def check_device(training: TrainingConfig) -> None:
+    """Raises a UserError if the device is not there, or cannot do what a new run asks of it."""
+    device = choose_device(training.device)
+    if training.cuda_graphs and device.type != "cuda":
+        raise UserError("CUDA graphs are recorded on a GPU, and this run would be on a CPU; leave out --cuda-graphs")
+
+
 def check_ranks(training: TrainingConfig, world: World) -> None:
     """Raises a UserError for what several ranks cannot do: an uneven batch, or weights and moments kept on the host."""
     world.rows(training.batch_size)
