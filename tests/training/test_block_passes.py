@@ -17,12 +17,15 @@ LAYERS, ROWS, LENGTH = 4, 6, 12
 
 
 class Session:
-    def __init__(self, *, model=(), rows=2, **training):
+    def __init__(self, *, model=(), rows=2, spare=False, **training):
         torch.manual_seed(0)
         config = ResNetBKConfig.from_preset("tiny", vocab_size=64, num_layers=LAYERS, **dict(model))
         options = {**BY_BLOCK, "batch_size": ROWS, "sequence_length": LENGTH, "warmup_steps": 2, "device": "cpu"}
         self.config = TrainingConfig(**{**options, **training})
-        self.prepared = prepare_training(ResNetBKForCausalLM(config).train(), self.config, CPU)
+        model = ResNetBKForCausalLM(config).train()
+        for block in model.model.layers if spare else ():
+            block.spare = torch.nn.Parameter(torch.ones(3, 3))
+        self.prepared = prepare_training(model, self.config, CPU)
         self.micro_batches, self.number, self.why_not = MicroBatches(rows), 0, []
         self.prepared.by_block.on_unrecorded = self.why_not.append
 
@@ -91,6 +94,16 @@ def test_each_block_has_its_own_bias_of_the_router(runs):
         assert replayed.step() == plain.step()
     assert runs
     assert_same(replayed, plain)
+
+
+def test_a_weight_without_a_gradient_stays_as_it_is(runs):
+    """Where it had one of zeros, it would decay."""
+    plain, replayed = Session(spare=True), Session(spare=True, cuda_graphs=True)
+    for _ in range(3):
+        assert replayed.step() == plain.step()
+    assert runs
+    assert_same(replayed, plain)
+    assert all(torch.equal(block.spare, torch.ones(3, 3)) for block in replayed.prepared.model.model.layers)
 
 
 @pytest.mark.parametrize("at", [0, 1, LAYERS * ROWS // 2 - 1, LAYERS * ROWS // 2, LAYERS * ROWS // 2 + 4], ids=str)
