@@ -25,7 +25,7 @@ FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 # Python and the driver, for one block's forward or backward pass, beside what runs of those before.
 LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
-REPLAY_SECONDS = 0.7e-3
+REPLAY_SECONDS = 2.5e-3
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
 HALF_MOMENTS_SPEEDUP = 2.5

@@ -24,11 +24,16 @@ from resnet_bk.training.config import Checkpointing, Precision, TrainingConfig
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
 WORTH_MOVING = 0.01
+# How many times as fast a replayed step has to be as one that moves nothing: what it gains is Python's time, which
+# differs that much between hosts.
+WORTH_REPLAYING = 3
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
 # What reserved memory has beyond tensors, at the least that was seen. Only what misses by more is not traced.
 LEAST_WASTE = 0.01
 # And what it usually has in a step that streams blocks (benchmarks/results/gpu/frugal.json), before one is traced.
 USUAL_WASTE = 1.15
+# Of what a replayed step has beyond the formulas, the share that one of smaller micro-batches may have at the least.
+LESS_IN_SMALLER = 0.9
 # Of a step that several ranks share, before one is traced: their formula is up to a seventh above the trace.
 FIRST_OF_RANKS = 0.9
 # Of the loss's chunk: an eighth, and below so many tokens products no longer fill a GPU.
@@ -104,8 +109,13 @@ def order(way: Candidate, device: Device, ranks: int = 1) -> tuple[bool, bool, f
     training = way.training
     rounded = training.moments != "fp32"
     in_half = device.machine.kind == "cpu" and training.precision != "fp32"
-    moved = training.offload_optimizer + training.stream_weights + (training.checkpointing == "offload")
-    return rounded, in_half, way.cost.seconds * (1 + WORTH_MOVING * moved), _shape(training, ranks).micro_batches
+    seconds = way.cost.seconds * (1 + WORTH_MOVING * _moved(training))
+    return rounded, in_half, seconds, _shape(training, ranks).micro_batches
+
+
+def _moved(training: TrainingConfig) -> int:
+    """How many kinds of things are on the host."""
+    return training.offload_optimizer + training.stream_weights + (training.checkpointing == "offload")
 
 
 def choose_training(
@@ -136,13 +146,15 @@ def choose_training(
     for way in ways:
         strategy = _nameless(way.training)
         correction = corrections.get(strategy, _first_correction(searched, corrections))
+        if strategy.replayed:
+            correction *= LESS_IN_SMALLER  # the formulas know nothing of what graphs have of their own
         missing = _missing(way, searched, correction)
         traced = missing <= 0
         if traced:
             prediction = predict(config, way.training, device, held=held, ranks=ranks)
             missing = prediction.missing(budget)
             if missing <= 0:
-                return prediction
+                return _without_moving(ways, prediction, searched) or prediction
             corrections[strategy] = _on_device(prediction) / way.device_bytes
         refused.append(_Refused(missing, way, traced))
     near = NEAR * max(size for size in (budget.gpu_bytes, budget.host_bytes, 0) if size is not None)
@@ -158,6 +170,20 @@ def choose_training(
         refused.append(_Refused(missing, closest.way, True))
     closest = min(refused, key=lambda refusal: refusal.missing)
     raise NothingFitsError(_refusal(closest.missing, closest.way, searched))
+
+
+def _without_moving(ways: list[Candidate], found: Prediction, searched: _Searched) -> Prediction | None:
+    """In place of a step that is replayed, one that moves nothing to the host and is not much slower."""
+    if not found.training.cuda_graphs:
+        return None
+    most = WORTH_REPLAYING * found.cost.seconds
+    ways = [way for way in ways if not _moved(way.training) and way.cost.seconds <= most]
+    for way in [way for way in ways if _missing(way, searched, 1.0) <= 0][:CLOSEST_TRACED]:
+        held = searched.budget.gpu_bytes is not None
+        prediction = predict(searched.config, way.training, searched.device, held=held, ranks=searched.ranks)
+        if prediction.missing(searched.budget) <= 0:
+            return prediction
+    return None
 
 
 def choose_ranks(
