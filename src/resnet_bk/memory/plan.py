@@ -143,13 +143,13 @@ def plan_strategy(
     sizes = {name: _sum(parts) for name, parts in moments.items()}
     moment = max(sizes, key=lambda name: sizes[name])
     gpu_parts = _joined([*moments[moment], *step.of_libraries()])
-    host_parts = _host_parts(strategy, config, shape, counts)
-    gpu_bytes, host_bytes = _sum(gpu_parts), sum(host_parts.values())
+    on_host = host_parts(strategy, config, shape, counts)
+    gpu_bytes, host_bytes = _sum(gpu_parts), sum(on_host.values())
     return StrategyPlan(
         strategy=strategy,
         moment=moment,
         gpu_parts=gpu_parts,
-        host_parts=host_parts,
+        host_parts=on_host,
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
         gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - gpu_bytes,
@@ -328,7 +328,8 @@ def _step(strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, coun
 
 
 def _moments(step: _Step) -> dict[str, list[Part]]:
-    return {name: [*step.all_along(), *parts] for name, parts in step.moments()}
+    always = step.all_along()
+    return {name: [*always, *parts] for name, parts in step.moments()}
 
 
 class _StepByPiece(_Step):
@@ -487,9 +488,10 @@ def _stored_blocks(config: ResNetBKConfig, counts: ParameterCounts, strategy: St
     return sum(number * _stored(counts.blocks[mixer], strategy) for mixer, number in config.mixer_numbers().items())
 
 
-def _host_parts(
+def host_parts(
     strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts
 ) -> dict[str, int]:
+    """The host's of :func:`plan_strategy`."""
     offloaded = strategy.offload_optimizer
     largest = max(counts.largest, config.vocab_size * config.hidden_size)
     moments = 4 if strategy.half_moments else 8

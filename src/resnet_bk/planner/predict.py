@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from resnet_bk.errors import UserError
+from resnet_bk.memory import plan
 from resnet_bk.memory.limits import available_bytes, check_training_fits
 from resnet_bk.memory.parameters import ParameterCounts, count_parameters
 from resnet_bk.memory.plan import PROCESS_BYTES, Budget, plan_strategy
@@ -124,9 +125,9 @@ def check_traced(config: ResNetBKConfig, training: TrainingConfig, device: Devic
         return
     strategy, shape = strategy_of(training), training_shape(training)
     check_training_fits(config, shape, strategy, device=torch.device("cpu"))
-    plan = plan_strategy(strategy, config, shape, count_parameters(config), Budget())
+    planned = plan_strategy(strategy, config, shape, count_parameters(config), Budget())
     available = available_bytes()
-    if WITHOUT_A_DOUBT * (plan.tensor_bytes + plan.host_bytes - PROCESS_BYTES) <= available:
+    if WITHOUT_A_DOUBT * (planned.tensor_bytes + planned.host_bytes - PROCESS_BYTES) <= available:
         return
     prediction = predict(config, training, device)
     needed = prediction.host_bytes - device.process_bytes
@@ -149,8 +150,8 @@ def host_parts(
     """Host memory by part; ``tensor_bytes`` are those of a step without a GPU, of each of the ``ranks`` on the host."""
     if ranks > 1:
         return _of_several(config, training, device, counts, tensor_bytes, ranks)
-    parts = plan_strategy(strategy_of(training), config, training_shape(training), counts, Budget()).host_parts
-    parts = {name: size for name, size in parts.items() if size and size != PROCESS_BYTES}
+    planned = plan.host_parts(strategy_of(training), config, training_shape(training), counts)
+    parts = {name: size for name, size in planned.items() if size and size != PROCESS_BYTES}
     # A head that is tied is made, and then exchanged for the embedding.
     spare_head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     made = {MADE_ON_HOST: 4 * (counts.total + spare_head)}

@@ -19,7 +19,7 @@ from resnet_bk.planner.cost import Cost, step_cost
 from resnet_bk.planner.devices import Device
 from resnet_bk.planner.predict import Prediction, host_parts, nccl_bytes, predict
 from resnet_bk.planner.ranks import of_one_rank
-from resnet_bk.planner.sharded import moment_sizes_of_a_rank, tensors_of_a_rank
+from resnet_bk.planner.sharded import moment_sizes_of_a_rank
 from resnet_bk.training.config import Checkpointing, Precision, TrainingConfig
 from resnet_bk.training.strategy import describe_strategy, strategy_of, training_fields, training_shape
 
@@ -94,10 +94,10 @@ def candidates(
     """
     counts = count_parameters(config)
     found = [
-        _candidate(config, chunked, device, counts, ranks)
+        _candidate(config, chunked, tensor_bytes, device, counts, ranks)
         for ways in _ways(training, device, fixed, ranks)
         if not (ways.cuda_graphs and config.dropout)
-        for chunked in _chunks(config, ways, counts, ranks, fixed)
+        for chunked, tensor_bytes in _chunks(config, ways, counts, ranks, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]
     return sorted(found, key=lambda way: order(way, device, ranks))
@@ -237,23 +237,26 @@ def _ways(training: TrainingConfig, device: Device, fixed: Collection[str], rank
 
 def _chunks(
     config: ResNetBKConfig, training: TrainingConfig, counts: ParameterCounts, ranks: int, fixed: Collection[str]
-) -> Iterator[TrainingConfig]:
-    """The same with fewer logits at once, by halves, as long as a step has most at the loss and it would have less."""
-    yield training
+) -> Iterator[tuple[TrainingConfig, int]]:
+    """The same with fewer logits at once, by halves, as long as a step has most at the loss and it would have less.
+
+    Each with the bytes of its tensors on the device.
+    """
+    strategy, shape = strategy_of(training), _shape(training, ranks)
+    sizes = moment_sizes_of_a_rank(strategy, config, shape, counts, ranks)
+    yield training, max(sizes.values())
     if "loss_chunk_tokens" in fixed:
         return
-    strategy, shape = strategy_of(training), _shape(training, ranks)
     chunk = tokens_with_logits(config, shape, half=strategy.half)
     for _ in range(MOST_HALVINGS):
-        sizes = moment_sizes_of_a_rank(strategy, config, shape, counts, ranks)
         chunk //= 2
         if max(sizes, key=lambda name: sizes[name]) != AT_THE_LOSS or chunk < FEWEST_OF_CHUNK:
             return
         smaller = replace(shape, loss_chunk_tokens=chunk)
-        if moment_sizes_of_a_rank(strategy, config, smaller, counts, ranks)[AT_THE_LOSS] >= sizes[AT_THE_LOSS]:
+        before, sizes = sizes[AT_THE_LOSS], moment_sizes_of_a_rank(strategy, config, smaller, counts, ranks)
+        if sizes[AT_THE_LOSS] >= before:
             return
-        shape = smaller
-        yield replace(training, loss_chunk_tokens=chunk)
+        yield replace(training, loss_chunk_tokens=chunk), max(sizes.values())
 
 
 def _strategies(device: Device, ranks: int, *, in_fp32: bool) -> Iterator[Strategy]:
@@ -284,10 +287,14 @@ def _micro_batches(training: TrainingConfig, fixed: Collection[str]) -> list[int
 
 
 def _candidate(
-    config: ResNetBKConfig, training: TrainingConfig, device: Device, counts: ParameterCounts, ranks: int
+    config: ResNetBKConfig,
+    training: TrainingConfig,
+    tensor_bytes: int,
+    device: Device,
+    counts: ParameterCounts,
+    ranks: int,
 ) -> Candidate:
     strategy, shape = strategy_of(training), _shape(training, ranks)
-    tensor_bytes = tensors_of_a_rank(strategy, config, shape, counts, ranks)
     on_gpu = device.machine.kind == "cuda"
     on_host = host_parts(config, training, device, counts, 0 if on_gpu else tensor_bytes, ranks=ranks)
     clips = training.max_grad_norm is not None
