@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ import torch  # noqa: E402  # reads that variable when it is loaded
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import quick_interpreter
+
+        quick_interpreter.hurry()
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 torch.set_num_threads(1 if WORKERS > 1 else 2)
 
