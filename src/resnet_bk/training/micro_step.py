@@ -21,7 +21,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def seed_micro_step(seed: int, step: int, micro_step: int) -> None:
     """Makes routing noise a function of its place in training and not of history, so that resuming changes nothing."""
     state = np.random.SeedSequence([seed, step, micro_step]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) >> 1)
+    # For a GPU that nobody uses torch would keep each seed and, in words, the stack: that takes as long as operators.
+    is_gpu_in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    seed_all = torch.manual_seed if is_gpu_in_use else torch.default_generator.manual_seed
+    seed_all(int(state[0]) >> 1)
 
 
 def share_of_step(start: int, stop: int, batch_rows: int, gradient_accumulation_steps: int) -> float:
