@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,30 @@ def permutation_p(first: Sequence[float], second: Sequence[float]) -> float:
     size = len(first)
     # Equal up to rounding is equal: the same samples in another order give the same difference but for that.
     least = abs(np.median(logs[:size]) - np.median(logs[size:])) - 1e-12
+    order = np.argsort(logs)
+    is_first = _relabellings(size, logs.size)[:, order]
+    differences = _medians(logs[order], is_first) - _medians(logs[order], ~is_first)
+    return (1 + int((np.abs(differences) >= least).sum())) / (RELABELLINGS + 1)
+
+
+@lru_cache(maxsize=4)
+def _relabellings(size: int, total: int) -> NDArray[np.bool_]:
+    """Of each, which of all samples are the first run's; so many samples have the same ones."""
     generator = np.random.default_rng(0)
-    as_far = 1
-    for _ in range(RELABELLINGS // AT_ONCE):
-        drawn = generator.permuted(np.tile(logs, (AT_ONCE, 1)), axis=1)
-        differences = np.median(drawn[:, :size], axis=1) - np.median(drawn[:, size:], axis=1)
-        as_far += int((np.abs(differences) >= least).sum())
-    return as_far / (RELABELLINGS + 1)
+    places = np.tile(np.arange(total), (AT_ONCE, 1))
+    drawn = [generator.permuted(places, axis=1)[:, :size] for _ in range(RELABELLINGS // AT_ONCE)]
+    is_first = np.zeros((RELABELLINGS, total), dtype=np.bool_)
+    np.put_along_axis(is_first, np.concatenate(drawn), values=True, axis=1)
+    return is_first
+
+
+def _medians(ordered: Samples, chosen: NDArray[np.bool_]) -> Samples:
+    """Of the samples that each row has chosen, as many as any other, from those in order."""
+    count = np.cumsum(chosen, axis=1, dtype=np.int32)
+    size = int(count[0, -1])
+    below, above = ((count > place).argmax(axis=1) for place in ((size - 1) // 2, size // 2))
+    medians: Samples = (ordered[below] + ordered[above]) / 2
+    return medians
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> Interval:
