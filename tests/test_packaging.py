@@ -110,11 +110,29 @@ def elsewhere(wheel, tmp_path_factory):
 
 
 def test_the_installed_package_is_the_wheels(elsewhere):
-    program = "import resnet_bk, resnet_bk.models, sys; print(resnet_bk.__file__); print(sys.path)"
+    program = "import importlib.util, sys; print(importlib.util.find_spec('resnet_bk').origin); print(sys.path)"
     file, path = elsewhere("python", "-c", program).splitlines()
     assert Path(file).is_relative_to(elsewhere.environment)
     assert str(ROOT / "src") not in path
     assert str(ROOT) not in {part.strip(" '") for part in path.strip("[]").split(",")}
+
+
+# One command after another, as the script of their name calls it, in one process: it takes seconds to begin.
+COMMANDS = """
+import json, sys
+from resnet_bk.cli.main import main
+
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0, words
+"""
+
+
+def documents(text):
+    """JSON, one behind the other."""
+    while text := text.lstrip():
+        document, end = json.JSONDecoder().raw_decode(text)
+        yield document
+        text = text[end:]
 
 
 def test_the_installed_command_plans_trains_evaluates_and_generates(elsewhere):
@@ -131,8 +149,9 @@ def test_the_installed_command_plans_trains_evaluates_and_generates(elsewhere):
     sizes = ("--preset", "tiny", "--steps", "40", "--batch-size", "2", "--sequence-length", "16")
     text = ("--data", "book.txt", "--tokenizer", "char")
     trained = json.loads(elsewhere("resnet-bk", "train", *sizes, *text, "--out", "run", "--json"))
-    evaluated = json.loads(elsewhere("resnet-bk", "eval", "run", "--json"))
-    assert evaluated["loss"] == pytest.approx(trained["validation_loss"], rel=1e-6)
     words = ("generate", "run", "--prompt", "It was", "--greedy", "--max-new-tokens", "5", "--json")
-    assert json.loads(elsewhere("resnet-bk", *words))["new_tokens"] == 5
+    said = elsewhere("python", "-c", COMMANDS, json.dumps([("eval", "run", "--json"), words]))
+    evaluated, generated = documents(said)
+    assert evaluated["loss"] == pytest.approx(trained["validation_loss"], rel=1e-6)
+    assert generated["new_tokens"] == 5
     assert sorted(path.name for path in elsewhere.folder.iterdir()) == ["book.txt", "run"]

@@ -21,12 +21,16 @@ FOREIGN = {
 }
 
 
+def block():
+    return nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96))
+
+
 class Blocks(nn.Module):
     """A model that knows nothing of this library."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)) for _ in range(5))
+        self.layers = nn.ModuleList(block() for _ in range(5))
         self.head = nn.Linear(96, 7)
 
     def forward(self, x):
@@ -69,7 +73,7 @@ def test_a_model_of_transformers_takes_what_is_planned(name, way):
 
 def test_each_way_saves_on_a_gpu_and_a_budget_has_a_verdict():
     def deep():
-        return nn.Sequential(*(Blocks().layers[0] for _ in range(40)))
+        return nn.Sequential(*(block() for _ in range(40)))
 
     batch = (torch.empty(8192, 96, device="meta"), torch.empty(8192, 96, device="meta"))
     found = module.plan(deep, batch, device="h100", loss=mean_square, blocks=list)

@@ -3,9 +3,8 @@
 import argparse
 import json
 import math
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,14 +182,30 @@ def test_what_is_asked_has_its_answer_before_it(task: Synthetic) -> None:
             assert answer == wanted[place]
 
 
-def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+Said = Callable[..., list[str]]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """What benchmarks/quality.py prints when it is called so, line by line."""
+
+    def lines(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["quality.py", *words])
+        quality.main()
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path, said: Said) -> None:
     out = tmp_path / "quality.json"
 
     def run(*more: str) -> list[str]:
-        command = [sys.executable, str(BENCHMARKS / "quality.py"), "run", "--studies", "smoke-recall"]
-        command += ["--out", str(out), *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-        return [line for line in done.stdout.splitlines() if "smoke-recall/" in line]
+        return [
+            line
+            for line in said("run", "--studies", "smoke-recall", "--out", str(out), *more)
+            if "smoke-recall/" in line
+        ]
 
     # Two dropouts with the first seed, the better one with the two others.
     assert len(run("--contestants", "resolvent")) == 4
@@ -271,7 +286,7 @@ def test_the_first_studys_names_have_no_dropout() -> None:
     assert Cell.named("s/gated/0.002/1/1.381") == Cell(study="s", contestant="gated", rate=2e-3, seed=1, share=1.381)
 
 
-def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path) -> None:
+def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path, said: Said) -> None:
     def results(machine: str, **cells: Any) -> Results:
         found = nothing()
         for name, cell in cells.items():
@@ -283,8 +298,7 @@ def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path) -> No
     paths = [tmp_path / f"{name}.json" for name in "abc"]
     write_json(paths[1], results("b", one={"test": 1.0}, two={"test": 2.0}, three=failed))
     write_json(paths[2], results("c", two={"test": 2.5}, three={"test": 3.0}, one={"test": 1.0}))
-    command = [sys.executable, str(BENCHMARKS / "quality.py"), "merge", "--into", *map(str, paths)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    words = " ".join(said("merge", "--into", *map(str, paths)))
     merged = json.loads(paths[0].read_text())
     machines = {
         name: merged["environments"][cell["environment"]]["machine"]
@@ -293,7 +307,7 @@ def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path) -> No
     }
     assert machines == {"one": "b", "two": "b", "three": "c", "on b": "b", "on c": "c"}
     assert merged["cells"]["two"]["test"] == 2.0 and merged["cells"]["three"]["test"] == 3.0
-    assert "two" in said and "one" not in said
+    assert "two" in words and "one" not in words
     # Once more, nothing changes.
     assert merge(merged, json.loads(paths[1].read_text())) == [] and merged == json.loads(paths[0].read_text())
 
