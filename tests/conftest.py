@@ -22,12 +22,17 @@ import torch  # noqa: E402  # reads that variable when it is loaded
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # Each of these would keep every seed for later, with the stack in words.
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        kind.manual_seed_all = lambda seed: None
     if find_spec("triton"):
         sys.path.insert(0, str(Path(__file__).parent))
         import quick_interpreter
 
         quick_interpreter.hurry()
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
+# What tests write need not outlive the machine.
+os.fsync = lambda descriptor: None
 torch.set_num_threads(1 if WORKERS > 1 else 2)
 
 
