@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,8 @@ if not torch.cuda.is_available():
     # Each of these would keep every seed for later, with the stack in words.
     for kind in (torch.cuda, torch.xpu, torch.mtia):
         kind.manual_seed_all = lambda seed: None
-    if find_spec("triton"):
+    # It knows the insides of one version; others are as slow as they are.
+    if find_spec("triton") and version("triton").startswith("3.7."):
         sys.path.insert(0, str(Path(__file__).parent))
         import quick_interpreter
 
