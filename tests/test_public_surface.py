@@ -15,6 +15,8 @@ SURFACE = {
         "MicroBatches",
         "ModelInParts",
         "OffloadedAdamW",
+        "Passes",
+        "RecordedPasses",
         "StreamedBlocks",
         "WaitingTensors",
         "backward_by_block",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER = -1
 GROWTH = 64 << 20  # bytes by which the heap grows at once
+# Of blocks that begin at multiples of 64 bytes, sizes of what is cut off, and how many of each a thread sets aside.
+CUTTINGS, SET_ASIDE = range(24, 121, 16), 7
 
 _kept = False
 
@@ -52,4 +54,16 @@ def _tell_glibc() -> bool:
     except (OSError, AttributeError):
         return False
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROWTH}
-    return all(library.mallopt(name, value) == 1 for name, value in settings.items())
+    told = all(library.mallopt(name, value) == 1 for name, value in settings.items())
+    if told:
+        _fill_small_places(library)
+    return told
+
+
+def _fill_small_places(library: ctypes.CDLL) -> None:
+    """An aligned block is cut out of a slightly larger one, and a thread sets the first few cuttings of a size aside
+    instead of joining them to their neighbours: each keeps a large block that was freed from being large enough."""
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    for block in [library.malloc(size) for size in CUTTINGS for _ in range(SET_ASIDE)]:
+        library.free(block)
