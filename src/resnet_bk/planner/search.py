@@ -140,7 +140,6 @@ def choose_training(
     if not ways:
         raise UserError("no strategy has the flags that were given; leave some of them out")
     searched = _Searched(config, budget, device, ranks)
-    held = budget.gpu_bytes is not None
     corrections: dict[Strategy, float] = {}
     refused: list[_Refused] = []
     for way in ways:
@@ -151,7 +150,7 @@ def choose_training(
         missing = _missing(way, searched, correction)
         traced = missing <= 0
         if traced:
-            prediction = predict(config, way.training, device, held=held, ranks=ranks)
+            prediction = _predicted(way, searched)
             missing = prediction.missing(budget)
             if missing <= 0:
                 return _without_moving(ways, prediction, searched) or prediction
@@ -162,7 +161,7 @@ def choose_training(
         closest = min(refused, key=lambda refusal: refusal.missing)
         if closest.traced or closest.missing > near:
             break
-        prediction = predict(config, closest.way.training, device, held=held, ranks=ranks)
+        prediction = _predicted(closest.way, searched)
         missing = prediction.missing(budget)
         if missing <= 0:
             return prediction
@@ -172,6 +171,11 @@ def choose_training(
     raise NothingFitsError(_refusal(closest.missing, closest.way, searched))
 
 
+def _predicted(way: Candidate, searched: _Searched) -> Prediction:
+    held = searched.budget.gpu_bytes is not None
+    return predict(searched.config, way.training, searched.device, held=held, ranks=searched.ranks)
+
+
 def _without_moving(ways: list[Candidate], found: Prediction, searched: _Searched) -> Prediction | None:
     """In place of a step that is replayed, one that moves nothing to the host and is not much slower."""
     if not found.training.cuda_graphs:
@@ -179,8 +183,7 @@ def _without_moving(ways: list[Candidate], found: Prediction, searched: _Searche
     most = WORTH_REPLAYING * found.cost.seconds
     ways = [way for way in ways if not _moved(way.training) and way.cost.seconds <= most]
     for way in [way for way in ways if _missing(way, searched, 1.0) <= 0][:CLOSEST_TRACED]:
-        held = searched.budget.gpu_bytes is not None
-        prediction = predict(searched.config, way.training, searched.device, held=held, ranks=searched.ranks)
+        prediction = _predicted(way, searched)
         if prediction.missing(searched.budget) <= 0:
             return prediction
     return None

@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +9,8 @@ from torch import Tensor, nn
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.recorded import Pass, RecordedPasses
 from resnet_bk.layers import SequenceContext
-from resnet_bk.layers.mixture import Routing
 from resnet_bk.memory.limits import is_out_of_memory
-
-
-class Parts(Protocol):
-    """What passes need to know of a model and a step's pieces."""
-
-    blocks: list[nn.Module]
-    device: torch.device
-
-    def context(self, piece: int) -> SequenceContext:
-        """Where the piece's tokens stand: the same for all pieces, but for the rows' place in the batch."""
-
-    def noise(self, block: nn.Module, piece: int, x: Tensor) -> Tensor:
-        """What the block's router draws for the piece."""
-
-    def computed(self, block: nn.Module, x: Tensor, context: SequenceContext) -> tuple[Tensor, Routing]:
-        """What the block makes of the tokens."""
-
-    def note(self, piece: int, load_E: Tensor) -> None:
-        """Hears of the experts' load."""
+from resnet_bk.training.language_model import LanguageModel
 
 
 class BlockPasses:
@@ -45,9 +25,9 @@ class BlockPasses:
         self._sums: Tensor | None = None
         self._used: dict[str, list[bool]] = {}  # of a kind's parameters, which have gradients
         self._context: SequenceContext | None = None
-        self._parts: Parts | None = None
+        self._parts: LanguageModel | None = None
 
-    def begin(self, parts: Parts) -> None:
+    def begin(self, parts: LanguageModel) -> None:
         """A step's model and pieces."""
         self._parts = parts
         if self._sums is None:
@@ -123,7 +103,7 @@ class BlockPasses:
         places = tuple(tensor.data_ptr() for tensor in tensors) if x.device.type == "cuda" else ()
         return way, _kind(block), x.shape, x.dtype, places
 
-    def _known(self, piece: int) -> Parts:
+    def _known(self, piece: int) -> LanguageModel:
         assert self._parts is not None
         if self._context is None:
             # What is recorded reads these tables for ever.
