@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_training import finish, resume, start
 
 from resnet_bk.errors import UserError
 from resnet_bk.frugal.micro_batches import MicroBatches
@@ -184,6 +185,13 @@ def test_noise_that_is_drawn_before_is_the_noise_that_would_be_drawn():
         assert torch.equal(torch.get_rng_state(), after)
         found, again = moe(x, None, rows, noise)
         assert torch.equal(found, expected) and torch.equal(again.balancing_loss, routing.balancing_loss)
+
+
+def test_a_run_that_goes_on_where_there_is_no_gpu_says_so(tmp_path, text_file):
+    finish(start(tmp_path / "run", text_file, steps=2, **BY_BLOCK, cuda_graphs=True))
+    said = []
+    resume(tmp_path / "run", steps=3, observer=said.append)
+    assert said == [{"no_cuda_graphs": "this is a CPU"}]
 
 
 def test_only_a_step_block_by_block_is_replayed():

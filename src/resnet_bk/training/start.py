@@ -114,6 +114,8 @@ def resume_run(run: Run, dataset: TokenDataset, *, observer: Observer, world: Wo
         raise UserError(f"{checkpoint} holds another model than {run.folder} records; restore one of them")
     prepared = prepare_training(model, run.config.training, device)
     state = restore_optimizer(checkpoint, prepared.model, prepared.optimizer, prepared.scaler, world)
+    if run.config.training.cuda_graphs and device.type != "cuda":
+        observer({"no_cuda_graphs": "this is a CPU"})
     trainer = Trainer(run=run, prepared=prepared, device=device, dataset=dataset, observer=observer, world=world)
     return ReadyRun(trainer=trainer, state=state)
 
