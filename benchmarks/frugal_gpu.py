@@ -48,7 +48,7 @@ from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.devices import device_for
 from resnet_bk.planner.predict import predict
 from resnet_bk.planner.search import choose_training
-from resnet_bk.training.budget import context_bytes, half_type_of, hold_to_budget
+from resnet_bk.training.budget import context_bytes, half_type_of, has_small_workspaces, hold_to_budget
 from resnet_bk.training.config import DataConfig, TrainingConfig
 from resnet_bk.training.data import TokenDataset, prepare_dataset, training_batch
 from resnet_bk.training.step import train_step, updates_in_backward
@@ -108,6 +108,7 @@ def all_cells() -> list[Cell]:
         _capped("1b", 4.0, tokens=SMALL, clips=True),
         _capped("7b", 8.0, tokens=MEDIUM, steps=4, fixed=HALF_MOMENTS),
         _capped("100m", 1.0),
+        _in_gpu("100m", "100m under 1 GB"),
     ]
     assert len({cell.name for cell in cells}) == len(cells)
     return cells
@@ -343,9 +344,9 @@ def watching_driver(device: torch.device) -> Iterator[dict[str, int]]:
 def train(cell: Cell, device: torch.device, row: dict[str, Any], *, until: float) -> Iterator[None]:
     """Trains a cell and fills its row; yields where there is something new to write."""
     config = model_config(cell)
-    row["context"] = {"bare": context_bytes(device)}
     if cell.cap_bytes is not None:
         hold_to_budget(cell.cap_bytes, device)
+    row |= {"context": {"bare": context_bytes(device)}, "small_workspaces": has_small_workspaces()}
     training = chosen_training(cell, config, device)
     row |= describe_choice(cell, config, training, device)
     yield
@@ -506,7 +507,11 @@ def table(document: dict[str, Any]) -> str:
     columns = [name for name in figures[0] if any(row[name] for row in figures)] if figures else []
     lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in figures)]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    others = [other_pieces(row) for row in cells.values() if row["cell"]["like"] and not is_alike(cells, row)]
+    others = [
+        other_pieces(row)
+        for row in cells.values()
+        if row["cell"]["like"] and "tokens_per_second" in row and not is_alike(cells, row)
+    ]
     if others:
         shown += f"\n\nInside the GPU in other micro-batches: {'; '.join(others)}."
     return f"{shown}\n\n<sub>[cells](benchmarks/results/gpu/frugal.json): {source(document)}</sub>"

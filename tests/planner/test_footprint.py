@@ -45,6 +45,14 @@ def test_rounding_and_workspaces_are_added(machine, workspaces):
     assert found.reserved_bytes % (2 * MIB) == 0
 
 
+@pytest.mark.parametrize(("machine", "less"), [(HOPPER, 64 * MIB - 2 * 8_519_680), (TURING, 0)])
+def test_small_workspaces_are_those_of_older_cards(machine, less):
+    trace = trace_of([Event(0, 1000)], [Event(1, 100)], machine=machine)
+    usual, small = footprint(trace), footprint(trace, small_workspaces=True)
+    assert usual.allocated_bytes - small.allocated_bytes == less
+    assert usual.tensor_bytes == small.tensor_bytes
+
+
 def test_a_peak_before_the_step_does_not_count_but_what_is_left_of_it_does():
     trace = trace_of([Event(0, 100 * MIB)], [Event(0, -100 * MIB), Event(1, 10 * MIB)])
     assert trace.peak_bytes == 100 * MIB

@@ -12,6 +12,7 @@ from resnet_bk.errors import UserError
 from resnet_bk.memory.plan import Budget
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.devices import DEVICES, device_named, this_cpu
+from resnet_bk.planner.predict import predict
 from resnet_bk.planner.search import NothingFitsError, candidates, choose_training, what_would_fit
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.strategy import strategy_of, training_shape
@@ -56,8 +57,8 @@ def test_what_is_chosen_fits_and_a_smaller_budget_is_never_faster():
 
 
 def test_nothing_faster_fits_by_formula():
-    budget = Budget(gpu_bytes=2 * GB, host_bytes=64 * GB)
-    chosen = choose(2 * GB, 64 * GB)
+    budget = Budget(gpu_bytes=H100.context_bytes + 1_080_000_000, host_bytes=64 * GB)
+    chosen = choose(budget.gpu_bytes, budget.host_bytes)
     for way in candidates(MODEL, TRAINING, H100):
         if way.training == chosen.training:
             break
@@ -66,6 +67,17 @@ def test_nothing_faster_fits_by_formula():
         assert H100.context_bytes + 1.22 * way.device_bytes > budget.gpu_bytes or way.host_bytes > budget.host_bytes
     else:
         raise AssertionError("what was chosen is not a candidate")
+
+
+def test_a_card_that_is_held_to_a_budget_has_more_room():
+    held = H100.held_to_a_budget()
+    assert held.context_bytes < 0.7 * H100.context_bytes
+    assert held.held_to_a_budget() == held
+    assert this_cpu().held_to_a_budget() == this_cpu()
+    usual, small = (predict(MODEL, TRAINING, device, held=True) for device in (H100, held))
+    workspaces = usual.footprint.allocated_bytes - small.footprint.allocated_bytes
+    assert workspaces == 64 * 2**20 - 2 * 8_519_680
+    assert usual.gpu_bytes - small.gpu_bytes > H100.given_back_bytes + 0.9 * workspaces
 
 
 def test_moments_are_rounded_only_where_the_host_is_tight():

@@ -1,7 +1,11 @@
 """Holding a process to a budget, and runs that were told one: what they record, say, and keep to."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,7 +19,17 @@ from resnet_bk.models import ResNetBKConfig
 from resnet_bk.planner.devices import this_cpu
 from resnet_bk.planner.predict import predict
 from resnet_bk.training import budget as budget_module
-from resnet_bk.training.budget import KERNELS_BYTES, context_bytes, half_type_of, hold_to_budget
+from resnet_bk.training.budget import (
+    KERNELS_BYTES,
+    SMALL_CUBLAS_BYTES,
+    STACK_LIMIT,
+    WORKSPACES,
+    context_bytes,
+    given_back_bytes,
+    half_type_of,
+    has_small_workspaces,
+    hold_to_budget,
+)
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import prepare_dataset, training_batch
 from resnet_bk.training.run import open_run
@@ -56,7 +70,11 @@ def test_a_gpus_half_type_is_what_it_computes_in_itself(monkeypatch, supported, 
 
 @pytest.mark.parametrize("budget", [0.5, 1, 3], ids=["half of it", "all of it", "more than there is"])
 def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, budget):
-    total, context, shares = 10_000_000_000, 1_000_000_000 - KERNELS_BYTES, []
+    beside = KERNELS_BYTES + SMALL_CUBLAS_BYTES
+    total, context, shares = 10_000_000_000, 1_000_000_000 - beside, []
+    monkeypatch.delenv(WORKSPACES, raising=False)
+    monkeypatch.setattr(budget_module, "_driver", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
     class Properties:
         total_memory = total
@@ -71,6 +89,68 @@ def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, budge
         hold_to_budget(int(budget * total), device)
     share = pytest.approx(min(1.0, budget - 0.1))
     assert shares == [(share, 1), (share, 3)]
+
+
+class Driver:
+    """One that keeps a stack's size."""
+
+    def __init__(self, stack):
+        self.stack = stack
+
+    def cuCtxGetLimit(self, size, limit):
+        assert limit == STACK_LIMIT
+        size._obj.value = self.stack
+        return 0
+
+    def cuCtxSetLimit(self, limit, size):
+        assert limit == STACK_LIMIT
+        self.stack = size.value
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("alone", "stack", "then"), [(True, 1024, 320), (False, 1024, 1024), (True, 4096, 4096), (True, 128, 128)]
+)
+def test_one_that_is_alone_does_with_small_stacks_and_workspaces(monkeypatch, alone, stack, then):
+    """Unless somebody chose them; of several, all stays as it is."""
+    driver = Driver(stack)
+    monkeypatch.delenv(WORKSPACES, raising=False)
+    monkeypatch.setattr(budget_module, "_driver", lambda: driver)
+    monkeypatch.setattr(budget_module, "drivers_bytes", lambda _: 0)
+    monkeypatch.setattr(budget_module, "hold_allocator_to", lambda *_: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    hold_to_budget(10**9, GPU, alone=alone)
+    assert driver.stack == then
+    assert has_small_workspaces() is alone
+    monkeypatch.setenv(WORKSPACES, ":16:8")
+    hold_to_budget(10**9, GPU, alone=alone)
+    assert os.environ[WORKSPACES] == ":16:8"
+
+
+def test_what_is_given_back_is_of_stacks_and_of_large_workspaces():
+    hopper, ampere = given_back_bytes((9, 0), 132, 2048), given_back_bytes((8, 6), 68, 1536)
+    assert hopper == 132 * 2048 * 704 + 2 * (64 * 2**20 - SMALL_CUBLAS_BYTES)
+    assert ampere == 68 * 1536 * 704
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_card_has_more_for_others_once_a_process_is_held():
+    """Both in processes of their own, of which cuBLAS has not been used."""
+    words = "import torch; from resnet_bk.training import budget; d = torch.device('cuda'); {}; "
+    words += "print(budget.context_bytes(d))"
+    usual, held = (
+        int(subprocess.run([sys.executable, "-c", words.format(first)], capture_output=True, check=True).stdout)
+        for first in ("pass", "budget.hold_to_budget(4 * 10**9, d)")
+    )
+    card = torch.cuda.get_device_properties(0)
+    threads = card.multi_processor_count * card.max_threads_per_multi_processor
+    saved = given_back_bytes(
+        (card.major, card.minor), card.multi_processor_count, threads // card.multi_processor_count
+    )
+    # The second of the threads that multiply has not begun.
+    assert usual - held > 0.75 * saved
 
 
 @pytest.mark.gpu

@@ -124,7 +124,12 @@ class PlanCommand:
         return Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
 
     def planned_device(self) -> "Device":
-        """The device that was named; else the card at hand, or an H100 where there is none."""
+        """The device that was named; else the card at hand, or an H100 where there is none. A preset's training, by
+        one process, is held to the budget, and finds of the card what the driver then leaves."""
+        device, held = self._card(), self.gpu_memory is not None and not self.foreign and self.num_gpus == 1
+        return device.held_to_a_budget() if held else device
+
+    def _card(self) -> "Device":
         import torch
 
         from resnet_bk.planner.devices import DEVICES, device_named

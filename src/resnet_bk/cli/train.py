@@ -127,7 +127,7 @@ class TrainCommand:
         with world.one_here_first():
             dataset = prepare_dataset(run.config.data, on_progress=_remarks(world))
         wanted = replace(run, config=replace(run.config, training=training))
-        self._held_budget(training)
+        self._held_budget(training, world)
         ready = resume_run(wanted, dataset, observer=progress.observe, world=world)
         say = _remarks(world)
         if ready.state.step >= steps:
@@ -181,7 +181,7 @@ class TrainCommand:
         has_budget = self.gpu_memory is not None or self.host_memory is not None
         if not (has_budget if self.strategy is None else self.strategy == "auto"):
             if has_budget:
-                self._held_budget(config.training)
+                self._held_budget(config.training, world)
             return config
         from resnet_bk.memory.units import format_bytes
         from resnet_bk.planner.devices import device_for
@@ -189,8 +189,10 @@ class TrainCommand:
         from resnet_bk.planner.together import choose_together
         from resnet_bk.training.step import choose_device
 
+        # Held first: it changes what the driver takes of the device.
+        held = self._held_budget(config.training, world) if has_budget else None
         device = device_for(choose_device(config.training.device))
-        budget = self._held_budget(config.training) if has_budget else whole_machine(device)
+        budget = held or whole_machine(device)
         fixed = set(given(self.training))
         chosen = choose_together(config.model, config.training, budget, device, fixed=fixed, world=world)
         on_gpu = f"GPU {format_bytes(chosen.gpu_bytes)}, " if chosen.gpu_bytes else ""
@@ -200,7 +202,7 @@ class TrainCommand:
         )
         return replace(config, training=chosen.training)
 
-    def _held_budget(self, training: TrainingConfig) -> "Budget":
+    def _held_budget(self, training: TrainingConfig, world: "World") -> "Budget":
         """The budget that was given, to which the allocator is held from here on."""
         from resnet_bk.memory.plan import Budget
         from resnet_bk.training.budget import hold_to_budget
@@ -208,7 +210,7 @@ class TrainCommand:
 
         budget = Budget.parse(self.gpu_memory, self.host_memory)
         if budget.gpu_bytes is not None:
-            hold_to_budget(budget.gpu_bytes, choose_device(training.device))
+            hold_to_budget(budget.gpu_bytes, choose_device(training.device), alone=world.size == 1)
         return budget
 
     def _check_resume_flags(self, recorded: "RunConfig") -> None:

@@ -9,7 +9,7 @@ from resnet_bk.errors import UserError
 from resnet_bk.imagined import Machine
 from resnet_bk.memory.plan import PROCESS_BYTES
 from resnet_bk.planner.calibration import calibration_of
-from resnet_bk.training.budget import drivers_bytes
+from resnet_bk.training.budget import drivers_bytes, given_back_bytes, has_small_workspaces
 
 GB, GIB = 10**9, 2**30
 FIRST_WITH_BF16 = (8, 0)
@@ -33,9 +33,11 @@ class Rates:
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """A card and its host. ``context_bytes`` is what the driver takes of the card beside torch's allocator: the context
-    and the kernels that are loaded. ``process_bytes`` is a training process on the host without its tensors.
-    ``link`` is what a card sends to others of its host while it receives as much, in bytes a second: NVLink's as its
-    maker states it, or else that of the bus. It was not measured here.
+    and the kernels that are loaded; ``given_back_bytes`` of it are those that a process alone does without if it is
+    held to a budget, and ``small_workspaces`` whether cuBLAS's are as small as they are then. ``process_bytes`` is a
+    training process on the host without its tensors. ``link`` is what a card sends to others of its host while it
+    receives as much, in bytes a second: NVLink's as its maker states it, or else that of the bus. It was not measured
+    here.
     """
 
     name: str
@@ -43,9 +45,18 @@ class Device:
     memory_bytes: int
     host_bytes: int | None
     context_bytes: int
+    given_back_bytes: int = 0
+    small_workspaces: bool = False
     process_bytes: int
     rates: Rates
     link: float
+
+    def held_to_a_budget(self) -> "Device":
+        """As a process sees it that ``train --gpu-memory`` holds to a budget."""
+        if self.machine.kind != "cuda":
+            return self
+        left = self.context_bytes - self.given_back_bytes
+        return replace(self, context_bytes=left, given_back_bytes=0, small_workspaces=True)
 
     @property
     def has_bf16(self) -> bool:
@@ -55,12 +66,15 @@ class Device:
 
 # Python, torch, transformers, numba, without CUDA's libraries (benchmarks/process_memory.py).
 CPU_PROCESS_BYTES = 700_000_000
-# On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.20 GB of kernels (benchmarks/results/gpu/frugal.json).
+# On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.21 GB of kernels and of cuBLAS in the thread of backward
+# (benchmarks/results/gpu/frugal.json).
 # What smaller cards take was not measured here: `resnet-bk env --calibrate` measures it.
-CONTEXT_BYTES = 920_000_000
+CONTEXT_BYTES = 935_000_000
 # What NCCL takes of a card for its buffers, beside torch's allocator: 0.89 GB of each of two H100s, measured by
 # benchmarks/sharded.py (benchmarks/results/gpu/sharded.json). Of more than two it was not measured.
 NCCL_BYTES = 900_000_000
+# Threads that a multiprocessor holds at once, where it is not 2,048. Source: CUDA's programming guide.
+THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
 # AdamW on sixteen cores beside an H100 updated 0.65 billion parameters a second (the same file, 1b at 16,384 tokens).
 # Others are taken to do so in proportion to their cores, from a typical host of each card.
 UPDATES_OF_A_CORE = 0.65e9 / 16
@@ -88,6 +102,7 @@ def _card(  # one row of a table
         memory_bytes=int(gibibytes * GIB),
         host_bytes=host_bytes,
         context_bytes=CONTEXT_BYTES,
+        given_back_bytes=given_back_bytes(capability, multiprocessors, THREADS.get(capability, 2048)),
         process_bytes=PROCESS_BYTES,
         rates=Rates(
             half_flops=share * half_teraflops * 1e12,
@@ -154,7 +169,12 @@ def device_for(device: torch.device) -> Device:
     """What torch's device is, and what the driver has taken of it already for this process."""
     if device.type != "cuda":
         return this_cpu()
-    return replace(this_gpu(device), context_bytes=drivers_bytes(device))
+    return replace(
+        this_gpu(device),
+        context_bytes=drivers_bytes(device),
+        given_back_bytes=0,
+        small_workspaces=has_small_workspaces(),
+    )
 
 
 def _calibrated(device: Device) -> Device:
@@ -203,6 +223,9 @@ def this_gpu(device: torch.device | None = None) -> Device:
             name=properties.name,
             machine=Machine(kind="cuda", capability=capability, multiprocessors=properties.multi_processor_count),
             memory_bytes=properties.total_memory,
+            given_back_bytes=given_back_bytes(
+                capability, properties.multi_processor_count, properties.max_threads_per_multi_processor
+            ),
             host_bytes=psutil.virtual_memory().total,
         )
     )

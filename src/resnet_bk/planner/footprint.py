@@ -9,7 +9,7 @@ from resnet_bk.planner.recorder import GRAPHS, Event
 from resnet_bk.planner.trace import Trace
 
 # What cuBLAS takes for each thread that multiplies matrices, forward and backward, through torch's allocator: from
-# compute capability 9 on, and before. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp.
+# compute capability 9 on, and before or where it is told to. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp.
 WORKSPACE_BYTES_FROM_9, WORKSPACE_BYTES = 32 * 2**20, 8_519_680
 CUBLAS_THREADS = 2
 # What cuBLASLt, which products with a bias go to, takes besides for each thread that does some. Source: torch's
@@ -41,15 +41,19 @@ class Footprint:
     most_reserved_bytes: int
 
 
-def footprint(trace: Trace, *, expandable: bool = False) -> Footprint:
-    """Replays a trace on a simulated allocator; ``expandable`` segments are those that ``train`` has under a budget.
+def footprint(trace: Trace, *, expandable: bool = False, small_workspaces: bool = False) -> Footprint:
+    """Replays a trace on a simulated allocator; ``expandable`` segments and ``small_workspaces`` are those that
+    ``train`` has under a budget, the latter cuBLAS's.
 
     Without a GPU there is no such allocator: all are the tensors' own bytes.
     """
     own = trace.peak_bytes
     if trace.machine.kind != "cuda":
         return Footprint(tensor_bytes=own, allocated_bytes=own, reserved_bytes=own, most_reserved_bytes=own)
-    at_once, late = (_replayed(trace, expandable=expandable, copies_take_time=slow) for slow in (False, True))
+    libraries = _of_libraries(trace, small_workspaces)
+    at_once, late = (
+        _replayed(trace, libraries, expandable=expandable, copies_take_time=slow) for slow in (False, True)
+    )
     allocated = at_once.peak_allocated_bytes
     if any(origin.stream > 0 for origin in trace.origins):
         allocated += round(SHARE_OF_EXCHANGE * allocated)
@@ -67,24 +71,25 @@ def larger(one: Footprint, other: Footprint) -> Footprint:
     return Footprint(**{name: max(size, getattr(other, name)) for name, size in asdict(one).items()})
 
 
-def workspace_bytes(machine: Machine) -> int:
-    """cuBLAS's, of all threads."""
-    return CUBLAS_THREADS * (WORKSPACE_BYTES_FROM_9 if machine.capability >= (9, 0) else WORKSPACE_BYTES)
+def workspace_bytes(machine: Machine, *, small: bool = False) -> int:
+    """cuBLAS's, of all threads; ``small`` ones are smaller only where they are large."""
+    large = machine.capability >= (9, 0) and not small
+    return CUBLAS_THREADS * (WORKSPACE_BYTES_FROM_9 if large else WORKSPACE_BYTES)
 
 
-def _of_libraries(trace: Trace) -> list[int]:
-    products = [workspace_bytes(trace.machine) // CUBLAS_THREADS] * CUBLAS_THREADS
+def _of_libraries(trace: Trace, small_workspaces: bool) -> list[int]:
+    products = [workspace_bytes(trace.machine, small=small_workspaces) // CUBLAS_THREADS] * CUBLAS_THREADS
     return products + [BIASED_PRODUCTS_BYTES] * trace.threads_of_biased_products
 
 
-def _replayed(trace: Trace, *, expandable: bool, copies_take_time: bool) -> CachingAllocator:
+def _replayed(trace: Trace, libraries: list[int], *, expandable: bool, copies_take_time: bool) -> CachingAllocator:
     """The step after the first one. Where moments are on the device, the first has none yet, and the segments that it
     leaves are not those that a step with moments would ask for."""
     copied_away: frozenset[int] = trace.copied_away if copies_take_time else frozenset()
     replay = _Replay(CachingAllocator(expandable=expandable), trace, copied_away)
     # Graphs are recorded on a stream of their own, for which libraries take as much again.
     for stream in (0, GRAPHS) if any(origin.stream == GRAPHS for origin in trace.origins) else (0,):
-        for num_bytes in (SMALL_CHANGE, *_of_libraries(trace)):
+        for num_bytes in (SMALL_CHANGE, *libraries):
             replay.allocator.allocate(num_bytes, stream=stream)
     moments = [event for event in trace.resident if trace.kinds.get(event.tensor) == "optimizer"]
     if moments:

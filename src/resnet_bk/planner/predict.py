@@ -89,11 +89,11 @@ def predict(
     trace = trace_of(config, training, device, ranks)
     counts = count_parameters(config)
     on_gpu = device.machine.kind == "cuda"
-    found = footprint(trace, expandable=held)
+    found = footprint(trace, expandable=held, small_workspaces=device.small_workspaces)
     if training.cuda_graphs:
         # The first step is not replayed.
         first = trace_of(config, replace(training, cuda_graphs=False), device, ranks)
-        found = larger(found, footprint(first, expandable=held))
+        found = larger(found, footprint(first, expandable=held, small_workspaces=device.small_workspaces))
     return Prediction(
         device=device,
         training=training,
