@@ -49,6 +49,13 @@ ALL = [
 # The device.
 
 
+@pytest.fixture
+def no_choice(monkeypatch):
+    """Of cuBLAS's workspaces in the environment, nor is one left behind."""
+    monkeypatch.setenv(WORKSPACES, "")
+    monkeypatch.delenv(WORKSPACES)
+
+
 def test_a_cpu_computes_in_bfloat16_and_has_no_context():
     assert half_type_of(CPU) == "bf16"
     assert context_bytes(CPU) == 0
@@ -69,10 +76,9 @@ def test_a_gpus_half_type_is_what_it_computes_in_itself(monkeypatch, supported, 
 
 
 @pytest.mark.parametrize("budget", [0.5, 1, 3], ids=["half of it", "all of it", "more than there is"])
-def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, budget):
+def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, no_choice, budget):
     beside = KERNELS_BYTES + SMALL_CUBLAS_BYTES
     total, context, shares = 10_000_000_000, 1_000_000_000 - beside, []
-    monkeypatch.delenv(WORKSPACES, raising=False)
     monkeypatch.setattr(budget_module, "_driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
@@ -111,10 +117,9 @@ class Driver:
 @pytest.mark.parametrize(
     ("alone", "stack", "then"), [(True, 1024, 320), (False, 1024, 1024), (True, 4096, 4096), (True, 128, 128)]
 )
-def test_one_that_is_alone_does_with_small_stacks_and_workspaces(monkeypatch, alone, stack, then):
+def test_one_that_is_alone_does_with_small_stacks_and_workspaces(monkeypatch, no_choice, alone, stack, then):
     """Unless somebody chose them; of several, all stays as it is."""
     driver = Driver(stack)
-    monkeypatch.delenv(WORKSPACES, raising=False)
     monkeypatch.setattr(budget_module, "_driver", lambda: driver)
     monkeypatch.setattr(budget_module, "drivers_bytes", lambda _: 0)
     monkeypatch.setattr(budget_module, "hold_allocator_to", lambda *_: None)
@@ -136,7 +141,7 @@ def test_what_is_given_back_is_of_stacks_and_of_large_workspaces():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_card_has_more_for_others_once_a_process_is_held():
+def test_a_card_has_more_for_others_once_a_process_is_held(no_choice):
     """Both in processes of their own, of which cuBLAS has not been used."""
     words = "import torch; from resnet_bk.training import budget; d = torch.device('cuda'); {}; "
     words += "print(budget.context_bytes(d))"
@@ -155,7 +160,7 @@ def test_a_card_has_more_for_others_once_a_process_is_held():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_allocator_refuses_what_exceeds_the_budget():
+def test_the_allocator_refuses_what_exceeds_the_budget(no_choice):
     device = torch.device("cuda")
     try:
         # Far apart: what other processes take meanwhile counts as this one's context.
