@@ -8,7 +8,7 @@ import torch
 
 from resnet_bk.training.config import Precision
 
-# What the driver takes while the first steps run, for kernels and streams: up to 146 MB on an H100
+# What the driver takes while the first steps run, for kernels and streams: up to 147 MB on an H100
 # (benchmarks/results/gpu/frugal.json), beside what cuBLAS asks it for in each thread that multiplies matrices. One has
 # done so when the context is measured; backward is another.
 KERNELS_BYTES = 150_000_000
@@ -17,8 +17,8 @@ LARGE_CUBLAS_BYTES, SMALL_CUBLAS_BYTES = 2**26, 8_519_680
 SMALL_WORKSPACES = ":4096:2:16:8"
 WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 # The driver sets a stack aside for each thread that the card can hold at once, of so many bytes unless told otherwise.
-# The kernels of a training step need 285 bytes on an H100; for one that needs more than there is, the driver enlarges
-# all of them. Source: CUDA's driver API, cuCtxSetLimit.
+# The small ones do for all kernels of a training step on an H100 (benchmarks/results/gpu/frugal.json); for one that
+# needs more than there is, the driver enlarges all of them. Source: CUDA's driver API, cuCtxSetLimit.
 USUAL_STACK, SMALL_STACK, STACK_LIMIT = 1024, 320, 0
 # Other programs on the same card are not our context.
 LARGEST_CONTEXT = 1_000_000_000
