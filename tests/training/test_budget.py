@@ -150,10 +150,8 @@ def test_a_card_has_more_for_others_once_a_process_is_held(no_choice):
         for first in ("pass", "budget.hold_to_budget(4 * 10**9, d)")
     )
     card = torch.cuda.get_device_properties(0)
-    threads = card.multi_processor_count * card.max_threads_per_multi_processor
-    saved = given_back_bytes(
-        (card.major, card.minor), card.multi_processor_count, threads // card.multi_processor_count
-    )
+    capability = (card.major, card.minor)
+    saved = given_back_bytes(capability, card.multi_processor_count, card.max_threads_per_multi_processor)
     # The second of the threads that multiply has not begun.
     assert usual - held > 0.75 * saved
 

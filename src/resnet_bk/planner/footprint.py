@@ -7,10 +7,11 @@ from resnet_bk.imagined import Machine
 from resnet_bk.memory.allocator import CachingAllocator
 from resnet_bk.planner.recorder import GRAPHS, Event
 from resnet_bk.planner.trace import Trace
+from resnet_bk.training.budget import SMALL_CUBLAS_BYTES
 
 # What cuBLAS takes for each thread that multiplies matrices, forward and backward, through torch's allocator: from
 # compute capability 9 on, and before or where it is told to. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp.
-WORKSPACE_BYTES_FROM_9, WORKSPACE_BYTES = 32 * 2**20, 8_519_680
+WORKSPACE_BYTES_FROM_9, WORKSPACE_BYTES = 32 * 2**20, SMALL_CUBLAS_BYTES
 CUBLAS_THREADS = 2
 # What cuBLASLt, which products with a bias go to, takes besides for each thread that does some. Source: torch's
 # aten/src/ATen/cuda/CUDABlas.cpp; measured on an H100 (benchmarks/results/gpu/planner.json: gpt2 and gpt_neox).

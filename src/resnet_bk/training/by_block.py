@@ -1,6 +1,6 @@
 """A step's gradients block after block, with the optimizer and the weights where the strategy has them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -10,10 +10,8 @@ from resnet_bk.frugal.by_block import backward_by_block
 from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.streaming import StreamedBlocks
 from resnet_bk.frugal.waiting import WaitingTensors
-from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.training.block_passes import BlockPasses
-from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.language_model import LanguageModel, Piece
+from resnet_bk.training.language_model import LanguageModel
 
 
 class ByBlock:
@@ -27,31 +25,19 @@ class ByBlock:
         self._passes: BlockPasses | None = None
         self._why_not: str | None = None
 
-    def gradients(
-        self,
-        model: ResNetBKForCausalLM,
-        scaler: torch.amp.GradScaler,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        pieces: Sequence[Piece],
-        config: TrainingConfig,
-        step: int,
-        device: torch.device,
-        *,
-        recorded: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, parts: LanguageModel, *, recorded: bool = False) -> tuple[Tensor, Tensor]:
         """Cross-entropy and expert load of the step, whose gradients are computed.
 
         With ``recorded`` passes, which may be as soon as a step on as many rows has gone through, kernels are those
         that were recorded the first time.
         """
-        parts = LanguageModel(model, scaler, batches, pieces, config, step, device)
         inside = {id(parameter) for block in parts.blocks for parameter in block.parameters()}
-        ends = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        ends = [parameter for parameter in parts.model.parameters() if id(parameter) not in inside]
         # What was recorded is of no use to smaller micro-batches, which may be here for want of its memory.
         self._passes = passes = self._passes_of(parts) if recorded else None
         backward_by_block(
             parts,
-            len(pieces),
+            len(parts.pieces),
             self.waiting,
             passes=passes,
             holding=self._holding,

@@ -17,6 +17,7 @@ from resnet_bk.models import ResNetBKCausalLMOutput, ResNetBKForCausalLM
 from resnet_bk.training.by_block import ByBlock
 from resnet_bk.training.config import Precision, TrainingConfig
 from resnet_bk.training.distributed import ALONE, World, whole
+from resnet_bk.training.language_model import LanguageModel
 from resnet_bk.training.micro_step import autocast, moved, seed_micro_step, share_of_step
 from resnet_bk.training.optimizer import learning_rate, set_learning_rate
 
@@ -107,7 +108,8 @@ def train_step(
             with _updating(optimizer) if in_backward else nullcontext():
                 # Of an imagined machine's steps, the second and all behind it.
                 recorded = config.cuda_graphs and (micro_batches.proven or is_imagined())
-                return by_block.gradients(model, scaler, batches, pieces, config, step, device, recorded=recorded)
+                parts = LanguageModel(model, scaler, batches, pieces, config, step, device)
+                return by_block.gradients(parts, recorded=recorded)
         nats: list[Tensor] = []
         loads: list[Tensor] = []
         for number, (start, stop) in pieces:
