@@ -97,7 +97,7 @@ def all_cells() -> list[Cell]:
         _capped("1b", 4.0, steps=50),
         _in_gpu("1b", "1b under 4 GB"),
         _in_gpu("1b", "1b under 4 GB", checkpointing="full"),
-        _capped("7b", 12.0, tokens=MEDIUM, steps=4, fixed=HALF_MOMENTS),
+        _capped("7b", 12.0, tokens=MEDIUM, steps=50, fixed=HALF_MOMENTS),
         _capped("1b", 3.0),
         _in_gpu("1b", "1b under 3 GB"),
         _capped("1b", 4.0, clips=True),
@@ -106,8 +106,8 @@ def all_cells() -> list[Cell]:
         _capped("100m", 1.6),
         _in_gpu("100m", "100m under 1.6 GB"),
         _capped("1b", 4.0, tokens=SMALL, clips=True),
-        _capped("7b", 8.0, tokens=MEDIUM, steps=4, fixed=HALF_MOMENTS),
-        _capped("100m", 1.0),
+        _capped("7b", 8.0, tokens=MEDIUM, steps=50, fixed=HALF_MOMENTS),
+        _capped("100m", 1.0, steps=50),
         _in_gpu("100m", "100m under 1 GB"),
     ]
     assert len({cell.name for cell in cells}) == len(cells)

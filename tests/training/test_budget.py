@@ -79,7 +79,7 @@ def test_a_gpus_half_type_is_what_it_computes_in_itself(monkeypatch, supported, 
 def test_the_allocator_is_held_to_the_budget_less_the_context(monkeypatch, no_choice, budget):
     beside = KERNELS_BYTES + SMALL_CUBLAS_BYTES
     total, context, shares = 10_000_000_000, 1_000_000_000 - beside, []
-    monkeypatch.setattr(budget_module, "_driver", lambda: None)
+    monkeypatch.setattr(budget_module, "nvidia_driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
     class Properties:
@@ -120,7 +120,7 @@ class Driver:
 def test_one_that_is_alone_does_with_small_stacks_and_workspaces(monkeypatch, no_choice, alone, stack, then):
     """Unless somebody chose them; of several, all stays as it is."""
     driver = Driver(stack)
-    monkeypatch.setattr(budget_module, "_driver", lambda: driver)
+    monkeypatch.setattr(budget_module, "nvidia_driver", lambda: driver)
     monkeypatch.setattr(budget_module, "drivers_bytes", lambda _: 0)
     monkeypatch.setattr(budget_module, "hold_allocator_to", lambda *_: None)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)

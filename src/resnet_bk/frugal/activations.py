@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from resnet_bk.frugal.driver import side_stream
 from resnet_bk.frugal.host import host_empty, is_host_memory
 
 # Tensors whose copy may still be running. The device's memory holds no more of them than this, and computing waits
@@ -137,12 +138,12 @@ class HostActivations:
 
     def copy(self, target: Tensor, source: Tensor, device: torch.device) -> "_Copy | None":
         """Copies beside the computation, behind all that it was given so far; at once where that is not possible."""
-        if device.type != "cuda":
+        side = self._streams.get(device) or side_stream(device)
+        if side is None:
             target.copy_(source)
             return None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side, computing = self._streams[device], torch.cuda.current_stream(device)
+        self._streams[device] = side
+        computing = torch.cuda.current_stream(device)
         side.wait_stream(computing)
         with torch.cuda.stream(side):
             target.copy_(source, non_blocking=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from resnet_bk.frugal.driver import side_stream
 from resnet_bk.frugal.host import host_empty
 from resnet_bk.imagined import is_copied_away, is_imagined
 
@@ -90,8 +91,7 @@ class Courier:
         self.device = device
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="host-optimizer")
         self._on_gpu = device.type == "cuda"
-        self._down = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
-        self._up = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._down, self._up = side_stream(device), side_stream(device)
         self._landings = _Landings()
         self._departures = [_Place() for _ in range(DEPARTURES)]
         self._last: Future[None] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_bk.frugal.driver import side_stream
 from resnet_bk.imagined import recording
 
 # From what is in the rooms to the results.
@@ -29,7 +30,7 @@ class RecordedPasses:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._on_gpu = device.type == "cuda"
+        self._stream = side_stream(device)
         self._rooms: dict[Hashable, Tensor] = {}
         self._recorded: dict[Hashable, tuple[Any, list[Tensor]]] = {}
         self._pool: Any = None
@@ -44,7 +45,7 @@ class RecordedPasses:
         rooms = [self._room("given", number, tensor) for number, tensor in enumerate(given)]
         for room, tensor in zip(rooms, given, strict=True):
             room.copy_(tensor)
-        if not self._on_gpu:
+        if self._stream is None:
             with recording():
                 left = self._leave(body(rooms))
         else:
@@ -65,7 +66,7 @@ class RecordedPasses:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, as the optimizer's, go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             left = self._leave(body(rooms))
         return graph, left
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from resnet_bk.frugal.driver import side_stream
 from resnet_bk.frugal.host import ALIGNMENT, host_empty, is_host_memory
 
 # A slot's tenant is the backward pass that needs it, by the number of its graph task, or a forward pass, or whoever
@@ -100,7 +101,7 @@ class StreamedBlocks:
         slot_bytes = max(block.room for block in self._blocks)
         self._slots = [_Slot(slot_bytes, device) for _ in self._blocks[:2]]
         self._recent = self._slots[-1]
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = side_stream(device)
         if self._copies is not None:
             # The allocator may have handed out memory that the compute stream has yet to finish with, and must not hand
             # it on while a copy into it is under way.
@@ -581,7 +582,7 @@ class _HostGradients:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = side_stream(device)
         self._aside: dict[nn.Parameter, Tensor] = {}
         self._memory: Any = WeakTensorKeyDictionary()
         self._landing: dict[torch.dtype, Tensor] = {}

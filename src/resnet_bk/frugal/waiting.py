@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_bk.frugal.driver import side_stream
 from resnet_bk.frugal.host import host_empty
 from resnet_bk.imagined import kind_of
 
@@ -23,9 +24,7 @@ class WaitingTensors:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        on_gpu = device.type == "cuda"
-        self._down = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._up = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._down, self._up = side_stream(device), side_stream(device)
         self._places: dict[Hashable, Tensor] = {}
         self._names: dict[Hashable, tuple[Hashable, Any]] = {}  # each one's place, and the end of its copy there
         self._leaving: deque[tuple[Any, Tensor]] = deque()

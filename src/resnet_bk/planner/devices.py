@@ -69,7 +69,7 @@ CPU_PROCESS_BYTES = 700_000_000
 # On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.21 GB of kernels and of cuBLAS in the thread of backward
 # (benchmarks/results/gpu/frugal.json). What smaller cards take was not measured here: `resnet-bk env --calibrate`
 # measures it.
-CONTEXT_BYTES = 935_000_000
+CONTEXT_BYTES = 862_000_000
 # What NCCL takes of a card for its buffers, beside torch's allocator: 0.89 GB of each of two H100s, measured by
 # benchmarks/sharded.py (benchmarks/results/gpu/sharded.json). Of more than two it was not measured.
 NCCL_BYTES = 900_000_000

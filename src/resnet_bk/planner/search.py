@@ -143,18 +143,18 @@ def choose_training(
     corrections: dict[Strategy, float] = {}
     refused: list[_Refused] = []
     for way in ways:
-        strategy = _nameless(way.training)
-        correction = corrections.get(strategy, _first_correction(searched, corrections))
-        if strategy.replayed:
-            correction *= LESS_IN_SMALLER  # the formulas know nothing of what graphs have of their own
-        missing = _missing(way, searched, correction)
+        missing = _missing(way, searched, _correction(way, searched, corrections))
         traced = missing <= 0
         if traced:
             prediction = _predicted(way, searched)
             missing = prediction.missing(budget)
+            corrections[_nameless(way.training)] = _on_device(prediction) / way.device_bytes
             if missing <= 0:
-                return _without_moving(ways, prediction, searched) or prediction
-            corrections[strategy] = _on_device(prediction) / way.device_bytes
+                return (
+                    _without_moving(ways, prediction, searched)
+                    or _looked_at_again(refused, searched, corrections)
+                    or prediction
+                )
         refused.append(_Refused(missing, way, traced))
     near = NEAR * max(size for size in (budget.gpu_bytes, budget.host_bytes, 0) if size is not None)
     for _ in range(CLOSEST_TRACED):
@@ -174,6 +174,19 @@ def choose_training(
 def _predicted(way: Candidate, searched: _Searched) -> Prediction:
     held = searched.budget.gpu_bytes is not None
     return predict(searched.config, way.training, searched.device, held=held, ranks=searched.ranks)
+
+
+def _looked_at_again(
+    refused: list[_Refused], searched: _Searched, corrections: Mapping[Strategy, float]
+) -> Prediction | None:
+    """The fastest of those that only formulas had refused, if by what is known of them since it fits after all."""
+    untraced = [refusal.way for refusal in refused if not refusal.traced]
+    likely = [way for way in untraced if _missing(way, searched, _correction(way, searched, corrections)) <= 0]
+    for way in likely[:CLOSEST_TRACED]:
+        prediction = _predicted(way, searched)
+        if prediction.missing(searched.budget) <= 0:
+            return prediction
+    return None
 
 
 def _without_moving(ways: list[Candidate], found: Prediction, searched: _Searched) -> Prediction | None:
@@ -327,6 +340,14 @@ def _on_device(prediction: Prediction) -> int:
         return prediction.footprint.tensor_bytes
     outside = prediction.device.context_bytes + prediction.nccl_bytes
     return int((prediction.gpu_bytes - outside) / (1 + LEAST_WASTE))
+
+
+def _correction(way: Candidate, searched: _Searched, known: Mapping[Strategy, float]) -> float:
+    """Of the formulas, for its strategy."""
+    strategy = _nameless(way.training)
+    correction = known.get(strategy, _first_correction(searched, known))
+    # The formulas know nothing of what graphs have of their own.
+    return correction * LESS_IN_SMALLER if strategy.replayed else correction
 
 
 def _first_correction(searched: _Searched, known: Mapping[Strategy, float]) -> float:

@@ -2,16 +2,16 @@
 
 import ctypes
 import os
-import sys
 
 import torch
 
+from resnet_bk.frugal.driver import nvidia_driver
 from resnet_bk.training.config import Precision
 
 # What the driver takes while the first steps run, for kernels and streams: up to 147 MB on an H100
 # (benchmarks/results/gpu/frugal.json), beside what cuBLAS asks it for in each thread that multiplies matrices. One has
 # done so when the context is measured; backward is another.
-KERNELS_BYTES = 150_000_000
+KERNELS_BYTES = 77_000_000
 LARGE_CUBLAS_BYTES, SMALL_CUBLAS_BYTES = 2**26, 8_519_680
 # What cuBLAS, and torch for it, take on cards before compute capability 9. From there on it is several times as much.
 SMALL_WORKSPACES = ":4096:2:16:8"
@@ -49,7 +49,7 @@ def hold_allocator_to(num_bytes: int, device: torch.device) -> None:
 
 def _give_back_stacks(device: torch.device) -> None:
     """Where it fails, what is taken stays taken and is counted with the context. What a user enlarged stays so too."""
-    driver = _driver()
+    driver = nvidia_driver()
     if driver is None:
         return
     torch.ones((), device=device)  # a context, of which the limits are
@@ -57,16 +57,6 @@ def _give_back_stacks(device: torch.device) -> None:
         stack = ctypes.c_size_t()
         if driver.cuCtxGetLimit(ctypes.byref(stack), STACK_LIMIT) == 0 and stack.value == USUAL_STACK:
             driver.cuCtxSetLimit(STACK_LIMIT, ctypes.c_size_t(SMALL_STACK))
-
-
-def _driver() -> ctypes.CDLL | None:
-    """NVIDIA's; None with ROCm."""
-    if torch.version.cuda is None:
-        return None
-    try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
 
 
 def given_back_bytes(capability: tuple[int, int], multiprocessors: int, threads_of_each: int) -> int:
