@@ -9,8 +9,9 @@ driver has given to the process besides tensors and will give it for kernels. Th
 nvidia-smi's figure for the process where it shows processes, else the card's less what was used before the cell began.
 Cells that train inside the GPU do so in the micro-batches that their counterpart under the cap ended with.
 
-Cells run in the order of their importance until the time is up, and what is known is written after each. Text is
-Python's standard library in bytes; the vocabulary is one of 32,768 all the same, as are the head and its memory.
+Cells run in the order of their importance until the time is up, and what is known is written after each, in place of
+what `--out` has of it; its other cells stay, each with the commit that it is of. Text is Python's standard library in
+bytes; the vocabulary is one of 32,768 all the same, as are the head and its memory.
 """
 
 import argparse
@@ -107,8 +108,8 @@ def all_cells() -> list[Cell]:
         _in_gpu("100m", "100m under 1.6 GB"),
         _capped("1b", 4.0, tokens=SMALL, clips=True),
         _capped("7b", 8.0, tokens=MEDIUM, steps=50, fixed=HALF_MOMENTS),
-        _capped("100m", 1.0, steps=50),
-        _in_gpu("100m", "100m under 1 GB"),
+        _capped("100m", 1.0, tokens=MEDIUM, steps=50),
+        _in_gpu("100m", "100m under 1 GB, 32,768 tokens", tokens=MEDIUM),
     ]
     assert len({cell.name for cell in cells}) == len(cells)
     return cells
@@ -172,11 +173,11 @@ def measure(cells: list[Cell], device: str, out: Path, budget: float, cell_secon
     deadline = time.perf_counter() + budget
     # Once, so that the cells find it. No CUDA here: a context of this process would be counted with the cells'.
     prepare_dataset(DATA, on_progress=print)
-    document: dict[str, Any] = {"environment": None, "data": asdict(DATA), "cells": {}}
+    document = read_json(out) if out.exists() else {"environment": None, "data": asdict(DATA), "cells": {}}
     for cell in cells:
         left = deadline - time.perf_counter()
         if left < LEAST_SECONDS:
-            document["cells"][cell.name] = {"cell": asdict(cell), "died": "not begun: the time was up"}
+            document["cells"].setdefault(cell.name, {"cell": asdict(cell), "died": "not begun: the time was up"})
             continue
         like_others = _with_micro_batches(cell, document["cells"])
         row = measure_cell(like_others, device, min(left, cell_seconds), min(left, PATIENCE * cell_seconds))

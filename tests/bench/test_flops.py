@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import flop_registry
 
@@ -149,6 +150,14 @@ def test_products_with_vectors_and_in_place_count():
     plain = model_flops("transformer", subject_of(Mixing(lambda x: x)))
     mixed = model_flops("transformer", subject_of(Mixing(mix)))
     assert mixed.forward - plain.forward == 2 * 8 * 8 + 2 * 8 + 2 * 48 * 8 * 8
+
+
+def test_products_that_are_added_in_single_precision_count():
+    with FakeTensorMode(), flop_counter() as counter:
+        total = torch.zeros(48, 8)
+        left, right = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((48, 16), (16, 8)))
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    assert counter.get_total_flops() == 2 * 48 * 16 * 8
 
 
 @pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig", "GPTNeoXConfig"])

@@ -43,7 +43,9 @@ def test_adamw_in_fp32_keeps_sixteen_bytes_for_each_weight():
 
 def test_the_moment_goes_with_what_there_is_most_of():
     few = TrainingShape(batch_size=1, sequence_length=64)
-    assert planned(shape=MANY).strategies[1].moment == "at the loss"
+    assert planned(shape=MANY).strategies[1].moment == "where backward begins"
+    in_large_chunks = replace(MANY, loss_chunk_tokens=16_384)
+    assert planned(shape=in_large_chunks).strategies[1].moment == "at the loss"
     assert by_name(planned(shape=MANY), "full checkpointing").moment.startswith("in the last block")
     assert by_name(planned(shape=few), "full checkpointing").moment == "at the embedding's gradient"
     assert by_name(planned(shape=MANY), "offloaded activations").moment.startswith("in a block")

@@ -213,7 +213,7 @@ def flop_counter() -> FlopCounterMode:
     """torch's counter with what it has no formula for, or another than what is computed."""
     mapping: dict[Any, Any] = {kernel: _attention_formula(kernel) for kernel in ATTENTION_KERNELS}
     mapping[aten.convolution_backward] = _convolution_backward
-    mapping |= dict.fromkeys((aten.addmm_, aten._addmm_activation, aten.baddbmm_), _added_product)
+    mapping |= dict.fromkeys((aten.addmm, aten.addmm_, aten._addmm_activation, aten.baddbmm_), _added_product)
     mapping |= {aten.mv: _matrix_vector, aten.dot: _dot, aten.vdot: _dot, aten._grouped_mm: _grouped_product}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 

@@ -277,12 +277,11 @@ def tokens_with_logits(config: ResNetBKConfig, shape: TrainingShape, *, half: bo
 def logits_and_loss(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, half_weights: bool = False) -> Part:
     """What a chunk of the loss needs for a moment, beside what it keeps: logits, and its tokens twice.
 
-    Autocast besides: a half copy of the head, unless it is one, and from the second chunk on a product that is yet to
-    be added to the head's gradient.
+    Autocast besides: a half copy of the head, unless it is one.
     """
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
     chunk, head = tokens_with_logits(config, shape, half=half), config.vocab_size * hidden
-    of_head = (2 if half and not half_weights else 0) + (4 if half and chunk < tokens else 0)
+    of_head = 2 if half and not half_weights else 0
     copies = 4  # in fp32 one of its tokens without those that count for nothing, in halves one before that
     return Part(
         name="logits and loss",

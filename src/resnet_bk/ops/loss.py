@@ -224,6 +224,8 @@ def _add_product(sum_VD: Tensor | None, g_CV: Tensor, hidden_CD: Tensor, sum_dty
     if g_CV.dtype == sum_dtype:
         return g_CV.t() @ hidden_CD if sum_VD is None else sum_VD.addmm_(g_CV.t(), hidden_CD)
     if kind_of(g_CV.device) == "cuda":
+        if sum_VD is not None and not torch.compiler.is_compiling():  # Dynamo does not take it, and fuses what follows
+            return torch.addmm(sum_VD, g_CV.t(), hidden_CD, out_dtype=sum_dtype, out=sum_VD)
         product_VD = torch.mm(g_CV.t(), hidden_CD, out_dtype=sum_dtype)
     elif g_CV.dtype == torch.float16:
         # The sum over a chunk can be more than float16's 65504, and no loss scale would help: it is not in G yet.
