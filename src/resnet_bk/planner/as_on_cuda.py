@@ -85,6 +85,8 @@ class AsOnCuda(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
+        if func is torch.addmm and "out_dtype" in kwargs:
+            return kwargs["out"]  # where no tensor comes of it; torch 2.11 cannot imagine such a product
         if torch.is_autocast_enabled("cpu") and getattr(func, "__name__", "") in IN_SINGLE:
             args = tuple(_in_single(x) for x in args)
         return func(*args, **kwargs)
