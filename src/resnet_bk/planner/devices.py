@@ -66,7 +66,7 @@ class Device:
 
 # Python, torch, transformers, numba, without CUDA's libraries (benchmarks/process_memory.py).
 CPU_PROCESS_BYTES = 700_000_000
-# On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.21 GB of kernels and of cuBLAS in the thread of backward
+# On an H100 0.72 GB as soon as cuBLAS is used, and up to 0.14 GB of kernels and of cuBLAS in the thread of backward
 # (benchmarks/results/gpu/frugal.json). What smaller cards take was not measured here: `resnet-bk env --calibrate`
 # measures it.
 CONTEXT_BYTES = 862_000_000

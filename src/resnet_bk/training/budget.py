@@ -8,9 +8,10 @@ import torch
 from resnet_bk.frugal.driver import nvidia_driver
 from resnet_bk.training.config import Precision
 
-# What the driver takes while the first steps run, for kernels and streams: up to 147 MB on an H100
-# (benchmarks/results/gpu/frugal.json), beside what cuBLAS asks it for in each thread that multiplies matrices. One has
-# done so when the context is measured; backward is another.
+# What the driver takes while the first steps run, for kernels and graphs: up to 74 MB on an H100
+# (benchmarks/results/gpu/frugal.json; rows before commit 5a2483a have 73 MB of torch's streams besides), beside what
+# cuBLAS asks it for in each thread that multiplies matrices. One has done so when the context is measured; backward is
+# another.
 KERNELS_BYTES = 77_000_000
 LARGE_CUBLAS_BYTES, SMALL_CUBLAS_BYTES = 2**26, 8_519_680
 # What cuBLAS, and torch for it, take on cards before compute capability 9. From there on it is several times as much.
