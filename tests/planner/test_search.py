@@ -1,6 +1,6 @@
 """A budget chooses the fastest way to train that fits it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from resnet_bk.errors import UserError
 from resnet_bk.memory.plan import Budget
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.planner import search
 from resnet_bk.planner.devices import DEVICES, device_named, this_cpu
 from resnet_bk.planner.predict import predict
 from resnet_bk.planner.search import NothingFitsError, candidates, choose_training, what_would_fit
@@ -67,6 +68,32 @@ def test_nothing_faster_fits_by_formula():
         assert H100.context_bytes + 1.22 * way.device_bytes > budget.gpu_bytes or way.host_bytes > budget.host_bytes
     else:
         raise AssertionError("what was chosen is not a candidate")
+
+
+def test_what_only_formulas_refused_is_looked_at_again(monkeypatch):
+    """Where they are twice too high, one way that is traced shows it, and a faster one of its kind fits too."""
+
+    @dataclass(frozen=True)
+    class Halved:
+        training: TrainingConfig
+        num_bytes: int
+
+        def missing(self, budget):
+            return H100.context_bytes + self.num_bytes - budget.gpu_bytes
+
+    monkeypatch.setattr(search, "_first_correction", lambda *_: 1.0)
+    monkeypatch.setattr(search, "_on_device", lambda prediction: prediction.num_bytes)
+    monkeypatch.setattr(search, "_predicted", lambda way, _: Halved(way.training, way.device_bytes // 2))
+    ways = candidates(MODEL, TRAINING, H100, fixed={"cuda_graphs"})
+    smallest = min(way.device_bytes for way in ways)
+    chosen = choose(H100.context_bytes + int(1.1 * smallest), fixed={"cuda_graphs"})
+    of_its_kind = [
+        way.training
+        for way in ways
+        if search._nameless(way.training) == search._nameless(chosen.training) and way.device_bytes < 2 * smallest
+    ]
+    assert len(of_its_kind) > 1
+    assert chosen.training == of_its_kind[0]
 
 
 def test_a_card_that_is_held_to_a_budget_has_more_room():
