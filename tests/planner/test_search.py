@@ -48,7 +48,7 @@ def test_on_a_cpu_without_a_budget_it_is_plain_training():
 
 def test_what_is_chosen_fits_and_a_smaller_budget_is_never_faster():
     costs = []
-    for gpu in (80 * GB, 4 * GB, 3 * GB, 2 * GB, int(1.6 * GB)):
+    for gpu in (80 * GB, 4 * GB, 3 * GB, 2 * GB, int(1.6 * GB), int(1.4 * GB)):
         chosen = choose(gpu, 64 * GB)
         assert chosen.gpu_bytes <= gpu
         assert chosen.host_bytes <= 64 * GB

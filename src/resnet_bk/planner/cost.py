@@ -115,11 +115,11 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
 
 def _chunk_bytes(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> int:
     """What more chunks of logits move than the loss's rule would have: each reads and writes the head's gradient in
-    float32 once more, and under autocast also the product that is added to it."""
+    float32 once more."""
     rule = tokens_with_logits(config, replace(shape, loss_chunk_tokens=None), half=half)
     chunk = tokens_with_logits(config, shape, half=half)
     more = -(-shape.tokens // chunk) - -(-shape.tokens // rule)
-    return max(0, more) * (16 if half else 8) * config.vocab_size * config.hidden_size
+    return max(0, more) * 8 * config.vocab_size * config.hidden_size
 
 
 def _side_by_side(*seconds: float) -> float:
