@@ -98,7 +98,7 @@ def test_of_several_ranks_only_what_train_accepts_is_searched():
 
 
 def test_what_is_chosen_fits_each_gpu_and_less_room_is_slower():
-    room = NCCL_BYTES + int(1.75 * GB)
+    room = NCCL_BYTES + H100.context_bytes + 815_000_000
     budgets = (Budget(gpu_bytes=gpu_bytes) for gpu_bytes in (8 * GB, room))
     long = replace(TRAINING, sequence_length=2048)
     wide, tight = (choose_training(MODEL, long, budget, H100, ranks=4) for budget in budgets)
