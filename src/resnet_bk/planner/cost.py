@@ -7,7 +7,8 @@
 
 The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
 1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within a fifth of those of one
-micro-batch. What launches take is fitted to steps of small ones, on the same hosts' slow cores: within a third.
+micro-batch. What launches, replays and the host's update take is fitted to the capped steps of frugal.json, on hosts of
+which one is up to a third faster than another: within a third.
 What runs side by side counts as the longest, and a twentieth of the rest. Of several ranks each computes its share of
 the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
@@ -24,11 +25,17 @@ from resnet_bk.planner.devices import Device
 FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 # Python and the driver, for one block's forward or backward pass, beside what runs of those before.
 LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
+FORWARD_SHARE = 1 / 3  # of a step
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
-REPLAY_SECONDS = 2.5e-3
+REPLAY_SECONDS = 1.4e-3
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
-HALF_MOMENTS_SPEEDUP = 2.5
+# Python for the updates of a block's parameters, of which each is one: 0.15 ms for each of some twenty.
+UPDATE_SECONDS = 3e-3
+# The update moves 30 bytes a parameter, or 24 with half the moments.
+HALF_MOMENTS_SPEEDUP = 1.25
+# The update by gradients in a half type, or adding them up: piece by piece they are made float32 before.
+HALF_GRADIENTS_FACTOR = 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +76,24 @@ def step_cost(
     With several ``ranks``, which share weights, gradients and moments, ``shape`` is one rank's.
     """
     link_seconds = _link_seconds(config, shape, counts, device, ranks)
-    device_seconds = _device_seconds(strategy, config, shape, device)
+    device_seconds, launches = _device_seconds(strategy, config, shape, device)
     bus_seconds = _bus_seconds(strategy, config, shape, counts, device)
-    host_seconds = _host_seconds(strategy, shape, counts, device)
+    host_seconds = _host_seconds(strategy, config.num_layers, shape, counts, device)
     if not strategy.offload_optimizer:
         device_seconds += _update_seconds(counts, device) / ranks
         seconds = _side_by_side(device_seconds, link_seconds) + bus_seconds
     elif device.machine.kind == "cpu":
         seconds = device_seconds + bus_seconds + host_seconds  # one processor does all of it
     elif clips:
-        # The update begins when the norm is known; weights return under the next forward pass, a third of the step.
-        seconds = _side_by_side(device_seconds + max(0.0, host_seconds - device_seconds / 3), bus_seconds)
+        # The update begins when the norm is known; weights return under the next forward pass.
+        seconds = _side_by_side(device_seconds + max(0.0, host_seconds - FORWARD_SHARE * device_seconds), bus_seconds)
+    elif strategy.goes_by_block:
+        # The next forward pass begins with the block that is updated last.
+        forward = FORWARD_SHARE * device_seconds
+        seconds = forward + _side_by_side(device_seconds - forward, bus_seconds, host_seconds)
     else:
-        seconds = _side_by_side(device_seconds, bus_seconds, host_seconds)
+        # Who launches kernels and who has each parameter updated take turns with Python.
+        seconds = _side_by_side(device_seconds, bus_seconds, host_seconds + launches)
     return Cost(
         device_seconds=device_seconds,
         bus_seconds=bus_seconds,
@@ -92,7 +104,10 @@ def step_cost(
     )
 
 
-def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, device: Device) -> float:
+def _device_seconds(
+    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, device: Device
+) -> tuple[float, float]:
+    """Of a step, and what of it Python needs to launch kernels."""
     rates, half = device.rates, strategy.half
     again = {"none": 0.0, "selective": SELECTIVE_SHARE}.get(strategy.checkpointing, 1.0)
     parts = formula_flops(config, shape.batch_size, shape.sequence_length)
@@ -107,10 +122,11 @@ def _device_seconds(strategy: Strategy, config: ResNetBKConfig, shape: TrainingS
     moved = BYTES_FACTOR * kept * (1 + (again / 2 if again == 1 else again))
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
     computing += (moved + moved_for_logits) / rates.memory
-    launches = config.num_layers * (2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again))
+    passes = 2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again)
+    computing, launches = shape.micro_batches * computing, shape.micro_batches * config.num_layers * passes
     if (strategy.goes_by_block and not strategy.replayed) or device.machine.kind == "cpu":
-        return shape.micro_batches * (computing + launches)
-    return shape.micro_batches * _side_by_side(computing, launches)  # kernels are launched while others run
+        return computing + launches, launches
+    return _side_by_side(computing, launches), launches  # kernels are launched while others run
 
 
 def _chunk_bytes(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> int:
@@ -155,13 +171,19 @@ def _link_seconds(
     return shape.micro_batches * 4 * numbers * (ranks - 1) / ranks / device.link
 
 
-def _host_seconds(strategy: Strategy, shape: TrainingShape, counts: ParameterCounts, device: Device) -> float:
+def _host_seconds(
+    strategy: Strategy, num_layers: int, shape: TrainingShape, counts: ParameterCounts, device: Device
+) -> float:
     """The update, and adding up gradients that cross with every micro-batch, which takes as long."""
     if not strategy.offload_optimizer:
         return 0.0
-    additions = 0 if strategy.goes_by_block else shape.micro_batches - 1
-    updates = 1 / HALF_MOMENTS_SPEEDUP if strategy.half_moments else 1.0
-    return (additions + updates) * counts.total / device.rates.host_updates
+    rate, launches = device.rates.host_updates, num_layers * UPDATE_SECONDS
+    updating = counts.total / rate / (HALF_MOMENTS_SPEEDUP if strategy.half_moments else 1) + launches
+    if strategy.goes_by_block:  # gradients are added up on the device, in float32
+        return updating
+    adding = counts.total / rate + launches
+    factor = HALF_GRADIENTS_FACTOR if strategy.half_weights else 1
+    return factor * (updating + (shape.micro_batches - 1) * adding)
 
 
 def _update_seconds(counts: ParameterCounts, device: Device) -> float:

@@ -75,9 +75,14 @@ CONTEXT_BYTES = 862_000_000
 NCCL_BYTES = 900_000_000
 # Threads that a multiprocessor holds at once, where it is not 2,048. Source: CUDA's programming guide.
 THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
-# AdamW on sixteen cores beside an H100 updated 0.65 billion parameters a second (the same file, 1b at 16,384 tokens).
-# Others are taken to do so in proportion to their cores, from a typical host of each card.
-UPDATES_OF_A_CORE = 0.65e9 / 16
+# AdamW on sixteen cores beside an H100 updated some 1.05 billion parameters a second (the same file, 1b at 16,384
+# tokens): that is what their memory gives, at 30 bytes a parameter. Fewer cores are taken to be slower where those of
+# the CPU below, all busy, would be.
+HOST_UPDATES = 1.05e9
+
+
+# A machine without a GPU, in rates of a core: two of an AMD EPYC do 150 GFLOPs and copy 20 GB a second.
+CORE = Rates(half_flops=60e9, single_flops=75e9, memory=10e9, bus=10e9, host_updates=0.3e9)
 
 
 def _card(  # one row of a table
@@ -109,7 +114,7 @@ def _card(  # one row of a table
             single_flops=share * single_teraflops * 1e12,
             memory=share * gigabytes_a_second * 1e9,
             bus=bus * 1e9,
-            host_updates=cores * UPDATES_OF_A_CORE,
+            host_updates=min(HOST_UPDATES, cores * CORE.host_updates),
         ),
         link=share * nvlink * 1e9 if nvlink else bus * 1e9,
     )
@@ -146,8 +151,6 @@ DEVICES = {
         _card("h200", 139.8, (9, 0), 989, 67, 4800, 55, multiprocessors=132, cores=16, nvlink=450),
     )
 }
-# A machine without a GPU, in rates of a core: two of an AMD EPYC do 150 GFLOPs and copy 20 GB a second.
-CORE = Rates(half_flops=60e9, single_flops=75e9, memory=10e9, bus=10e9, host_updates=0.3e9)
 
 
 def device_named(name: str) -> Device:
