@@ -195,7 +195,6 @@ FRUGAL = json.loads((RECORDS / "frugal.json").read_text())["cells"]
 # was.
 PREDICTED_BESIDE = {
     "7b under 12 GB, 32,768 tokens": "tensors 1.3% too high, where 0.3% is asked",
-    "1b under 4 GB, 16,384 tokens": "tensors 1.4% too high",
     "100m under 1.6 GB": "4.1% too low of the most that is reserved, where 3% is asked; of tensors it is 0.1%",
     "7b under 8 GB, 32,768 tokens": "12% too high of what is reserved, where 5% is asked; of tensors it is 0.05%",
     "100m under 1 GB, 32,768 tokens": "tensors 0.4% too high, which is 1.5 MB",
