@@ -34,6 +34,7 @@ GRID = [
     ("a convolution as long as the rows", {"conv_size": 8, "num_layers": 1, "vocab_size": 64}, 8, 8),
     ("one token", {}, 4, 1),
     ("dropout", {"dropout": 0.1}, 4, 64),
+    ("dropout of tokens", {"token_dropout": 0.1, "vocab_size": 64}, 4, 64),
     ("bidirectional", {"causal": False, "num_bk_heads": 8}, 2, 64),
     ("analytic gradient", {"bk_grad": "blend", "num_bk_heads": 8}, 2, 64),
 ]

@@ -53,6 +53,7 @@ CASES = [
         for mixer in (*MIXERS, "local")
         for name in ("mixed precision", "offloaded activations")
     ),
+    *(("tiny", mixer, {"token_dropout": 0.1}, 16, 128, 8, name) for mixer in MIXERS for name in BY_NAME),
     *(
         ("tiny", "bk", DROPOUT | {"vocab_size": 64}, 16, 128, 16, name)
         for name in ("selective checkpointing", "selective checkpointing, fp32", "selective, offloaded optimizer")

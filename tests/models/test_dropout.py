@@ -8,12 +8,11 @@ from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 MIXERS = ["resolvent", "bk", "attention", "local"]
 
 
-def model(mixer: str, dropout: float) -> ResNetBKForCausalLM:
+def model(mixer: str, dropout: float, **fields: float) -> ResNetBKForCausalLM:
     torch.manual_seed(0)
     # One expert: routing has no noise then, and nothing but dropout is random.
-    return ResNetBKForCausalLM(
-        ResNetBKConfig.from_preset("tiny", mixer=mixer, vocab_size=64, num_experts=1, dropout=dropout)
-    )
+    config = ResNetBKConfig.from_preset("tiny", mixer=mixer, vocab_size=64, num_experts=1, dropout=dropout, **fields)
+    return ResNetBKForCausalLM(config)
 
 
 def hidden(one: ResNetBKForCausalLM, seed: int) -> torch.Tensor:
@@ -55,8 +54,34 @@ def test_attentions_weights_are_dropped_too() -> None:
     assert (hidden(one, 5) - hidden(one, 6)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_share_that_is_none_is_refused_in_one_line(dropout: float) -> None:
-    with pytest.raises(ValueError, match=r"dropout is .*; it is a share") as error:
-        ResNetBKConfig.from_preset("tiny", dropout=dropout)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_tokens_are_lost_as_a_whole_in_training_alone(mixer: str) -> None:
+    one, without = model(mixer, 0.0, token_dropout=0.25), model(mixer, 0.0)
+    torch.testing.assert_close(hidden(one.eval(), 0), hidden(without.eval(), 1), rtol=0, atol=0)
+    entered: list[torch.Tensor] = []
+    one.train().model.layers[0].register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
+    for seed in range(40):
+        hidden(one, seed)
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    embedded = one.model.embed_tokens(ids).detach()
+    is_lost = torch.stack([(x == 0).all(-1) for x in entered])
+    assert float(is_lost.float().mean()) == pytest.approx(0.25, abs=0.04)
+    for x, lost in zip(entered, is_lost, strict=True):
+        torch.testing.assert_close(x, torch.where(lost[..., None], 0, embedded / 0.75))
+    assert (hidden(one, 5) == hidden(one, 5)).all() and not torch.equal(is_lost[0], is_lost[1])
+
+
+def test_a_lost_token_keeps_its_place() -> None:
+    one = model("resolvent", 0.0, token_dropout=1 - 1e-7, max_position_embeddings=32).train()
+    entered: list[torch.Tensor] = []
+    one.model.layers[0].register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
+    hidden(one, 0)
+    torch.testing.assert_close(entered[0], one.model.embed_positions.weight[None, :24].detach().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["dropout", "token_dropout"])
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused_in_one_line(name: str, share: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it is a share") as error:
+        ResNetBKConfig.from_preset("tiny", **{name: share})
     assert "\n" not in str(error.value)

@@ -180,7 +180,7 @@ def test_20_steps_are_those_of_plain_training(plain, mixer, strategy):
 
 @pytest.mark.parametrize("strategy", EXACT)
 def test_dropout_is_the_same_however_a_step_is_computed(strategy):
-    overrides = {"mixer": "attention", "dropout": 0.2}
+    overrides = {"mixer": "attention", "dropout": 0.2, "token_dropout": 0.2}
     plainly, session = (Session(overrides=overrides, **options) for options in ({}, EXACT[strategy]))
     assert session.curve(4) == plainly.curve(4)
     assert_same_weights(session, plainly)

@@ -21,7 +21,7 @@ from resnet_bk.ops.carry.chunked import CHUNK
 from resnet_bk.ops.local_attention import EXTRA_COORDINATES, flash_takes
 from resnet_bk.ops.loss import chunk_rows
 
-MIXTURE, GRADIENTS_AND_RESULTS = "mixture of experts", "gradients and results"
+MIXTURE, GRADIENTS_AND_RESULTS, TOKENS_KEPT = "mixture of experts", "gradients and results", "tokens kept"
 COMPUTED_AGAIN = "a block computed again"
 # The kernel that sums experts' gradients in pieces has at most so many numbers in them, and so many rows in each.
 MOST_NUMBERS_OF_PIECES = 2**21
@@ -258,6 +258,7 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     return [
         *([Part(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
         Part(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
+        *([Part(name=TOKENS_KEPT, num_bytes=4 * tokens, formula="4 T")] if config.token_dropout else []),
         *([Part(name="dropout", num_bytes=tokens * hidden, formula="T D")] if config.dropout else []),
         Part(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
         Part(

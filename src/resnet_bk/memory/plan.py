@@ -14,6 +14,7 @@ from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
 from resnet_bk.frugal.waiting import UNDER_WAY
 from resnet_bk.memory.activations import (
     COMPUTED_AGAIN,
+    TOKENS_KEPT,
     BlockMoment,
     Part,
     TrainingShape,
@@ -209,6 +210,8 @@ class _Step:
         )
         # Step by block, each micro-batch keeps what it is told of its tokens.
         tables = pieces if strategy.goes_by_block else 1
+        # Its embedding is computed again for the backward pass.
+        kept_tokens = self.shape.tokens if config.token_dropout and not strategy.goes_by_block else 0
         return [
             Part(
                 name="weights",
@@ -222,6 +225,7 @@ class _Step:
                 num_bytes=4 * tables * self.shape.sequence_length * config.rotary_size,
                 formula="4 M N R" if tables > 1 else "4 N R",
             ),
+            Part(name=TOKENS_KEPT, num_bytes=4 * kept_tokens, formula="4 T"),
             Part(
                 name="vectors and scalars",
                 num_bytes=512 * (layers + 1) + 16 * layers * config.num_experts,

@@ -58,6 +58,8 @@ class ResNetBKConfig(PreTrainedConfig):
         dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
             experts adds to the residual stream, of attention's weights, and of what tokens write into each head of the
             resolvent. Pieces of a batch draw their own.
+        token_dropout: share of tokens whose embedding is lost as a whole in training (S. Bowman et al., "Generating
+            sentences from a continuous space", 2016): where a short text is read many times over.
         router_temperature: of the Gumbel-softmax in training.
         router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
         router_bias_update_rate: how far each expert's bias in the choice moves towards an even load after each
@@ -98,6 +100,7 @@ class ResNetBKConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     dropout: float = 0.0
+    token_dropout: float = 0.0
     router_temperature: float = 1.0
     router_aux_loss_coef: float = 0.01
     router_bias_update_rate: float = 0.0
@@ -146,11 +149,15 @@ class ResNetBKConfig(PreTrainedConfig):
         for name in (*not_negative, "layer_norm_eps", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it is a share, give a number from 0 to below 1")
+        self._check_shares()
+        self._check_largest()
+
+    def _check_shares(self) -> None:
+        for name in ("dropout", "token_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, give a number from 0 to below 1")
         if not 0 <= self.bk_blend <= 1:
             raise ValueError(f"bk_blend is {self.bk_blend}; it is a share, give a number from 0 to 1")
-        self._check_largest()
 
     def _check_local_attention(self) -> None:
         if self.local_attention_every < 0:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -217,6 +218,8 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.training and self.config.token_dropout:
+            x_BND = x_BND * F.dropout(torch.ones_like(x_BND[..., :1]), self.config.token_dropout)
         length = x_BND.shape[1]
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
         if document_ids is not None:
