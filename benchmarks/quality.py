@@ -4,11 +4,12 @@
     python benchmarks/quality.py merge --into benchmarks/results/gpu/quality.json other.json
     python benchmarks/quality.py document
 
-`run` trains every cell (study, contestant, rate, dropout, weight decay, seed) in a process of its own, `--jobs` of them
-on each GPU, or on the CPU where there is none, and writes the results after each; what they have is not run again, so
-an interrupted study goes on. The first seed tries all rates with the study's first dropout and weight decay, then the
-other decays at the best rate, then the other dropouts at the best of these; the best of all by the half of the held-out
-text that chooses is trained with the other seeds, and the other half is what claims are made by. Before all else, ours
+`run` trains every cell (study, contestant, rate, dropout, weight decay, dropout of tokens, seed) in a process of its
+own, `--jobs` of them on each GPU, or on the CPU where there is none, and writes the results after each; what they have
+is not run again, so an interrupted study goes on. The first seed tries all rates with the study's first value of
+everything else, then the other decays at the best rate, then the other dropouts at the best of these, then those of
+tokens; the best of all by the half of the held-out text that chooses is trained with the other seeds, and the other
+half is what claims are made by. Before all else, ours
 and attention's steps are timed, in turns and alone; the quicker one is then also trained for as many steps as fit in
 the time of the slower one, where one run has both.
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from quality_study.cells import Cell, Results, choice, keep, merge, nothing
+from quality_study.cells import KNOBS, Cell, Results, choice, keep, merge, nothing
 from quality_study.contestants import CONTESTANTS
 from quality_study.speed import TIMED, step_seconds
 from quality_study.studies import PUBLISHED, STUDIES, Study
@@ -159,16 +160,9 @@ class Runner:
         return torch.cuda.get_device_name(0) if self.devices[0] != "cpu" else "CPU"
 
     def sweep(self, study: Study, contestant: str) -> None:
-        first = Cell(
-            study=study.name,
-            contestant=contestant,
-            rate=study.rates[0],
-            dropout=study.dropouts[0],
-            weight_decay=study.weight_decays[0],
-            seed=study.seeds[0],
-        )
-        knobs = [("rate", study.rates), ("weight_decay", study.weight_decays), ("dropout", study.dropouts)]
-        self.turn(study, first, [], knobs)
+        knobs = [(knob, getattr(study, values)) for knob, values in KNOBS.items()]
+        firsts = {knob: values[0] for knob, values in knobs}
+        self.turn(study, Cell(study=study.name, contestant=contestant, seed=study.seeds[0], **firsts), [], knobs)
 
     def turn(self, study: Study, at: Cell, tried: list[Cell], knobs: list[tuple[str, tuple[float, ...]]]) -> None:
         """Tries all values of the first knob, then of the others, each at the best so far; then the other seeds."""
@@ -184,7 +178,7 @@ class Runner:
                 self.other_seeds(study, self.best([*swept, *self.beside(at)]) or best)
 
         # What was begun is ended first.
-        self.submit_all(study, 0.2 * (3 - len(knobs)), cells, then)
+        self.submit_all(study, 0.2 * (len(KNOBS) - len(knobs)), cells, then)
 
     def best(self, swept: list[Cell]) -> Cell | None:
         """By the loss that chooses; None where not all have run, or all have failed."""
@@ -205,7 +199,7 @@ class Runner:
         longer = self.as_long_as_the_slower(study, best.contestant)
         if longer is not None:
             cells += [msgspec.structs.replace(best, seed=seed, share=longer) for seed in study.seeds]
-        self.submit_all(study, 0.6, cells, lambda: None)
+        self.submit_all(study, 0.2 * len(KNOBS), cells, lambda: None)
 
     def as_long_as_the_slower(self, study: Study, contestant: str) -> float | None:
         """How many times the steps fit in the slower one's time; None for the slower one, and for all others."""

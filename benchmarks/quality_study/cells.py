@@ -8,10 +8,17 @@ Results = dict[str, Any]  # cells and steps by name, and the environments that t
 
 
 WEIGHT_DECAY = 0.1
+# What is tried, as cells name it, and the plural by which a study lists its values; in the order of the sweep.
+KNOBS = {
+    "rate": "rates",
+    "weight_decay": "weight_decays",
+    "dropout": "dropouts",
+    "token_dropout": "token_dropouts",
+}
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One contestant of one study at one rate, dropout, weight decay and seed; ``share`` of the study's steps, 1 but
+    """One contestant of one study at one setting of each knob and with one seed; ``share`` of the study's steps, 1 but
     where time is to be equal."""
 
     study: str
@@ -19,6 +26,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     dropout: float = 0.0
     weight_decay: float = WEIGHT_DECAY
+    token_dropout: float = 0.0
     seed: int
     share: float = 1.0
 
@@ -26,14 +34,19 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         share = "" if self.share == 1 else f"/{self.share:.3f}"
         decay = "" if self.weight_decay == WEIGHT_DECAY else f"/w{self.weight_decay:g}"
-        return f"{self.study}/{self.contestant}/{self.rate:g}/d{self.dropout:g}{decay}/{self.seed}{share}"
+        tokens = f"/t{self.token_dropout:g}" if self.token_dropout else ""
+        return f"{self.study}/{self.contestant}/{self.rate:g}/d{self.dropout:g}{decay}{tokens}/{self.seed}{share}"
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """The cell of a name; the first study's names have no dropout, and none says the usual weight decay."""
+        """The cell of a name; the first study's have no dropout, and none says the usual weight decay or that no tokens
+        are lost."""
         study, contestant, rate, *rest = name.split("/")
-        dropout = float(rest.pop(0)[1:]) if rest[0].startswith("d") else 0.0
-        weight_decay = float(rest.pop(0)[1:]) if rest[0].startswith("w") else WEIGHT_DECAY
+
+        def said(letter: str, otherwise: float) -> float:
+            return float(rest.pop(0)[1:]) if rest[0].startswith(letter) else otherwise
+
+        dropout, weight_decay, token_dropout = said("d", 0.0), said("w", WEIGHT_DECAY), said("t", 0.0)
         seed, *share = rest
         return cls(
             study=study,
@@ -41,6 +54,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
             rate=float(rate),
             dropout=dropout,
             weight_decay=weight_decay,
+            token_dropout=token_dropout,
             seed=int(seed),
             share=float(share[0]) if share else 1.0,
         )

@@ -83,6 +83,7 @@ CONTESTANTS = {
     for contestant in (
         _ours("ours", "ResNet-BK (ours)"),
         _ours("ours-half", "ours, attention in every second block", every=2),
+        _of("ours-no-convolution", "ours, no convolution", conv_size=0, **HYBRID),
         _ours("ours-gated", "ours with real-gated linear attention", decay="gated"),
         _ours("ours-mamba2", "ours with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"),
         # Attention without positions: what the parts were tried with.

@@ -190,13 +190,14 @@ def _failures(results: Results, study: Study) -> dict[str, str]:
 
 def _losses(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     reference = _reference(edition, study)
-    settings = [
-        ("rate", True),
-        ("dropout", len(study.dropouts) > 1),
-        ("weight decay", any(len(row.weight_decays) > 1 for row in found)),
-    ]
-    swept = [name for name, is_shown in settings if is_shown]
-    columns = ["contestant", "parameters", *swept]
+    settings = {
+        "rate": True,
+        "dropout": len(study.dropouts) > 1,
+        "weight_decay": any(len(row.tried["weight_decay"]) > 1 for row in found),
+        "token_dropout": any(len(row.tried["token_dropout"]) > 1 for row in found),
+    }
+    swept = [knob for knob, is_shown in settings.items() if is_shown]
+    columns = ["contestant", "parameters", *(knob.replace("_", " ") for knob in swept)]
     columns += ["test loss ± standard error", "seeds", f"minus {CALLED[study.base]} (95%)"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in found:
@@ -224,14 +225,9 @@ def _who(edition: Edition, row: Row) -> str:
     return f"{edition.labels[row.contestant]}{share}"
 
 
-def _settings(row: Row, names: list[str]) -> list[str]:
-    """Those that were swept: the best of each, and whether more or less of it might have been better still."""
-    found = {
-        "rate": (row.rate, row.has_rate_at_edge),
-        "dropout": (row.dropout, row.has_dropout_at_edge),
-        "weight decay": (row.weight_decay, row.has_weight_decay_at_edge),
-    }
-    return [f"{value:g}{' (edge)' if is_at_edge else ''}" for value, is_at_edge in (found[name] for name in names)]
+def _settings(row: Row, knobs: list[str]) -> list[str]:
+    """The best of each, and whether more or less of it might have been better still."""
+    return [f"{getattr(row.best, knob):g}{' (edge)' if row.is_at_edge(knob) else ''}" for knob in knobs]
 
 
 def _reference(edition: Edition, study: Study) -> Row | None:
@@ -247,7 +243,9 @@ def _answers(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     ]
     for row in found:
         said = [_mean_share(_shares(row, test)) for test in study.tests]
-        lines.append(f"| {edition.labels[row.contestant]} | {row.rate:g} | {len(row.cells)} | {' | '.join(said)} |")
+        lines.append(
+            f"| {edition.labels[row.contestant]} | {row.best.rate:g} | {len(row.cells)} | {' | '.join(said)} |"
+        )
     return lines
 
 

@@ -14,11 +14,11 @@ Corpus = Literal["characters", "embedded"]
 class Study:
     """``rows`` of ``length`` tokens a step.
 
-    Every contestant tries all ``rates`` with the first of ``dropouts`` and of ``weight_decays``, then the other decays
-    at the best rate and the other dropouts at the best of these, with the first seed; the best of all, by what chooses,
-    is then trained with the other seeds. ``base`` is whom tables compare with. With a ``tests`` dictionary what is
-    learned is ``task``, and the tests are what it is asked after training. ``evaluated_tokens`` of each half of the
-    held-out text are read.
+    Every contestant tries all ``rates`` with the first of each other knob's values, then the other ``weight_decays`` at
+    the best rate, the other ``dropouts`` at the best of these and the other ``token_dropouts`` at the best of those,
+    with the first seed; the best of all, by what chooses, is then trained with the other seeds. ``base`` is whom tables
+    compare with. With a ``tests`` dictionary what is learned is ``task``, and the tests are what it is asked after
+    training. ``evaluated_tokens`` of each half of the held-out text are read.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Study:
     length: int
     dropouts: tuple[float, ...] = (0.0,)
     weight_decays: tuple[float, ...] = (WEIGHT_DECAY,)
+    token_dropouts: tuple[float, ...] = (0.0,)
     base: str = "attention"
     corpus: Corpus | None = None
     task: Synthetic | None = None
@@ -59,10 +60,13 @@ RIVALS = ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
 # What might learn less by heart.
 LESS_BY_HEART = (
+    *("ours-no-convolution", "ours-half"),
     *("hybrid-keeps-weights", "hybrid-keeps-writes", "hybrid-no-convolution", "hybrid-half-state", "hybrid-half"),
     *("hybrid-third", "hybrid-vector", "attention-plain"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
+# Where a text is read many times over.
+LOST_TOKENS = (0.0, 0.05, 0.1)
 # Two blocks: one in every fourth would be none.
 MEMORIES = ("ours-half", "attention", "resolvent", "hybrid-half")
 ABLATIONS = (
@@ -96,6 +100,7 @@ def _nanogpt(name: str, steps: int, contestants: tuple[str, ...], **fields: Any)
         "rates": (1e-3, 2e-3),
         "dropouts": (0.3, 0.2, 0.4),
         "weight_decays": (0.1, 1.0),
+        "token_dropouts": LOST_TOKENS,
     }
     return Study(
         name=name,
@@ -174,6 +179,7 @@ STUDIES = {
             rates=(1e-3, 2e-3, 4e-3, 8e-3),
             dropouts=(0.3, 0.4, 0.5),
             weight_decays=(1.0, 2.0, 4.0),
+            token_dropouts=LOST_TOKENS,
         ),
         _small(
             name="ablations",
@@ -249,7 +255,15 @@ STUDIES = {
             rows=64,
             length=512,
         ),
-        _nanogpt("nanogpt-full", 5000, ("ours", "attention"), rates=(1e-3,), dropouts=(0.3,), seeds=(0,)),
+        _nanogpt(
+            "nanogpt-full",
+            5000,
+            ("ours", "attention"),
+            rates=(1e-3,),
+            dropouts=(0.3,),
+            token_dropouts=(0.0,),
+            seeds=(0,),
+        ),
         # For tests and a first look: it says nothing.
         Study(
             name="smoke",

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from quality_study.cells import Cell, Results, choice
+from quality_study.cells import KNOBS, Cell, Results, choice
 from quality_study.studies import Study
 from resnet_bk.chance import t_quantile
 
@@ -16,19 +16,21 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A contestant at the rate, weight decay and dropout that were the best for it; ``cells`` are its seeds', in their
-    order. ``rates``, ``weight_decays`` and ``dropouts`` are those that were tried; ``share`` the part of the study's
-    steps."""
+    """A contestant as it was best: ``best`` is its first seed's cell, ``cells`` what its seeds came to, in their order.
+    ``tried`` are the values of each knob that were."""
 
-    contestant: str
-    rate: float
-    dropout: float
-    weight_decay: float
-    share: float
-    rates: tuple[float, ...]
-    dropouts: tuple[float, ...]
-    weight_decays: tuple[float, ...]
+    best: Cell
+    tried: dict[str, tuple[float, ...]]
     cells: tuple[dict[str, Any], ...]
+
+    @property
+    def contestant(self) -> str:
+        return self.best.contestant
+
+    @property
+    def share(self) -> float:
+        """The part of the study's steps."""
+        return self.best.share
 
     @property
     def losses(self) -> list[float]:
@@ -38,24 +40,10 @@ class Row:
     def parameters(self) -> int:
         return int(self.cells[0]["parameters"])
 
-    @property
-    def has_rate_at_edge(self) -> bool:
-        """Whether a rate beyond those that were tried might have done better."""
-        return _is_at_edge(self.rate, self.rates)
-
-    @property
-    def has_dropout_at_edge(self) -> bool:
-        """The same of dropouts, of which there is none below 0."""
-        return self.dropout > 0 and _is_at_edge(self.dropout, self.dropouts)
-
-    @property
-    def has_weight_decay_at_edge(self) -> bool:
-        """The same of weight decays."""
-        return _is_at_edge(self.weight_decay, self.weight_decays)
-
-
-def _is_at_edge(value: float, tried: tuple[float, ...]) -> bool:
-    return len(tried) > 1 and value in (min(tried), max(tried))
+    def is_at_edge(self, knob: str) -> bool:
+        """Whether a value of the knob beyond those that were tried might have done better. There is none below 0."""
+        value, tried = getattr(self.best, knob), self.tried[knob]
+        return value > 0 and len(tried) > 1 and value in (min(tried), max(tried))
 
 
 def rows(results: Results, study: Study) -> list[Row]:
@@ -74,14 +62,8 @@ def _row(study: Study, cells: dict[Cell, dict[str, Any]]) -> Row:
     best = min(swept, key=lambda cell: choice(cell, cells[cell]))
     mine = [replace(best, seed=seed) for seed in study.seeds]
     return Row(
-        contestant=best.contestant,
-        rate=best.rate,
-        dropout=best.dropout,
-        weight_decay=best.weight_decay,
-        share=best.share,
-        rates=tuple(sorted({cell.rate for cell in swept})),
-        dropouts=tuple(sorted({cell.dropout for cell in swept})),
-        weight_decays=tuple(sorted({cell.weight_decay for cell in swept})),
+        best=best,
+        tried={knob: tuple(sorted({getattr(cell, knob) for cell in swept})) for knob in KNOBS},
         cells=tuple(cells[cell] for cell in mine if cell in cells),
     )
 

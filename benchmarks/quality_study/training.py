@@ -1,4 +1,4 @@
-"""One cell: one contestant of one study, trained at one rate and dropout with one seed."""
+"""One cell: one contestant of one study, trained at one setting with one seed."""
 
 import math
 import time
@@ -59,7 +59,8 @@ def run(cell: Cell, data: Path | None, device: str, threads: int) -> dict[str, A
     study = STUDIES[cell.study]
     text = text_of(study, data)
     vocab_size = (text or study.task).vocab_size
-    shape = {**study.shape, "vocab_size": vocab_size, "dropout": cell.dropout}
+    lost = {"dropout": cell.dropout, "token_dropout": cell.token_dropout}
+    shape = {**study.shape, "vocab_size": vocab_size, **lost}
     model = build(CONTESTANTS[cell.contestant], shape, cell.seed).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = _train(model, study, cell, text)

@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import quality  # noqa: E402
+from quality_study import training  # noqa: E402
 from quality_study.cells import Cell, Results, keep, merge, nothing  # noqa: E402
 from quality_study.contestants import CONTESTANTS, build, config_of  # noqa: E402
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
@@ -32,7 +33,7 @@ from resnet_bk.files import write_json  # noqa: E402
 from resnet_bk.layers import LocalAttention, ResolventMixer  # noqa: E402
 from resnet_bk.layers.memories import memories  # noqa: E402
 from resnet_bk.layers.resolvent import SHORTEST_MEMORY  # noqa: E402
-from resnet_bk.models import ResNetBKConfig  # noqa: E402
+from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 
 SHAPE: dict[str, Any] = {
@@ -221,7 +222,7 @@ def test_a_study_runs_and_goes_on_where_it_was_stopped(tmp_path: Path, said: Sai
 
 
 def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best, ran = {"rate": 2e-3, "weight_decay": 1.0, "dropout": 0.21}, []
+    best, ran = {"rate": 2e-3, "weight_decay": 1.0, "dropout": 0.21, "token_dropout": 0.05}, []
 
     def pretend(_: Any, arguments: tuple[Any, ...], **__: Any) -> Ended:
         cell = arguments[0]
@@ -232,15 +233,17 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
     monkeypatch.setattr(quality, "run_apart", pretend)
     monkeypatch.setattr(quality.Runner, "time_steps", lambda _: None)
     knobs = {"rates": (1e-3, 2e-3), "weight_decays": (0.1, 1.0), "dropouts": (0.1, 0.2, 0.3)}
-    study = replace(STUDIES["smoke"], contestants=("ours",), **knobs)
+    study = replace(STUDIES["smoke"], contestants=("ours",), **knobs, token_dropouts=(0.0, 0.05))
     given = {"out": tmp_path / "q.json", "jobs": 1, "threads": 1, "data": None, "contestants": None, "cells": None}
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
-    # Two rates, one more decay, two more dropouts; then two more seeds of the best.
+    # Two rates, one more decay, two more dropouts, tokens lost too; then two more seeds of the best.
     swept = [(1e-3, 0.1, 0.1), (2e-3, 0.1, 0.1), (2e-3, 1.0, 0.1), (2e-3, 1.0, 0.2), (2e-3, 1.0, 0.3)]
-    assert [(cell.rate, cell.weight_decay, cell.dropout) for cell in ran] == [*swept, *2 * [(2e-3, 1.0, 0.2)]]
-    assert [cell.seed for cell in ran] == [0, 0, 0, 0, 0, 1, 2]
+    settings = [(cell.rate, cell.weight_decay, cell.dropout) for cell in ran]
+    assert settings == [*swept, *3 * [(2e-3, 1.0, 0.2)]]
+    assert [(cell.token_dropout, cell.seed) for cell in ran] == [*5 * [(0, 0)], (0.05, 0), (0.05, 1), (0.05, 2)]
     # What is there is not run again; a better one that was run beside the sweep is what gets the seeds.
-    beside = Cell(study="smoke", contestant="ours", rate=2e-3, weight_decay=1.0, dropout=0.21, seed=0)
+    where = {"rate": 2e-3, "weight_decay": 1.0, "dropout": 0.21, "token_dropout": 0.05}
+    beside = Cell(study="smoke", contestant="ours", **where, seed=0)
     ran.clear()
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     assert not ran
@@ -248,6 +251,20 @@ def test_knobs_are_turned_one_after_another_at_the_best_so_far(tmp_path: Path, m
     quality.Runner([study], argparse.Namespace(**named, stop_after=math.inf)).run()
     quality.Runner([study], argparse.Namespace(**given, stop_after=math.inf)).run()
     assert ran == [beside, *(msgspec.structs.replace(beside, seed=seed) for seed in (1, 2))]
+
+
+def test_a_cell_is_trained_with_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[ResNetBKForCausalLM] = []
+
+    def remembered(*arguments: Any) -> ResNetBKForCausalLM:
+        built.append(build(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(training, "build", remembered)
+    cell = Cell(study="smoke", contestant="ours", rate=4e-3, dropout=0.1, token_dropout=0.2, seed=0)
+    training.run(cell, None, "cpu", 1)
+    config = built[0].config
+    assert (config.dropout, config.token_dropout) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +293,7 @@ def test_a_mistyped_cell_is_one_line(
         (Cell(study="s", contestant="hybrid", rate=2e-3, dropout=0.2, seed=0), "s/hybrid/0.002/d0.2/0"),
         (Cell(study="s", contestant="hybrid", rate=2e-3, seed=1, share=1.25), "s/hybrid/0.002/d0/1/1.250"),
         (Cell(study="s", contestant="hybrid", rate=2e-3, weight_decay=1.0, seed=1), "s/hybrid/0.002/d0/w1/1"),
+        (Cell(study="s", contestant="hybrid", rate=2e-3, token_dropout=0.05, seed=1), "s/hybrid/0.002/d0/t0.05/1"),
     ],
 )
 def test_a_cells_name_says_all_of_it(cell: Cell, name: str) -> None:
@@ -367,13 +385,24 @@ def test_tables_say_which_rates_and_dropouts_are_at_an_edge() -> None:
     assert "| 0.008 |" in lines[2] and "| 0.004 (edge) |" in lines[3]
 
     def at_edge(dropout: float, *tried: float) -> bool:
-        swept: dict[str, Any] = {"contestant": "a", "rate": 1.0, "share": 1.0, "rates": (1.0,), "cells": ()}
-        row = Row(dropout=dropout, dropouts=tried, weight_decay=0.1, weight_decays=(0.1,), **swept)
-        assert not row.has_weight_decay_at_edge
-        return row.has_dropout_at_edge
+        best = Cell(study="s", contestant="a", rate=1.0, dropout=dropout, seed=0)
+        row = Row(best=best, tried={"rate": (1.0,), "dropout": tried, "weight_decay": (0.1,)}, cells=())
+        assert not row.is_at_edge("weight_decay")
+        return row.is_at_edge("dropout")
 
     assert at_edge(0.3, 0.2, 0.3) and at_edge(0.2, 0.2, 0.3) and at_edge(0.1, 0.0, 0.1)
     assert not (at_edge(0.0, 0.0, 0.1) or at_edge(0.2, 0.2) or at_edge(0.2, 0.1, 0.2, 0.3))
+
+
+def test_tables_say_how_many_tokens_were_lost_where_that_was_tried() -> None:
+    edition = _edition(ours={8e-3: [2.0]}, attention={8e-3: [3.0]})
+    study = STUDIES["embedded-1m"]
+    assert "token dropout" not in table(edition, study)
+    losing = Cell(study="embedded-1m", contestant="ours", rate=8e-3, token_dropout=0.1, seed=0)
+    keep(edition.results, "cells", losing.name, {"choosing": 1.5, "test": 1.5, "parameters": 1000}, {"machine": "a"})
+    lines = table(edition, study).splitlines()
+    assert "| rate | token dropout | test loss" in lines[0]
+    assert "| 0.008 | 0.1 (edge) | 1.500 |" in lines[2] and "| 0.008 | 0 | 3.000 |" in lines[3]
 
 
 def test_the_document_is_that_of_its_results() -> None:
