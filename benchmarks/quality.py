@@ -9,9 +9,8 @@ own, `--jobs` of them on each GPU, or on the CPU where there is none, and writes
 is not run again, so an interrupted study goes on. The first seed tries all rates with the study's first value of
 everything else, then the other decays at the best rate, then the other dropouts at the best of these, then those of
 tokens; the best of all by the half of the held-out text that chooses is trained with the other seeds, and the other
-half is what claims are made by. Before all else, ours
-and attention's steps are timed, in turns and alone; the quicker one is then also trained for as many steps as fit in
-the time of the slower one, where one run has both.
+half is what claims are made by. Before all else, ours and attention's steps are timed, in turns and alone; the quicker
+one is then also trained for as many steps as fit in the time of the slower one, where one run has both.
 
 `merge` adds the results of machines that ran side by side, each with contestants or studies of its own.
 `document` writes the tables and figures of docs/quality.md from the results.
