@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_bk.frugal.by_block import backward_by_block
+from resnet_bk.frugal.homes import weight_home
 from resnet_bk.frugal.host import is_host_memory
 from resnet_bk.frugal.optimizer import OffloadedAdamW
-from resnet_bk.frugal.streaming import stream_blocks, weight_home
+from resnet_bk.frugal.streaming import stream_blocks
 from resnet_bk.frugal.waiting import UNDER_WAY, WaitingTensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resnet_bk.frugal.homes import weight_home
 from resnet_bk.frugal.host import is_host_memory
-from resnet_bk.frugal.streaming import stream_blocks, weight_home
+from resnet_bk.frugal.streaming import stream_blocks
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from resnet_bk.frugal.adamw import AdamWSettings, update
 from resnet_bk.frugal.gradients import Courier, HostGradient
+from resnet_bk.frugal.homes import weight_home
 from resnet_bk.frugal.host import host_arena, host_empty
-from resnet_bk.frugal.streaming import weight_home
 
 # What a group of torch's AdamW has besides, so that either loads the other's state and then does the same.
 AS_TORCHS = {

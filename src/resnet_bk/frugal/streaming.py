@@ -9,18 +9,17 @@ Source: S. Rajbhandari et al., "ZeRO-Infinity" (2021).
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_bk.frugal.driver import side_stream
-from resnet_bk.frugal.host import ALIGNMENT, host_empty, is_host_memory
+from resnet_bk.frugal.home_gradients import HomeGradients
+from resnet_bk.frugal.homes import Slot, StreamedBlock, StreamedWeight, has_home
 
 # A slot's tenant is the backward pass that needs it, by the number of its graph task, or a forward pass, or whoever
 # holds its block.
@@ -31,23 +30,6 @@ _NOT_RECOMPUTED = (
     "each by itself, so that backward computes them again (torch.utils.checkpoint.checkpoint(block, ..., "
     "use_reentrant=False)), or run the model under torch.no_grad()"
 )
-
-_MOVED = (
-    "parameters of a streamed block were replaced or moved since (by .to(), .half() or load_state_dict(assign=True), "
-    "say); call remove(device) of the StreamedBlocks first, then change them, then stream the blocks again"
-)
-
-_homes: Any = WeakTensorKeyDictionary()
-
-
-def weight_home(parameter: nn.Parameter) -> Tensor:
-    """Where a parameter's weights are kept: its view of host memory if it is streamed, ``parameter.data`` otherwise.
-
-    An optimizer that updates weights while their block is on the device must write here: what is written to the
-    device's copy is lost.
-    """
-    home: Tensor | None = _homes.get(parameter)
-    return parameter.data if home is None else home
 
 
 def stream_blocks(
@@ -97,9 +79,9 @@ class StreamedBlocks:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self.device = device
         self.before_load: list[Callable[[nn.Module], None]] = []
-        self._blocks = [_Block(block) for block in blocks]
+        self._blocks = [StreamedBlock(block) for block in blocks]
         slot_bytes = max(block.room for block in self._blocks)
-        self._slots = [_Slot(slot_bytes, device) for _ in self._blocks[:2]]
+        self._slots = [Slot(slot_bytes, device) for _ in self._blocks[:2]]
         self._recent = self._slots[-1]
         self._copies = side_stream(device)
         if self._copies is not None:
@@ -108,7 +90,7 @@ class StreamedBlocks:
             self._copies.wait_stream(torch.cuda.current_stream(device))
             for slot in self._slots:
                 slot.memory.record_stream(self._copies)
-        self._gradients = _HostGradients(device)
+        self._gradients = HomeGradients(device)
         self._backwards: set[int] = set()
         self._held: int | None = None
         self._last_forward: int | None = None
@@ -214,7 +196,7 @@ class StreamedBlocks:
                     self._unload(used, checked=ended_well)
             self._settle()
 
-    def _load(self, index: int, tenant: int) -> "_Slot":
+    def _load(self, index: int, tenant: int) -> Slot:
         """Has the block's parameters be the device's, and begins to fetch the block that comes next."""
         block = self._blocks[index]
         self._end_failed_backwards()
@@ -230,7 +212,7 @@ class StreamedBlocks:
             self._install_hooks(block)
         return self._move_in(index, tenant, self._following(index, tenant))
 
-    def _move_in(self, index: int, tenant: int, following: int | None) -> "_Slot":
+    def _move_in(self, index: int, tenant: int, following: int | None) -> Slot:
         """The slot where the block's parameters are from now on; ``following`` is fetched into the other one."""
         block = self._blocks[index]
         for slot in self._slots:
@@ -247,7 +229,7 @@ class StreamedBlocks:
             self._fetch(following, self._other_slot(slot)).is_ahead = True
         return slot
 
-    def _find(self, index: int, tenant: int) -> "_Slot | None":
+    def _find(self, index: int, tenant: int) -> Slot | None:
         """The slot that holds the block as it is at home.
 
         Backward also takes what the forward pass has left: these are the weights that it was computed with.
@@ -258,7 +240,7 @@ class StreamedBlocks:
                 return slot
         return None
 
-    def _fetch(self, index: int, slot: "_Slot") -> "_Slot":
+    def _fetch(self, index: int, slot: Slot) -> Slot:
         """Begins to copy the block's home into a slot."""
         block = self._blocks[index]
         slot.forget()
@@ -275,7 +257,7 @@ class StreamedBlocks:
         slot.holds = index
         return slot
 
-    def _other_slot(self, slot: "_Slot") -> "_Slot":
+    def _other_slot(self, slot: Slot) -> Slot:
         return next((other for other in self._slots if other is not slot), slot)
 
     def _following(self, index: int, tenant: int) -> int | None:
@@ -286,7 +268,7 @@ class StreamedBlocks:
         self._came_before[index] = last if last is not None and last < index else None
         return index + 1 if index + 1 < len(self._blocks) else None
 
-    def _unload(self, slot: "_Slot", *, checked: bool = False) -> None:
+    def _unload(self, slot: Slot, *, checked: bool = False) -> None:
         """Ends the use of a slot: the block's parameters are the host's again."""
         if slot.tenant is None or slot.holds is None:
             return
@@ -341,7 +323,7 @@ class StreamedBlocks:
         if not self._backwards and all(slot.tenant is None for slot in self._slots):
             self._gradients.settle()
 
-    def _install_hooks(self, block: "_Block") -> None:
+    def _install_hooks(self, block: StreamedBlock) -> None:
         """Has gradients of the block leave the device as they are made."""
         for weight in block.weights:
             if not weight.parameter.requires_grad:
@@ -356,7 +338,7 @@ class StreamedBlocks:
             take = functools.partial(_take_gradient, owner)
             weight.hooks[1:] = [weight.parameter.register_post_accumulate_grad_hook(take)]  # type: ignore[no-untyped-call]
 
-    def _slot_of(self, tensor: Tensor) -> "_Slot | None":
+    def _slot_of(self, tensor: Tensor) -> Slot | None:
         if tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()._cdata
@@ -449,231 +431,7 @@ class _OnceAtLast:
         self(in_order=False)
 
 
-class _Slot:
-    """Room on the device for one block's weights."""
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.storage = self.memory.untyped_storage()._cdata
-        self.holds: int | None = None
-        self.versions: tuple[int, ...] = ()
-        self.is_ahead = False
-        self.tenant: int | None = None
-        self._stream: Any = None
-        self.copied, self.unused = _events(device)
-
-    def occupy(self, tenant: int) -> None:
-        """What the current stream does from here on finds the weights there."""
-        self.tenant = tenant
-        if self.copied is not None:
-            # Remembered, as the slot may be vacated from another thread, with another current stream.
-            self._stream = torch.cuda.current_stream(self.memory.device)
-            self._stream.wait_event(self.copied)
-
-    def vacate(self) -> None:
-        """Returns when the home has been read; the weights stay for what the stream has yet to do."""
-        self.tenant = None
-        if self.copied is not None:
-            self.unused.record(self._stream)
-            self.copied.synchronize()
-
-    def forget(self) -> None:
-        """What is there must not be used any more."""
-        self.holds, self.is_ahead = None, False
-
-
-@dataclass(eq=False)
-class _Weight:
-    """A parameter, its home, and where it is in each slot."""
-
-    parameter: nn.Parameter
-    home: Tensor
-    on_device: list[Tensor] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-
-
-class _Block:
-    """A module and the places of its parameters, in host memory and in the slots."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.weights: list[_Weight] = []
-        # Each dtype's home, and where it begins in a slot, in bytes.
-        self.homes: list[tuple[Tensor, int]] = []
-        self.room = 0
-        self._places: dict[torch.dtype, tuple[int, int, list[tuple[nn.Parameter, int]]]] = {}
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in module.parameters():
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for dtype, parameters in by_dtype.items():
-            start, end = _aligned(self.room), 0
-            places = []
-            for parameter in parameters:
-                begin = _aligned(end)
-                places.append((parameter, begin))
-                end = begin + parameter.numel() * dtype.itemsize
-            self._places[dtype] = (start, end, places)
-            self.room = start + end
-
-    @torch.no_grad()
-    def move_in(self, slots: Sequence[_Slot], device: torch.device) -> None:
-        """Takes the parameters to their homes and the buffers to the device."""
-        for dtype, (start, num_bytes, places) in self._places.items():
-            flat = host_empty(num_bytes // dtype.itemsize, dtype=dtype)
-            self.homes.append((flat, start))
-            rooms = [slot.memory[start : start + num_bytes].view(dtype) for slot in slots]
-            for parameter, begin in places:
-                home = _view_like(flat, begin // dtype.itemsize, parameter).copy_(parameter)
-                weight = _Weight(parameter, home, [_view_like(room, begin // dtype.itemsize, home) for room in rooms])
-                self.weights.append(weight)
-                _homes[parameter] = home
-                _relocate(parameter, home, torch.device("cpu"))
-        for buffer in self.module.buffers():
-            buffer.data = buffer.data.to(device)
-
-    @torch.no_grad()
-    def move_out(self, device: torch.device) -> None:
-        """Makes the parameters ordinary tensors on a device."""
-        for weight in self.weights:
-            for hook in weight.hooks:
-                hook.remove()
-            _homes.pop(weight.parameter, None)
-            # A parameter that was replaced or moved since is not ours any more.
-            if _is_at(weight.parameter, weight.home):
-                place = torch.empty_strided(
-                    weight.home.shape, weight.home.stride(), dtype=weight.home.dtype, device=device
-                )
-                _relocate(weight.parameter, place.copy_(weight.home), device)
-        for buffer in self.module.buffers():
-            buffer.data = buffer.data.to(device)
-        self.weights, self.homes = [], []
-
-    def versions(self) -> tuple[int, ...]:
-        """Changes when somebody writes to the parameters, or to their homes."""
-        parameters = [weight.parameter._version for weight in self.weights]
-        return (*parameters, *(home._version for home, _ in self.homes))
-
-    def check_at_home(self) -> None:
-        """Raises RuntimeError if the parameters are not those that were streamed."""
-        now = {id(parameter) for parameter in self.module.parameters()}
-        if now != {id(weight.parameter) for weight in self.weights}:
-            raise RuntimeError(_MOVED)
-        if not all(_is_at(weight.parameter, weight.home) for weight in self.weights):
-            raise RuntimeError(_MOVED)
-
-    def copy_to(self, memory: Tensor) -> None:
-        for home, start in self.homes:
-            memory[start : start + home.nbytes].view(home.dtype).copy_(home, non_blocking=True)
-
-    def use(self, slot: int) -> None:
-        """Has the parameters be those of a slot, by its number."""
-        for weight in self.weights:
-            weight.parameter.data = weight.on_device[slot]
-
-    def go_home(self) -> None:
-        for weight in self.weights:
-            weight.parameter.data = weight.home
-
-
-class _HostGradients:
-    """Takes gradients to host memory as backward makes them, and adds them up there.
-
-    A parameter's gradient is in the same memory in every step.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = side_stream(device)
-        self._aside: dict[nn.Parameter, Tensor] = {}
-        self._memory: Any = WeakTensorKeyDictionary()
-        self._landing: dict[torch.dtype, Tensor] = {}
-        self._arriving: tuple[Any, Tensor, Tensor] | None = None
-
-    def put_aside(self, parameter: nn.Parameter) -> None:
-        """Before a gradient comes, which is the device's and cannot be added to one on the host."""
-        if type(parameter.grad) is Tensor:
-            self._aside[parameter], parameter.grad = parameter.grad, None
-
-    @torch.no_grad()
-    def take(self, parameter: nn.Parameter) -> None:
-        """Takes a gradient that has come; what an optimizer has put in its place is left there."""
-        gradient = parameter.grad
-        if type(gradient) is not Tensor:
-            return
-        total = self._aside.pop(parameter, None)
-        if total is None:
-            total = self._copied(gradient, self._place(parameter, gradient))
-        else:
-            self._add(total, gradient)
-        # All that needed this weight has been computed: it can go home before its block does, which it must, as a
-        # parameter and its gradient are on one device.
-        parameter.grad = None
-        parameter.data = weight_home(parameter)
-        parameter.grad = total
-
-    def take_what_is_left(self, parameters: Iterable[nn.Parameter]) -> None:
-        """After an error: somebody's hook may have raised before ours."""
-        for parameter in parameters:
-            if parameter.grad is not None and not is_host_memory(parameter.grad):
-                self.take(parameter)
-
-    def settle(self) -> None:
-        """Returns when every gradient is complete, all parameters being the host's."""
-        self._wait()
-        while self._aside:
-            # autograd.grad has asked for this one as a value.
-            parameter, gradient = self._aside.popitem()
-            parameter.grad = gradient
-
-    def _add(self, total: Tensor, gradient: Tensor) -> None:
-        if self._stream is None or gradient.device.type != "cuda":
-            self._wait()
-            total.add_(gradient)
-            return
-        self._add_what_arrived()
-        landed = self._copied(gradient, self._landing_for(gradient))
-        self._arriving = (self._stream.record_event(), total, landed)
-
-    def _add_what_arrived(self) -> None:
-        # One gradient behind, so that the copy of each goes on while backward computes the next.
-        if self._arriving is not None:
-            arrived, total, landed = self._arriving
-            self._arriving = None
-            # The sum may itself have been on its way to the host: its copy was earlier in the same stream.
-            arrived.synchronize()
-            total.add_(landed)
-
-    def _wait(self) -> None:
-        self._add_what_arrived()
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _copied(self, gradient: Tensor, place: Tensor) -> Tensor:
-        """``place``, to which the gradient has been copied, or will have been when the stream gets there."""
-        if self._stream is None or gradient.device.type != "cuda":
-            return place.copy_(gradient)
-        self._stream.wait_stream(torch.cuda.current_stream(gradient.device))
-        with torch.cuda.stream(self._stream):
-            place.copy_(gradient, non_blocking=True)
-        # The allocator may give the memory to somebody else only behind this copy.
-        gradient.record_stream(self._stream)
-        return place
-
-    def _place(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        place: Tensor | None = self._memory.get(parameter)
-        if place is None or place.dtype != gradient.dtype or place.shape != gradient.shape:
-            flat = host_empty(gradient.numel(), dtype=gradient.dtype)
-            # An optimizer may go through weights and gradients side by side, whatever the strides.
-            place = self._memory[parameter] = _view_like(flat, 0, parameter)
-        return place
-
-    def _landing_for(self, gradient: Tensor) -> Tensor:
-        landing = self._landing.get(gradient.dtype)
-        if landing is None or landing.numel() < gradient.numel():
-            landing = self._landing[gradient.dtype] = host_empty(gradient.numel(), dtype=gradient.dtype)
-        return landing[: gradient.numel()].view(gradient.shape)
-
-
-def _put_aside(owner: "weakref.ref[StreamedBlocks]", weight: "weakref.ref[_Weight]", _gradient: Tensor) -> None:
+def _put_aside(owner: "weakref.ref[StreamedBlocks]", weight: "weakref.ref[StreamedWeight]", _gradient: Tensor) -> None:
     streamed, streamed_weight = owner(), weight()
     task = torch._C._current_graph_task_id()
     if streamed is not None and streamed_weight is not None and task != -1 and streamed._held is None:
@@ -696,34 +454,6 @@ def _uncached_autocast() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
-
-
-def _events(device: torch.device) -> tuple[Any, Any]:
-    if device.type != "cuda":
-        return None, None
-    return torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _view_like(flat: Tensor, begin: int, like: Tensor) -> Tensor:
-    """A view of ``flat`` with the shape of a tensor, and its strides if it has no gaps: kernels choose by them."""
-    strides = torch.empty_like(like, device="meta").stride()
-    return flat.as_strided(like.shape, strides, flat.storage_offset() + begin)
-
-
-def _is_at(parameter: nn.Parameter, place: Tensor) -> bool:
-    return parameter.data_ptr() == place.data_ptr() and parameter.device == place.device
-
-
-def _relocate(parameter: nn.Parameter, place: Tensor, device: torch.device) -> None:
-    """Has a parameter be ``place``, which holds its weights, and its gradient go to that device too."""
-    gradient, parameter.grad = parameter.grad, None
-    parameter.data = place
-    if gradient is not None:
-        parameter.grad = gradient.to(device)
 
 
 def _check_blocks(blocks: Sequence[nn.Module], model: nn.Module | None) -> None:
@@ -755,7 +485,7 @@ def _check_blocks(blocks: Sequence[nn.Module], model: nn.Module | None) -> None:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if parameter in _homes:
+    if has_home(parameter):
         raise ValueError(f"{name} is streamed already; call remove(device) of its StreamedBlocks first")
     if type(parameter.data) is not Tensor or parameter.layout is not torch.strided or parameter.is_meta:
         raise ValueError(f"{name} is not an ordinary dense tensor with values; only those can be streamed")
