@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import TEXT, TRAINING, checkpoint_of, contents
 
+from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.data import TextTokenizer
 
@@ -264,6 +265,29 @@ def test_any_model_of_transformers_is_planned_from_its_configuration(cli, tmp_pa
     assert needs["offloaded optimizer"] < needs["full checkpointing"] < needs["mixed precision"]
     outcome = cli(*words)
     assert outcome.code == 0 and "A training step with AdamW, traced" in outcome.out
+    heads = next(line for line in outcome.out.splitlines() if "GPU needs" in line)
+    cells = next(line for line in outcome.out.splitlines() if line.startswith("│ fp32"))
+    found = dict(zip(*([cell.strip() for cell in line[1:-1].split(line[0])] for line in (heads, cells)), strict=True))
+    plain = document["strategies"][0]
+    assert found["GPU needs"] == format_bytes(plain["gpu_bytes"]) and found["fits"] == "yes"
+    assert found["host needs"] == format_bytes(plain["host_bytes"])
+    assert found["reserved"] == format_bytes(plain["footprint"]["reserved_bytes"])
+    longer = cli("plan", "--model", f"hf:{tmp_path}", "--sequence-length", "4096")
+    assert longer.code == 2 and "is for at most 2,048 tokens" in longer.err
+
+
+def test_the_printed_command_keeps_the_budget_and_the_device(cli):
+    words = ["plan", "--preset", "tiny", "--batch-size", "4", "--sequence-length", "64"]
+    chosen = cli(*words, "--gpu-memory", "4GB", "--host-memory", "8GB", "--json").document["chosen"]
+    assert "--gpu-memory 4GB --host-memory 8GB" in chosen["command"] and "--device" not in chosen["command"]
+    on_cpu = cli(*words, "--device", "cpu")
+    assert "--device cpu --out" in on_cpu.out and "waiting for the processor" in on_cpu.out
+    assert "GPU needs" not in on_cpu.out
+
+
+def test_what_does_not_fit_is_said_before_the_tables(cli):
+    said = cli("plan", "--preset", "tiny", "--gpu-memory", "1MB").out
+    assert 0 < said.index("Nothing fits") < said.index("Parameters")
 
 
 def test_a_machine_is_calibrated_once_and_planned_with(cli, workspace, monkeypatch, tmp_path):

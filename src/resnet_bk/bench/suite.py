@@ -195,9 +195,13 @@ def _check_models(setup: Setup) -> None:
 
 def _continued(previous: Report, fresh: Report, path: Path) -> Report:
     """The earlier report if it is of the same benchmark; a different one is not overwritten."""
-    for what, key in (("settings", "profile"), ("workload", "workload"), ("models", "contestants")):
+    for what, key in (
+        ("settings differ", "profile"),
+        ("workload differs", "workload"),
+        ("models differ", "contestants"),
+    ):
         if msgspec.json.encode(getattr(previous, key)) != msgspec.json.encode(getattr(fresh, key)):
-            raise UserError(f"{path} is of another benchmark (its {what} differ); choose another --out")
+            raise UserError(f"{path} is of another benchmark (its {what}); choose another --out")
     if previous.environment != fresh.environment:
         raise UserError(
             f"{path} was measured on another machine, with other versions or another commit; choose another --out"

@@ -103,9 +103,9 @@ class EvalCommand:
         if self.json:
             print_json(document)
             return
-        which = "held-out part of" if document["split"] == "validation" else "all of"
+        which = "the held-out part of" if document["split"] == "validation" else "all of"
         lines = [
-            f"{document['checkpoint']} on the {which} {document['data']}, {document['tokens']:,} tokens",
+            f"{document['checkpoint']} on {which} {document['data']}, {document['tokens']:,} tokens",
             f"  loss           {document['loss']:.4f} nats a token",
             f"  perplexity     {document['perplexity']:.2f}",
             f"  bits a byte    {document['bits_per_byte']:.4f}",

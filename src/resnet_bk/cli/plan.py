@@ -78,6 +78,7 @@ class PlanCommand:
         """Plans and prints."""
         if self.num_gpus != 1:
             self._check_several()
+        self._check_used()
         if self.foreign is not None:
             from resnet_bk.cli.plan_foreign import plan_foreign
 
@@ -103,6 +104,27 @@ class PlanCommand:
             raise UserError(
                 "--num-gpus is for GPUs and the device is a CPU; name a card with --device, or leave --num-gpus out"
             )
+
+    def _check_used(self) -> None:
+        """Nothing is given that would have no effect."""
+        fields = [f"--{name.replace('_', '-')}" for name in given(self.model)]
+        of_presets = dict.fromkeys(fields, True) | {
+            "--preset": self.preset != PlanCommand.preset,
+            "--explain": self.explain,
+            "--verify": self.verify,
+        }
+        budgets = {"--gpu-memory": self.gpu_memory is not None, "--host-memory": self.host_memory is not None}
+        pieces = {"--micro-batch-size": self.micro_batch_size is not None}
+        figure = {"--figure": self.figure is not None}
+        unused, what = figure, "a plan of one model"
+        if self.foreign is not None:
+            unused, what = of_presets | figure | {"--ladder": self.ladder}, "--model"
+        elif self.ladder:
+            unused, what = of_presets | budgets | pieces, "--ladder"
+        for name, is_given in unused.items():
+            if is_given:
+                mend = "add --ladder, or leave it out" if name == "--figure" and what != "--model" else "leave one out"
+                raise UserError(f"{name} has no effect on {what}; {mend}")
 
     def budget(self) -> "Budget":
         """What was said of memory; of a device that was named, all it has."""
@@ -155,20 +177,21 @@ class PlanCommand:
         self._introduce(config, training, plan)
         if predictions:
             tables.print_choice(predictions[0], budget, self._command(predictions[0], budget))
+        if refusal:
+            tables.print_refusal(**refusal)
         result_console.print(tables.parameter_table(plan))
         if self.preset == "seed" and not given(self.model):
             result_console.print(tables.seed_table(plan))
         tables.print_weights(plan)
         result_console.print(tables.activation_table(plan))
-        result_console.print(tables.strategy_table(plan, self.planned_device(), budget))
+        if self.planned_device().machine.kind == "cuda":
+            result_console.print(tables.strategy_table(plan, self.planned_device(), budget))
         for prediction in predictions:
             if self.explain:
                 tables.print_explanation(config, prediction)
         if self.verify:
             tables.print_verification(*self._verified(config, training))
-        if refusal:
-            tables.print_refusal(**refusal)
-        elif not predictions:
+        if not predictions and not refusal:
             result_console.print("Give --gpu-memory, --host-memory or --device to have the fastest way that fits.")
 
     def _config(self) -> "ResNetBKConfig":
@@ -266,9 +289,13 @@ class PlanCommand:
             if value != default[name]:
                 words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         if self.gpu_memory is not None and budget.gpu_bytes is not None:
-            words += ["--gpu-memory", str(budget.gpu_bytes) if self.gpu_memory == "auto" else self.gpu_memory]
+            words += ["--gpu-memory", f"{budget.gpu_bytes}B" if self.gpu_memory == "auto" else self.gpu_memory]
             if ranks > 1:
                 words += ["--strategy", "given"]  # each of them would search ways for a single GPU
+        if self.host_memory is not None and ranks == 1:
+            words += ["--host-memory", self.host_memory]
+        if prediction.device.machine.kind == "cpu":
+            words += ["--device", "cpu"]
         return shlex.join([*words, "--out", f"runs/{self.preset}"])
 
     def _document(

@@ -22,6 +22,9 @@ def plan_foreign(name: str, rows: int, sequence_length: int, budget: Budget, dev
     config = _config_of(name.removeprefix(PREFIX))
     if min(rows, sequence_length) < 1:
         raise UserError("batch_size, micro_batch_size and sequence_length must be at least 1")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(f"{name} is for at most {longest:,} tokens; give a --sequence-length up to that")
     remark(f"tracing steps of {rows} x {sequence_length} tokens as {device.name} would run them ...")
     try:
         found = plan(_model_function(config), _batch(rows, sequence_length), budget=budget, device=device)
@@ -87,7 +90,9 @@ def _print(what: str, found: ModulePlan) -> None:
     columns = ("", "tensors", "allocated", "reserved", "GPU needs", "host needs", "fits")
     table = new_table("A training step with AdamW, traced", *columns)
     for row in found.predictions:
-        sizes = (*asdict(row.footprint).values(), row.gpu_bytes, row.host_bytes)
+        on_card = row.footprint
+        traced = (on_card.tensor_bytes, on_card.allocated_bytes, on_card.reserved_bytes)
+        sizes = (*traced, row.gpu_bytes, row.host_bytes)
         verdict = {None: "", True: "yes", False: "no"}[row.fits]
         table.add_row(row.strategy.name, *(format_bytes(size) for size in sizes), verdict)
     table.caption = "GPU needs: the driver's context, and reserved memory with 3% for the timing of copies."

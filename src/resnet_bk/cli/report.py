@@ -56,7 +56,7 @@ class ReportCommand:
     def _one(self, report: Path) -> None:
         from resnet_bk.report.write import write_report
 
-        pdf, html = self._paths(report.with_suffix(".pdf"))
+        pdf, html = self._paths(report.parent / f"{report.stem or 'report'}.pdf")
         write_report(report, pdf_path=pdf, html_path=html)
         if self.json:
             print_json({"report": str(report), **_files(pdf, html)})
@@ -68,7 +68,7 @@ class ReportCommand:
 
         from resnet_bk.report.write import write_comparison
 
-        pdf, html = self._paths(second.with_name(f"{COMPARISON}.pdf"))
+        pdf, html = self._paths(second.parent / f"{COMPARISON}.pdf")
         found = write_comparison(first, second, pdf_path=pdf, html_path=html)
         if self.json:
             changed = msgspec.to_builtins(found)
@@ -80,7 +80,7 @@ class ReportCommand:
     def _paths(self, default: Path) -> tuple[Path, Path | None]:
         pdf = self.out or default
         if self.html is None:
-            return pdf, pdf.with_suffix(".html")
+            return pdf, pdf.parent / f"{pdf.stem}.html"
         return pdf, None if str(self.html) == "none" else self.html
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+from resnet_bk.errors import UserError
 from resnet_bk.frugal.activations import IN_FLIGHT, MIN_BYTES
 from resnet_bk.frugal.gradients import DEPARTURES, LANDING_PLACES
 from resnet_bk.frugal.waiting import UNDER_WAY
@@ -45,6 +46,16 @@ AT_THE_LOSS, WHERE_BACKWARD_BEGINS = "at the loss", "where backward begins"
 AT_THE_EMBEDDING = "at the embedding's gradient"
 
 
+LEAST_BUDGET = 10**6  # with less, a unit was forgotten
+
+
+def _amount(words: str) -> int:
+    size = parse_bytes(words)
+    if size < LEAST_BUDGET:
+        raise UserError(f"{words!r} is less than a megabyte; was a unit meant, like {words.strip()}GB?")
+    return size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Bytes there are; None where nothing was said."""
@@ -59,7 +70,7 @@ class Budget:
         Raises:
             UserError: one cannot be read.
         """
-        sizes = (None if words is None else parse_bytes(words) for words in (gpu, host))
+        sizes = (None if words is None else _amount(words) for words in (gpu, host))
         gpu_bytes, host_bytes = sizes
         return cls(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
 

@@ -136,6 +136,8 @@ def read_report(path: Path) -> Report:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make one with `resnet-bk bench`") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the report in it: {path / 'report.json'}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
     _check_kind(path, raw)
