@@ -116,14 +116,13 @@ class PlanCommand:
         budgets = {"--gpu-memory": self.gpu_memory is not None, "--host-memory": self.host_memory is not None}
         pieces = {"--micro-batch-size": self.micro_batch_size is not None}
         figure = {"--figure": self.figure is not None}
-        unused, what = figure, "a plan of one model"
+        unused, what, mend = figure, "a plan of one model", "add --ladder, or leave it out"
         if self.foreign is not None:
-            unused, what = of_presets | figure | {"--ladder": self.ladder}, "--model"
+            unused, what, mend = of_presets | figure | {"--ladder": self.ladder}, "--model", "leave one out"
         elif self.ladder:
-            unused, what = of_presets | budgets | pieces, "--ladder"
+            unused, what, mend = of_presets | budgets | pieces, "--ladder", "leave one out"
         for name, is_given in unused.items():
             if is_given:
-                mend = "add --ladder, or leave it out" if name == "--figure" and what != "--model" else "leave one out"
                 raise UserError(f"{name} has no effect on {what}; {mend}")
 
     def budget(self) -> "Budget":

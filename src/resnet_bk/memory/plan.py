@@ -52,7 +52,7 @@ LEAST_BUDGET = 10**6  # with less, a unit was forgotten
 def _amount(words: str) -> int:
     size = parse_bytes(words)
     if size < LEAST_BUDGET:
-        raise UserError(f"{words!r} is less than a megabyte; was a unit meant, like {words.strip()}GB?")
+        raise UserError(f"{words!r} is less than a megabyte; write an amount with its unit, like 4GB")
     return size
 
 
