@@ -174,7 +174,7 @@ MISTAKES = [
     (["plan", "--gpu-memory", "-4GB"], "above 0, like 12GB"),
     (["plan", "--gpu-memory", "1e30GB"], "more than an exabyte"),
     (["plan", "--gpu-memory", "auto", "--device", "cpu"], "asks for a GPU and there is none"),
-    (["plan", "--gpu-memory", "4"], "'4' is less than a megabyte; write an amount with its unit, like 4GB"),
+    (["plan", "--gpu-memory", "4"], "'4' is less than a kilobyte; write an amount with its unit, like 4GB"),
     (["plan", "--ladder", "--gpu-memory", "4GB"], "--gpu-memory has no effect on --ladder"),
     (["plan", "--ladder", "--preset", "1b"], "--preset has no effect on --ladder"),
     (["plan", "--model", "hf:gpt2", "--num-layers", "3"], "--num-layers has no effect on --model"),

@@ -46,13 +46,13 @@ AT_THE_LOSS, WHERE_BACKWARD_BEGINS = "at the loss", "where backward begins"
 AT_THE_EMBEDDING = "at the embedding's gradient"
 
 
-LEAST_BUDGET = 10**6  # with less, a unit was forgotten
+LEAST_BUDGET = 10**3  # with less, a unit was forgotten
 
 
 def _amount(words: str) -> int:
     size = parse_bytes(words)
     if size < LEAST_BUDGET:
-        raise UserError(f"{words!r} is less than a megabyte; write an amount with its unit, like 4GB")
+        raise UserError(f"{words!r} is less than a kilobyte; write an amount with its unit, like 4GB")
     return size
 
 
