@@ -283,6 +283,7 @@ def test_the_printed_command_keeps_the_budget_and_the_device(cli):
     on_cpu = cli(*words, "--device", "cpu")
     assert "--device cpu --out" in on_cpu.out and "waiting for the processor" in on_cpu.out
     assert "GPU needs" not in on_cpu.out
+    assert cli(*words, "--device", "cpu", "--json").document["chosen"]["cost"]["bound_by"] == "the processor"
 
 
 def test_what_does_not_fit_is_said_before_the_tables(cli):

@@ -113,14 +113,17 @@ class PlanCommand:
             "--explain": self.explain,
             "--verify": self.verify,
         }
-        budgets = {"--gpu-memory": self.gpu_memory is not None, "--host-memory": self.host_memory is not None}
-        pieces = {"--micro-batch-size": self.micro_batch_size is not None}
+        of_steps = {
+            "--gpu-memory": self.gpu_memory is not None,
+            "--host-memory": self.host_memory is not None,
+            "--micro-batch-size": self.micro_batch_size is not None,
+        }
         figure = {"--figure": self.figure is not None}
         unused, what, mend = figure, "a plan of one model", "add --ladder, or leave it out"
         if self.foreign is not None:
             unused, what, mend = of_presets | figure | {"--ladder": self.ladder}, "--model", "leave one out"
         elif self.ladder:
-            unused, what, mend = of_presets | budgets | pieces, "--ladder", "leave one out"
+            unused, what, mend = of_presets | of_steps, "--ladder", "leave one out"
         for name, is_given in unused.items():
             if is_given:
                 raise UserError(f"{name} has no effect on {what}; {mend}")
@@ -165,7 +168,7 @@ class PlanCommand:
         from resnet_bk.memory.plan import make_plan
         from resnet_bk.training.strategy import training_shape
 
-        config, training, budget = self._config(), self._training(), self.budget()
+        config, training, budget, device = self._config(), self._training(), self.budget(), self.planned_device()
         plan = make_plan(config, training_shape(training), budget)
         predictions, refusal = self._searched(config, training, budget)
         if self.json:
@@ -183,8 +186,8 @@ class PlanCommand:
             result_console.print(tables.seed_table(plan))
         tables.print_weights(plan)
         result_console.print(tables.activation_table(plan))
-        if self.planned_device().machine.kind == "cuda":
-            result_console.print(tables.strategy_table(plan, self.planned_device(), budget))
+        if device.machine.kind == "cuda":
+            result_console.print(tables.strategy_table(plan, device, budget))
         for prediction in predictions:
             if self.explain:
                 tables.print_explanation(config, prediction)

@@ -131,9 +131,8 @@ def print_choice(prediction: Prediction, budget: Budget, command: str) -> None:
     room = "" if budget.host_bytes is None else f" of {format_bytes(budget.host_bytes)}"
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in prediction.host_parts.items())
     result_console.print(f"host {format_bytes(prediction.host_bytes)}{room}: {parts}", soft_wrap=True)
-    bound_by = "the processor" if device.machine.kind == "cpu" else cost.bound_by
     result_console.print(
-        f"about {cost.tokens_per_second:,.0f} tokens/s, {cost.seconds:.2g} s a step, waiting for {bound_by} "
+        f"about {cost.tokens_per_second:,.0f} tokens/s, {cost.seconds:.2g} s a step, waiting for {prediction.bound_by} "
         "(a model of costs, good to tell one way from another)",
         soft_wrap=True,
     )
@@ -219,7 +218,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "memory_is": "traced",
         "host_bytes": prediction.host_bytes,
         "host_parts": prediction.host_parts,
-        "cost": {**asdict(prediction.cost), "bound_by": prediction.cost.bound_by},
+        "cost": {**asdict(prediction.cost), "bound_by": prediction.bound_by},
     }
 
 

@@ -25,9 +25,9 @@ from resnet_bk.planner.devices import Device
 FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 # Python and the driver, for one block's forward or backward pass, beside what runs of those before.
 LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
-FORWARD_SHARE = 1 / 3  # of a step
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
 REPLAY_SECONDS = 1.4e-3
+FORWARD_SHARE = 1 / 3  # of a step's time on the device
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
 # Python for the updates of a block's parameters, of which each is one: 0.15 ms for each of some twenty.
@@ -177,11 +177,11 @@ def _host_seconds(
     """The update, and adding up gradients that cross with every micro-batch, which takes as long."""
     if not strategy.offload_optimizer:
         return 0.0
-    rate, launches = device.rates.host_updates, num_layers * UPDATE_SECONDS
-    updating = counts.total / rate / (HALF_MOMENTS_SPEEDUP if strategy.half_moments else 1) + launches
+    rate, in_python = device.rates.host_updates, num_layers * UPDATE_SECONDS
+    updating = counts.total / rate / (HALF_MOMENTS_SPEEDUP if strategy.half_moments else 1) + in_python
     if strategy.goes_by_block:  # gradients are added up on the device, in float32
         return updating
-    adding = counts.total / rate + launches
+    adding = counts.total / rate + in_python
     factor = HALF_GRADIENTS_FACTOR if strategy.half_weights else 1
     return factor * (updating + (shape.micro_batches - 1) * adding)
 

@@ -63,6 +63,11 @@ class Prediction:
         """The sum of the host's parts."""
         return sum(self.host_parts.values())
 
+    @property
+    def bound_by(self) -> str:
+        """What a step waits for; a machine without a GPU has one processor for all of it."""
+        return "the processor" if self.device.machine.kind == "cpu" else self.cost.bound_by
+
     def missing(self, budget: Budget) -> int:
         """Bytes by which this exceeds a budget, of the two memories the one that misses more; 0 or less if it fits."""
         on_device = self.gpu_bytes if self.device.machine.kind == "cuda" else self.footprint.tensor_bytes
