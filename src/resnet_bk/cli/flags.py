@@ -107,7 +107,7 @@ class ModelFlags:
     """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights
     and the resolvent's writes."""
     token_dropout: Annotated[float | None, preset("FLOAT")] = None
-    """Share of tokens whose whole embedding is lost in training; for short texts that are read many times."""
+    """Share of tokens that one learned embedding stands for in training; for short texts that are read many times."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None
     """Temperature of the Gumbel-softmax in training."""
     router_aux_loss_coef: Annotated[float | None, preset("FLOAT")] = None

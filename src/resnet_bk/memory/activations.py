@@ -258,7 +258,7 @@ def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: boo
     return [
         *([Part(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
         Part(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
-        *([Part(name=TOKENS_KEPT, num_bytes=4 * tokens, formula="4 T")] if config.token_dropout else []),
+        *([Part(name=TOKENS_KEPT, num_bytes=tokens, formula="T")] if config.token_dropout else []),
         *([Part(name="dropout", num_bytes=tokens * hidden, formula="T D")] if config.dropout else []),
         Part(name="final norm", num_bytes=tokens * (4 * hidden + 8), formula="T (4 D + 8)"),
         Part(

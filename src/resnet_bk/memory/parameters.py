@@ -11,6 +11,7 @@ from resnet_bk.models.configuration import Mixer
 COMPONENTS = {
     "embed_tokens": "token embedding",
     "embed_positions": "position embedding",
+    "lost_token": "lost tokens' embedding",
     "lm_head": "head",
     ".moe.router": "router",
     ".moe.up": "experts",

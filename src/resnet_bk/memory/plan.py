@@ -236,7 +236,7 @@ class _Step:
                 num_bytes=4 * tables * self.shape.sequence_length * config.rotary_size,
                 formula="4 M N R" if tables > 1 else "4 N R",
             ),
-            Part(name=TOKENS_KEPT, num_bytes=4 * kept_tokens, formula="4 T"),
+            Part(name=TOKENS_KEPT, num_bytes=kept_tokens, formula="T"),
             Part(
                 name="vectors and scalars",
                 num_bytes=512 * (layers + 1) + 16 * layers * config.num_experts,

@@ -58,8 +58,9 @@ class ResNetBKConfig(PreTrainedConfig):
         dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
             experts adds to the residual stream, of attention's weights, and of what tokens write into each head of the
             resolvent. Pieces of a batch draw their own.
-        token_dropout: share of tokens whose embedding is lost as a whole in training (S. Bowman et al., "Generating
-            sentences from a continuous space", 2016): where a short text is read many times over.
+        token_dropout: share of tokens that are lost as a whole in training: one learned embedding stands for all of
+            them (S. Bowman et al., "Generating sentences from a continuous space", 2016). Where a short text is read
+            many times over.
         router_temperature: of the Gumbel-softmax in training.
         router_aux_loss_coef: weight of the load-balancing loss in training; 0 turns it off.
         router_bias_update_rate: how far each expert's bias in the choice moves towards an even load after each

@@ -96,6 +96,9 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         residual = 1 / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, ResNetBKModel):
+            if module.lost_token is not None:
+                init.normal_(module.lost_token, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -140,6 +143,8 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
         )
+        # In place of what is lost: zeros at a text's start stay zeros, where norms have an unbounded gradient.
+        self.lost_token = nn.Parameter(torch.empty(config.hidden_size)) if config.token_dropout else None
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_block(config, mixer) for mixer in config.layer_mixers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -218,8 +223,9 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.training and self.config.token_dropout:
-            x_BND = x_BND * F.dropout(torch.ones_like(x_BND[..., :1]), self.config.token_dropout)
+        if self.training and self.lost_token is not None:
+            is_lost_BN1 = torch.rand_like(x_BND[..., :1], dtype=torch.float32) < self.config.token_dropout
+            x_BND = torch.where(is_lost_BN1, self.lost_token.to(x_BND.dtype), x_BND)
         length = x_BND.shape[1]
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
         if document_ids is not None:
