@@ -66,7 +66,7 @@ def test_tokens_are_lost_as_a_whole_in_training_alone(mixer: str) -> None:
         hidden(one, seed)
     ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
     embedded = one.model.embed_tokens(ids).detach()
-    lost_token = one.model.lost_token.detach()
+    lost_token = one.model.lost_token.weight.detach()
     is_lost = torch.stack([(x == lost_token).all(-1) for x in entered])
     assert float(is_lost.float().mean()) == pytest.approx(0.25, abs=0.04)
     for x, lost in zip(entered, is_lost, strict=True):
@@ -79,7 +79,7 @@ def test_a_lost_token_keeps_its_place() -> None:
     entered: list[torch.Tensor] = []
     one.model.layers[0].register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
     hidden(one, 0)
-    there = one.model.lost_token + one.model.embed_positions.weight[None, :24]
+    there = one.model.lost_token.weight + one.model.embed_positions.weight[None, :24]
     torch.testing.assert_close(entered[0], there.detach().expand(2, -1, -1))
 
 
@@ -91,7 +91,7 @@ def test_gradients_stay_what_they_are_where_a_text_begins_with_lost_tokens(mixer
         torch.manual_seed(0)
         one(ids, labels=ids).loss.backward()
         if fields:
-            assert one.model.lost_token.grad.norm() > 0
+            assert one.model.lost_token.weight.grad.norm() > 0
         return torch.stack([parameter.grad.norm() for parameter in one.parameters()]).norm()
 
     assert gradients(token_dropout=0.9) < 3 * gradients()
@@ -99,11 +99,11 @@ def test_gradients_stay_what_they_are_where_a_text_begins_with_lost_tokens(mixer
 
 def test_only_what_loses_tokens_has_an_embedding_for_them_and_it_is_saved(tmp_path: Path) -> None:
     one, without = model("resolvent", 0.0, token_dropout=0.25), model("resolvent", 0.0)
-    assert set(one.state_dict()) - set(without.state_dict()) == {"model.lost_token"}
-    assert float(one.model.lost_token.detach().std()) == pytest.approx(one.config.initializer_range, rel=0.3)
+    assert set(one.state_dict()) - set(without.state_dict()) == {"model.lost_token.weight"}
+    assert float(one.model.lost_token.weight.detach().std()) == pytest.approx(one.config.initializer_range, rel=0.3)
     one.save_pretrained(tmp_path)
     again = ResNetBKForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again.model.lost_token, one.model.lost_token)
+    assert torch.equal(again.model.lost_token.weight, one.model.lost_token.weight)
 
 
 @pytest.mark.parametrize("name", ["dropout", "token_dropout"])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -96,9 +95,6 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         residual = 1 / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, ResNetBKModel):
-            if module.lost_token is not None:
-                init.normal_(module.lost_token, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -143,11 +139,13 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
         )
-        # In place of what is lost: zeros at a text's start stay zeros, where norms have an unbounded gradient.
-        self.lost_token = nn.Parameter(torch.empty(config.hidden_size)) if config.token_dropout else None
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_block(config, mixer) for mixer in config.layer_mixers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # In place of what is lost: zeros at a text's start stay zeros, where norms have an unbounded gradient. It is
+        # drawn once and last, so that the same seed starts all else as without it.
+        nothing_drawn = torch.empty(1, config.hidden_size)
+        self.lost_token = nn.Embedding.from_pretrained(nothing_drawn, freeze=False) if config.token_dropout else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -225,7 +223,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training and self.lost_token is not None:
             is_lost_BN1 = torch.rand_like(x_BND[..., :1], dtype=torch.float32) < self.config.token_dropout
-            x_BND = torch.where(is_lost_BN1, self.lost_token.to(x_BND.dtype), x_BND)
+            x_BND = torch.where(is_lost_BN1, self.lost_token.weight.to(x_BND.dtype), x_BND)
         length = x_BND.shape[1]
         key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
         if document_ids is not None:
