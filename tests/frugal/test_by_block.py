@@ -134,6 +134,57 @@ def held(streamed, optimizer):
     return holding
 
 
+class Unseeded(InParts):
+    """As one writes it without a thought of random numbers."""
+
+    def stem(self, piece):
+        return self.model.embed(self.pieces[piece])
+
+
+def test_one_piece_is_a_plain_step_random_numbers_and_all():
+    plain, ours = twins()
+    waiting = WaitingTensors(DEVICE)
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        for step in range(2):
+            (piece,) = batches(1, step)
+            if model is plain:
+                x, scalars = model.embed(piece), []
+                for block in model.blocks:
+                    x, scalar = block(x)
+                    scalars.append(scalar)
+                model.end(x, piece, scalars).backward()
+            else:
+                backward_by_block(Unseeded(model, [piece]), 1, waiting)
+        drawn = torch.rand(3)
+        if model is plain:
+            expected = drawn
+    assert torch.equal(drawn, expected)
+    assert_same_gradients(ours, plain)
+
+
+def test_pieces_draw_numbers_of_their_own_in_every_step():
+    _, ours = twins(depth=2)
+    masks: dict[int, list[torch.Tensor]] = {}
+
+    class Logged(Unseeded):
+        def through(self, block, piece, x):
+            state = torch.get_rng_state()
+            masks.setdefault(self.blocks.index(block), []).append(F.dropout(torch.ones(64), 0.5) > 0)
+            torch.set_rng_state(state)
+            return block(x)
+
+    waiting = WaitingTensors(DEVICE)
+    for step in range(2):
+        backward_by_block(Logged(ours, batches(3, step)), 3, waiting)
+    for of_block in masks.values():
+        # Forward and backward of a step meet the same, and nothing else does.
+        assert len({tuple(mask.tolist()) for mask in of_block}) == 6 and len(of_block) == 12
+        assert torch.equal(torch.stack(of_block[:3]), torch.stack(of_block[3:6]))
+    with pytest.raises(ValueError, match="num_pieces is 0"):
+        backward_by_block(Unseeded(ours, []), 0, waiting)
+
+
 @pytest.mark.parametrize("offloaded", [False, True], ids=["torch's optimizer", "offloaded optimizer"])
 @pytest.mark.parametrize("streams", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in backward"])
@@ -146,8 +197,6 @@ def test_training_with_held_blocks_is_plain_training(offloaded, streams, in_back
     if offloaded:
         optimizer = OffloadedAdamW(ours.parameters(), lr=0.01, blocks=ours.blocks)
     streamed = stream_blocks(list(ours.blocks), DEVICE, model=ours) if streams else None
-    if streamed is not None and optimizer is not None:
-        streamed.before_load.append(optimizer.synchronize)
     ends = [*ours.embed.parameters(), *ours.head.parameters()]
     stepping = optimizer or torch.optim.AdamW(ours.parameters(), lr=0.01, fused=True)
     waiting = WaitingTensors(DEVICE)

@@ -3,12 +3,14 @@
 import copy
 import gc
 import itertools
+import time
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from resnet_bk.frugal.adamw import update
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.optimizer import OffloadedAdamW, host_gradient
 from resnet_bk.memory.tracking import TensorTracker
@@ -540,3 +542,133 @@ def test_weights_return_in_the_order_of_the_blocks(monkeypatch):
     optimizer.step()
     optimizer.synchronize()
     assert updated == [0, 0, 1, 1, 2, 2]
+
+
+def slowly(monkeypatch):
+    """Has each update take so long that it has not ended when ``step`` returns."""
+
+    def slow(*arguments, **options):
+        time.sleep(0.02)
+        update(*arguments, **options)
+
+    monkeypatch.setattr("resnet_bk.frugal.optimizer.update", slow)
+
+
+@pytest.mark.parametrize("part", ["model", "block", "module in a block"])
+def test_weights_loaded_behind_a_step_stay_what_was_loaded(monkeypatch, part):
+    slowly(monkeypatch)
+    model = nn.Sequential(perceptron(), perceptron())
+    optimizer = OffloadedAdamW(model.parameters(), lr=0.1, blocks=model)
+    whole = {"model": model, "block": model[1], "module in a block": model[1][2]}[part]
+    best = copy.deepcopy(whole.state_dict())
+    model[1](model[0](inputs(0)).sum(-1, keepdim=True).expand(-1, 10)).square().sum().backward()
+    optimizer.step()
+    whole.load_state_dict(best)
+    optimizer.synchronize()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, best[name]), name
+    assert all(torch.equal(optimizer.master(weight), weight) for weight in model.parameters())
+
+
+def test_a_change_that_an_update_writes_over_is_an_error_and_not_lost_in_silence(monkeypatch):
+    slowly(monkeypatch)
+    model = perceptron()
+    optimizer = OffloadedAdamW(model.parameters(), blocks=[model])
+    backward(model, 0)
+    optimizer.step()
+    with torch.no_grad():
+        model[0].weight.mul_(0.9)
+    with pytest.raises(RuntimeError, match=r"call synchronize\(\) of the OffloadedAdamW"):
+        model(inputs(1))
+    backward(model, 1)
+    optimizer.step()
+    optimizer.synchronize()
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+    model(inputs(1))
+    assert (optimizer.master(model[0].weight) == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_frozen_at_first_and_trained_later_is_trained_as_by_torch(dtype):
+    ours, torchs = perceptron(), perceptron()
+    ours.to(dtype)
+    for model in (ours, torchs):
+        model[2].requires_grad_(False)
+    optimizer = OffloadedAdamW(groups(ours), blocks=[ours])
+    reference = torch.optim.AdamW(groups(torchs), fused=True)
+    for step in range(6):
+        for model, chosen in ((ours, optimizer), (torchs, reference)):
+            model[2].requires_grad_(step >= 2)
+            chosen.zero_grad()
+            model(inputs(step).to(model[0].weight.dtype)).square().sum().backward()
+            chosen.step()
+    optimizer.synchronize()
+    for chosen in (optimizer, reference):
+        steps = {index: int(entry["step"]) for index, entry in chosen.state_dict()["state"].items()}
+        assert steps == {0: 6, 1: 4, 2: 6, 3: 4, 4: 6, 5: 6}
+    if dtype == torch.float32:
+        assert_same_weights(ours, torchs)
+    else:
+        assert not torch.equal(ours[2].weight, perceptron()[2].weight.to(dtype))
+
+
+def test_the_state_of_what_is_frozen_since_is_loaded_too():
+    model, again = perceptron(), perceptron()
+    optimizer = OffloadedAdamW(model.parameters())
+    backward(model, 0)
+    optimizer.step()
+    again[2].requires_grad_(False)
+    other = OffloadedAdamW(again.parameters())
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    again[2].requires_grad_(True)
+    for one, chosen in ((model, optimizer), (again, other)):
+        chosen.zero_grad()
+        backward(one, 1)
+        chosen.step()
+    assert_same_weights(model, again)
+
+
+def test_a_second_optimizer_takes_over_what_the_first_one_has_begun(monkeypatch):
+    slowly(monkeypatch)
+    ours, torchs = perceptron(), perceptron()
+    first, reference = (
+        OffloadedAdamW(ours.parameters(), blocks=[ours]),
+        torch.optim.AdamW(torchs.parameters(), fused=True),
+    )
+    for model, chosen in ((ours, first), (torchs, reference)):
+        backward(model, 0)
+        chosen.step()
+        chosen.zero_grad()
+        backward(model, 1)  # for the second one
+    second = OffloadedAdamW(ours.parameters(), blocks=[ours])
+    later = torch.optim.AdamW(torchs.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    for model, chosen in ((ours, second), (torchs, later)):
+        backward(model, 2)
+        chosen.step()
+    second.synchronize()
+    assert_same_weights(ours, torchs)
+    with pytest.raises(RuntimeError, match="another OffloadedAdamW was made for these parameters"):
+        first.step()
+    assert_same_weights(ours, torchs)
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_half_weights_go_on_bit_for_bit_whichever_is_loaded_first(order):
+    def trained(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            model(inputs(step).bfloat16()).square().sum().backward()
+            optimizer.step()
+
+    model, again = perceptron().bfloat16(), perceptron().bfloat16()
+    optimizer, other = (OffloadedAdamW(one.parameters(), lr=1e-4) for one in (model, again))
+    trained(model, optimizer, range(3))
+    saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for loader, state in list(zip((again, other), saved, strict=True))[:: 1 if order == "model first" else -1]:
+        loader.load_state_dict(state)
+    for one, chosen in ((model, optimizer), (again, other)):
+        trained(one, chosen, range(3, 6))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(optimizer.master(a), other.master(b))

@@ -12,6 +12,8 @@ Source: B. Pudipeddi et al., "Training Large Neural Networks with Constant Memor
 (2020), for the order.
 """
 
+import ctypes
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -65,7 +67,9 @@ def backward_by_block(
 ) -> None:
     """Adds the gradients of the sum of the pieces' losses to those that parameters have.
 
-    Each piece meets the random numbers that it would meet on its way through the whole model.
+    The first piece meets the random numbers that it would meet on its way through the whole model, as in a step of one
+    piece; each further one has numbers of its own. Behind it torch's generators are where the first piece's loss has
+    left them.
 
     Args:
         model: computes in whatever precision it chooses.
@@ -75,7 +79,12 @@ def backward_by_block(
         holding: a context around everything that is done with one block, given the block that is next, too: it has the
             weights be there, and takes the gradients away at its end. It is entered twice for each block.
         holding_ends: the same for what is outside of blocks, around all of backward.
+
+    Raises:
+        ValueError: there is no piece.
     """
+    if num_pieces < 1:
+        raise ValueError(f"num_pieces is {num_pieces}; give at least 1")
     hold = holding or (lambda *_: nullcontext())
     random = _RandomStates(waiting.device)
     try:
@@ -84,6 +93,7 @@ def backward_by_block(
             gradients = _backward_from_the_loss(model, num_pieces, waiting, random, scalars)
             _backward_through_blocks(model, num_pieces, waiting, random, hold, gradients, passes)
             _backward_to_the_stem(model, num_pieces, waiting, random)
+        random.restore("end")
     finally:
         waiting.end()
 
@@ -102,6 +112,8 @@ def _forward(
     through = model.through if passes is None else passes.forward
     scalars: list[list[Tensor]] = [[] for _ in range(num_pieces)]
     for piece in range(num_pieces):
+        if piece:
+            random.branch(("stem", 0), piece)
         random.keep(("stem", piece))
         waiting.put((0, piece), model.stem(piece))
         random.keep((0, piece))
@@ -131,7 +143,11 @@ def _backward_from_the_loss(
     for piece, (x,) in enumerate(waiting.each([[(last, piece)] for piece in range(num_pieces)])):
         random.restore((last, piece))
         leaves = [scalar.detach().requires_grad_() for scalar in scalars[piece]]
-        model.loss(piece, x.requires_grad_(), leaves).backward()  # type: ignore[no-untyped-call]
+        loss = model.loss(piece, x.requires_grad_(), leaves)
+        if not piece:
+            random.keep("end")
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
         gradients.append([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
         _put_gradient(waiting, last, piece, _gradient_of(x))
     return gradients
@@ -199,6 +215,19 @@ class _RandomStates:
     def keep(self, moment: Any) -> None:
         on_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         self._states[moment] = torch.get_rng_state(), on_device
+
+    def branch(self, moment: Any, number: int) -> None:
+        """Begins other numbers, which depend on those of a moment and on ``number``."""
+        # Read where they are: they are ordinary tensors where a step is only imagined, too.
+        states = [
+            ctypes.string_at(state.data_ptr(), state.nbytes) for state in self._states[moment] if state is not None
+        ]
+        drawn = hashlib.sha256(b"".join(states) + number.to_bytes(8)).digest()
+        seed = int.from_bytes(drawn[:8]) >> 1
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                torch.cuda.manual_seed(seed)
 
     def restore(self, moment: Any) -> None:
         on_host, on_device = self._states[moment]

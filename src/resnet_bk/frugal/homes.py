@@ -1,8 +1,9 @@
 """Where blocks' weights are: at home in host memory, and in slots on the device while their block computes."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ _MOVED = (
 )
 
 _homes: Any = WeakTensorKeyDictionary()
+_writers: Any = WeakTensorKeyDictionary()
 
 
 def has_home(parameter: nn.Parameter) -> bool:
@@ -31,6 +33,25 @@ def weight_home(parameter: nn.Parameter) -> Tensor:
     """
     home: Tensor | None = _homes.get(parameter)
     return parameter.data if home is None else home
+
+
+class Writer(Protocol):
+    """Who writes a parameter's weights in the background."""
+
+    def arrive(self) -> None:
+        """Returns when what is being written is there."""
+
+
+def written_by(parameter: nn.Parameter, writer: Writer) -> None:
+    """Has whoever is about to read a parameter's weights wait for ``writer``, as long as it lives."""
+    _writers[parameter] = weakref.ref(writer)
+
+
+def writer_of(parameter: nn.Parameter) -> Writer | None:
+    """Who may be writing a parameter's weights."""
+    reference = _writers.get(parameter)
+    writer: Writer | None = None if reference is None else reference()
+    return writer
 
 
 class Slot:

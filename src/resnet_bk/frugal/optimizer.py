@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from resnet_bk.frugal.adamw import AdamWSettings, update
 from resnet_bk.frugal.gradients import Courier, HostGradient
-from resnet_bk.frugal.homes import weight_home
+from resnet_bk.frugal.homes import weight_home, writer_of, written_by
 from resnet_bk.frugal.host import host_arena, host_empty
 
 # What a group of torch's AdamW has besides, so that either loads the other's state and then does the same.
@@ -45,18 +45,24 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     ``has_begun`` says whether that has updated any since it was entered last.
 
-    Masters follow a weight that was changed in place from outside (``load_state_dict``, say), at the next step.
+    Masters follow a weight that was changed in place from outside (``load_state_dict``, say), at the next step; not one
+    that was changed through ``.data``, which torch does not count as a change. Between ``step`` and the next forward
+    pass call ``synchronize`` before weights inside ``blocks`` are changed by hand; their modules' ``state_dict`` and
+    ``load_state_dict`` do it themselves. A frozen parameter gets its master and moments when it is first trained. Where
+    another one is made for the same parameters, it takes them over.
 
     Args:
         params: parameters or groups, on their device (or streamed: the update then goes to their home in host memory).
         lr, betas, eps, weight_decay: of every group that does not say otherwise.
         moments_dtype: ``torch.float32``, or ``torch.bfloat16`` with stochastic rounding: half the memory.
-        blocks: modules whose parameters nobody uses but through their forward.
+        blocks: modules whose parameters nobody uses but through their forward, in the order in which they run.
         device: where gradients come from, if not where the parameters are now.
         seed: of the stochastic rounding.
 
     Raises:
         ValueError: a value does not fit.
+        RuntimeError: from ``step``, another one has taken the parameters over; or from whoever waits for them, weights
+            inside ``blocks`` were changed while their update was on its way.
 
     Source: J. Ren et al., "ZeRO-Offload" (2021).
     """
@@ -76,26 +82,31 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ) -> None:
         _check(lr, betas, eps, weight_decay, moments_dtype)
         self._moments_dtype, self._seed = moments_dtype, seed
-        self._courier = None if device is None else Courier(device)
+        self._courier = None if device is None else Courier(torch.device(device))
         self._slots: dict[nn.Parameter, _Slot] = {}
+        self._places: dict[nn.Parameter, tuple[weakref.ref[nn.Module], int]] = {}
         self._in_backward = self.has_begun = False
         self._held: set[nn.Parameter] = set()
         self._squares: list[float] = []
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
         for turn, block in enumerate(blocks, start=1):
-            for parameter in block.parameters():
-                if parameter in self._slots:
-                    self._slots[parameter].block, self._slots[parameter].turn = weakref.ref(block), turn
-            before_use = partial(_before_use, weakref.ref(self))
+            place = weakref.ref(block), turn
+            self._places.update((parameter, place) for parameter in block.parameters())
+            before_use = partial(_before_use, weakref.ref(self), place[0])
             block.register_forward_pre_hook(before_use)
-            block.register_state_dict_pre_hook(before_use)  # type: ignore[no-untyped-call]
+            for module in block.modules():
+                module.register_state_dict_pre_hook(before_use)  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_pre_hook(before_use)  # type: ignore[no-untyped-call]
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCHS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group's masters and moments are allocated."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check_group(group)
-        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
+        self._begin([parameter for parameter in group["params"] if parameter.requires_grad], group)
+
+    def _begin(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Allocates what belongs to parameters, which are trained from now on."""
         for parameter in parameters:
             if not parameter.is_floating_point() or not local_tensor(parameter).is_contiguous():
                 raise ValueError("OffloadedAdamW takes contiguous parameters of floating-point types")
@@ -106,7 +117,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         masters = host_arena(shapes, torch.float32, pinned=False)
         first, second = (host_arena(shapes, self._moments_dtype, pinned=False) for _ in range(2))
         for parameter, master, exp_avg, exp_avg_sq in zip(parameters, masters, first, second, strict=True):
-            self._slots[parameter] = _Slot(
+            _take_over(parameter)
+            block, turn = self._places.get(parameter, (None, 0))
+            self._slots[parameter] = slot = _Slot(
                 parameter=parameter,
                 group=group,
                 index=len(self._slots),
@@ -115,9 +128,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 exp_avg_sq=exp_avg_sq.zero_(),
                 step=torch.zeros(()),
                 version=parameter._version,
+                block=block,
+                turn=turn,
             )
+            is_trained = parameter.requires_grad  # of what is frozen, torch takes no hooks
+            parameter.requires_grad_(True)
             parameter.grad_dtype = None  # sums are float32, whatever the weights are
-            parameter.register_post_accumulate_grad_hook(partial(_take, weakref.ref(self)))
+            take = partial(_take, weakref.ref(self))
+            slot.hook = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+            parameter.requires_grad_(is_trained)
+            written_by(parameter, slot)
 
     @contextmanager
     def updating_in_backward(self) -> Iterator[None]:
@@ -155,6 +175,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._begin_thawed()
         slots = [slot for slot in self._slots.values() if slot.parameter.grad is not None]
         for slot in slots:
             if host_gradient(slot.parameter) is None:  # assigned by hand
@@ -166,6 +187,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if slot.block is None:
                 slot.arrive()
         return loss
+
+    def _begin_thawed(self) -> None:
+        for group in self.param_groups:
+            thawed = [
+                parameter
+                for parameter in group["params"]
+                if parameter.grad is not None and parameter.requires_grad and parameter not in self._slots
+            ]
+            if thawed:
+                self._begin(thawed, group)
 
     def norm_in_backward(self) -> float:
         """Norm of the gradients by which ``updating_in_backward`` has updated last; waits for these updates."""
@@ -202,7 +233,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of torch's AdamW.
 
-        Masters that are not the weights, when these are rounded to the weights' type, become the weights.
+        The model's may be loaded before or after it. Masters that are then not the weights, when these are rounded to
+        the weights' type, become the weights.
         """
         self.synchronize()
         super().load_state_dict({**state_dict, "state": {}})
@@ -212,6 +244,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         for index, parameter, group in zip(saved, parameters, groups, strict=True):
+            if index in state_dict["state"] and parameter not in self._slots:
+                self._begin([parameter], group)  # it was trained, and is frozen now
             if parameter in self._slots:
                 self._slots[parameter].group = group  # torch has replaced them
                 self._slots[parameter].load(state_dict["state"].get(index, {}))
@@ -259,6 +293,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
         slot.follow()
         squares = self._squares if self._in_backward else None
         work = partial(self._updated, slot, _settings(slot.group), self._courier.moment(), squares)
+        if slot.is_taken_over:
+            raise RuntimeError(
+                "another OffloadedAdamW was made for these parameters since, and updates them; use that one, or make "
+                "this one anew"
+            )
         if gradient is not None:
             slot.future = self._courier.bring(gradient, work)
         else:
@@ -288,12 +327,14 @@ class _Slot:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    version: int  # of the parameter, when the master was last known to be it
+    version: int | None  # of the parameter, when the master was last known to be it
     gradient: Tensor | None = None
     block: "weakref.ref[nn.Module] | None" = None
     turn: int = 0  # of its block among the blocks, from 1 on
     future: Future[None] | None = None
     event: Any = None
+    hook: Any = None  # of the parameter's gradient
+    is_taken_over: bool = False  # by another optimizer
 
     def weights(self) -> Tensor:
         """What the master is written to."""
@@ -301,12 +342,19 @@ class _Slot:
 
     def arrive(self) -> None:
         """Returns when the weights have their new values, for whoever uses them next on the current stream."""
+        was_changed = False
         if self.future is not None:
             self.future.result()
             self.future = None
+            was_changed = self.parameter._version != self.version
         if self.event is not None:
             torch.cuda.current_stream(self.parameter.device).wait_event(self.event)
             self.event = None
+        if was_changed:
+            raise RuntimeError(
+                "weights were changed in place while their update was on its way, and the change is lost; call "
+                "synchronize() of the OffloadedAdamW between its step and such changes"
+            )
 
     def follow(self) -> None:
         """The master becomes the weights where those were changed from outside.
@@ -341,7 +389,8 @@ class _Slot:
                 moment.zero_()
         if "master" in state:
             self.master.copy_(local_tensor(state["master"]))
-        self._agree()
+        # Whether they are the weights shows at the next use: these may be loaded behind it.
+        self.version = None
 
 
 def host_gradient(parameter: nn.Parameter) -> HostGradient | None:
@@ -369,10 +418,26 @@ def _take(reference: "weakref.ref[OffloadedAdamW]", parameter: nn.Parameter) -> 
         optimizer._taken(parameter)
 
 
-def _before_use(reference: "weakref.ref[OffloadedAdamW]", block: nn.Module, *_: Any) -> None:
+def _before_use(reference: "weakref.ref[OffloadedAdamW]", block: "weakref.ref[nn.Module]", *_: Any) -> None:
     optimizer = reference()
     if optimizer is not None:
-        optimizer.synchronize(block)
+        optimizer.synchronize(block())
+
+
+@torch.no_grad()
+def _take_over(parameter: nn.Parameter) -> None:
+    """Ends another optimizer's care for a parameter: its updates are there, and so is the gradient."""
+    slot = writer_of(parameter)
+    if not isinstance(slot, _Slot):
+        return
+    slot.arrive()
+    slot.hook.remove()
+    slot.is_taken_over = True
+    gradient = host_gradient(parameter)
+    if gradient is not None:
+        gradient.wait()
+        plain = gradient.host.to(gradient.device, copy=True)
+        parameter.grad = like_dtensor(plain, parameter.grad) if isinstance(parameter.grad, DTensor) else plain
 
 
 def _settings(group: dict[str, Any]) -> AdamWSettings:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from resnet_bk.frugal.driver import side_stream
 from resnet_bk.frugal.home_gradients import HomeGradients
-from resnet_bk.frugal.homes import Slot, StreamedBlock, StreamedWeight, has_home
+from resnet_bk.frugal.homes import Slot, StreamedBlock, StreamedWeight, has_home, writer_of
 
 # A slot's tenant is the backward pass that needs it, by the number of its graph task, or a forward pass, or whoever
 # holds its block.
@@ -69,8 +69,9 @@ class StreamedBlocks:
 
     Attributes:
         device: where the blocks compute.
-        before_load: called with a block before its weights are read from host memory, which can be one block before it
-            runs. Whoever writes homes in the background waits here until that block's are complete.
+        before_load: a list of what is called with a block before its weights are read from host memory, which can be
+            one block before it runs. ``OffloadedAdamW`` is waited for without it; whoever else writes homes in the
+            background appends what returns when that block's are complete.
 
     Whatever happens in a pass, an error or an interrupt too, the blocks are idle when it has ended: parameters are the
     host's, and gradients that had arrived are there.
@@ -244,6 +245,10 @@ class StreamedBlocks:
         """Begins to copy the block's home into a slot."""
         block = self._blocks[index]
         slot.forget()
+        for weight in block.weights:
+            writer = writer_of(weight.parameter)
+            if writer is not None:
+                writer.arrive()
         for wait in self.before_load:
             wait(block.module)
         slot.versions = block.versions()

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from resnet_bk.frugal.checkpointing import checkpoint_blocks
-from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.frugal.precision import half_weights
 from resnet_bk.frugal.streaming import StreamedBlocks, stream_blocks
 from resnet_bk.memory.activations import TrainingShape
@@ -42,7 +41,7 @@ def prepare_training(model: ResNetBKForCausalLM, config: TrainingConfig, device:
         optimizer = build_offloaded_optimizer(model, config, device, blocks=blocks)
         if config.half_weights:
             half_weights(model, AUTOCAST_DTYPES[config.precision], keep=stays_float32)
-        streamed = _place(model, optimizer, config, device)
+        streamed = _place(model, config, device)
         if config.goes_by_block:
             by_block = ByBlock(optimizer, streamed, device)
     else:
@@ -72,14 +71,11 @@ def describe_strategy(config: TrainingConfig) -> str:
     return ", ".join(words)
 
 
-def _place(
-    model: ResNetBKForCausalLM, optimizer: OffloadedAdamW, config: TrainingConfig, device: torch.device
-) -> StreamedBlocks | None:
+def _place(model: ResNetBKForCausalLM, config: TrainingConfig, device: torch.device) -> StreamedBlocks | None:
     if not config.stream_weights:
         _move(model, device)
         return None
     streamed = stream_blocks(list(model.model.layers), device)
-    streamed.before_load.append(optimizer.synchronize)
     for name, module in model.model.named_children():
         if name != "layers":
             _move(module, device)
