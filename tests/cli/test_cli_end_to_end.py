@@ -82,6 +82,32 @@ def test_a_run_that_is_done_stays_as_it_is(cli, workspace, steps):
     assert contents(workspace) == before
 
 
+def test_a_run_goes_on_in_less_memory_to_the_same_weights(cli, workspace):
+    less = ["--checkpointing", "offload", "--offload-optimizer", "True", "--stream-weights", "True"]
+    written = ["--save-every", "1", "--log-every", "1", "--keep-checkpoints", "3"]
+    assert cli("train", "--data", "book.txt", "--out", "long", *TRAINING, "--steps", "7").code == 0
+    before = json.loads((workspace / "run" / "run.json").read_text())
+    found = cli("train", "--resume", "run", "--steps", "7", *less, *written)
+    assert "a step block by block" in found.err
+    assert same(weights("run", 7), weights("long", 7))
+    after = json.loads((workspace / "run" / "run.json").read_text())
+    changed = {name for name, value in after["training"].items() if value != before["training"][name]}
+    assert changed == {"steps", "checkpointing", "offload_optimizer", "stream_weights", "save_every", "log_every"} | (
+        {"keep_checkpoints"} if before["training"]["keep_checkpoints"] != 3 else set()
+    )
+    assert [path.name for path in sorted((workspace / "run" / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in (5, 6, 7)
+    ]
+
+
+def test_a_short_held_out_text_is_measured_once_at_the_end(cli, workspace):
+    for tokens, times in (("1000000", 1), ("20", 2)):
+        assert cli("train", "--data", "book.txt", "--out", tokens, *TRAINING, "--eval-tokens", tokens).code == 0
+        lines = [json.loads(line) for line in (workspace / tokens / "metrics.jsonl").read_text().splitlines()]
+        last = [entry for entry in lines if entry["step"] == 4 and "validation_loss" in entry]
+        assert len(last) == times
+
+
 def test_flags_that_repeat_the_record_are_welcome_on_resume(cli, workspace):
     assert cli("train", "--resume", "run", *TRAINING[2:]).code == 0
 

@@ -136,6 +136,14 @@ MISTAKES = [
     ([*NEW, "--config", "run/tokenizer.json"], "give the one that a run folder holds"),
     (["train", "--resume", "nowhere"], "not a run folder.*train --out nowhere"),
     (["train", "--resume", "hollow"], "not a run folder.*train --out hollow"),
+    (["train", "--resume", "book.txt"], "not a run folder but a file; give the folder"),
+    (["train", "--resume", "run/checkpoints/step-00000004"], "is a checkpoint; give its run, run$"),
+    (
+        ["train", "--resume", "run", "--mixer", "attention", "--seed", "5"],
+        "--mixer, --seed differ from.*leave them out",
+    ),
+    (["train", "--resume", "run", "--moments", "bf16"], "--moments differs from.*leave it out"),
+    (["train", "--resume", "run", "--steps", "9", "--stream-weights", "True"], "stream_weights needs the masters"),
     (["train", "--resume", "run", "--out", "new"], "leave out --out"),
     (["train", "--resume", "run", "--steps", "9", "--learning-rate", "0.5"], "--learning-rate.*leave it out"),
     (["train", "--resume", "run", "--mixer", "attention"], "--mixer.*or start a new run"),
@@ -143,7 +151,7 @@ MISTAKES = [
     (["train", "--resume", "run", "--steps", "0"], "at least 1"),
     # Evaluation and generation.
     (["eval", "nowhere"], "not a run folder.*start one with"),
-    (["eval", "book.txt"], "not a run folder.*start one with"),
+    (["eval", "book.txt"], "not a run folder but a file; give the folder"),
     (["eval", "run/checkpoints"], "not a run folder.*start one with"),
     (["eval", "run", "--batch-size", "0"], "at least 1"),
     (["eval", "run", "--sequence-length", "-2"], "at least 1"),

@@ -382,6 +382,13 @@ def test_what_cannot_be_is_refused_and_changes_nothing(wrong):
     assert "forward" not in vars(block)
 
 
+def test_a_block_inside_another_is_refused():
+    outer = torch.nn.Sequential(Block())
+    with pytest.raises(ValueError, match="a Block is inside another one"):
+        checkpoint_blocks([outer, outer[0]])
+    assert "forward" not in vars(outer) and "forward" not in vars(outer[0])
+
+
 def test_a_block_is_checkpointed_once():
     block, other = Block(), Block()
     handle = checkpoint_blocks([block, block])

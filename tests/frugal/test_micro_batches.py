@@ -56,6 +56,11 @@ def test_pieces_of_known_batches(num_rows, rows, sizes):
     assert [stop - start for start, stop in split_rows(num_rows, rows)] == sizes
 
 
+def test_pieces_of_no_rows_are_refused():
+    with pytest.raises(ValueError, match="rows is 0; give at least 1"):
+        list(split_rows(4, 0))
+
+
 def test_what_fits_is_done_once_with_all_rows():
     told = []
     pieces, step = MicroBatches(8, on_smaller=told.append), Room(8)

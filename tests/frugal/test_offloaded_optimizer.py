@@ -672,3 +672,33 @@ def test_half_weights_go_on_bit_for_bit_whichever_is_loaded_first(order):
         trained(one, chosen, range(3, 6))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b) and torch.equal(optimizer.master(a), other.master(b))
+
+
+def of_sgd():
+    model = perceptron()
+    return torch.optim.SGD(model.parameters(), lr=0.5).state_dict()
+
+
+def of_another_model():
+    other = nn.Sequential(nn.Linear(10, 33), nn.GELU(), nn.Linear(33, 8), nn.LayerNorm(8))
+    optimizer = OffloadedAdamW(other.parameters(), lr=0.5)
+    backward(other, 0)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [(of_sgd, "another optimizer: it has no betas, eps"), (of_another_model, "of the same model")]
+)
+def test_another_state_is_refused_and_changes_nothing(state, message):
+    model = perceptron()
+    optimizer = OffloadedAdamW(model.parameters(), lr=1e-3)
+    backward(model, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, values in before["state"].items():
+        assert all(torch.equal(after["state"][index][name], value) for name, value in values.items())

@@ -680,6 +680,10 @@ def tied_outside(model):
     model.head.weight = model.blocks[1].mix.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
 
 
+def shared_outside(model):
+    model.blocks[1].borrowed = model.head
+
+
 def same_memory(model):
     model.blocks[1].mix.weight = nn.Parameter(model.blocks[0].mix.weight.data)
 
@@ -689,6 +693,7 @@ def same_memory(model):
     [
         (tied, "belongs to blocks 0 and 2.*untie"),
         (tied_outside, "head.weight is also a parameter of block 1.*untie"),
+        (shared_outside, r"model.head.weight is also a parameter of block 1.*untie"),
         (same_memory, "shares its memory.*clone"),
         (lambda model: model.to("meta"), "not an ordinary dense tensor"),
         (forward_of_its_own, "stream the blocks first"),
@@ -696,7 +701,17 @@ def same_memory(model):
         (lambda model: setattr(model, "blocks", nn.ModuleList()), "at least one"),
         (lambda model: model.blocks.append(model.blocks[0].mix), "belongs to blocks 0 and 4"),
     ],
-    ids=["tied", "tied outside", "same memory", "meta", "checkpointed before", "streamed twice", "none", "nested"],
+    ids=[
+        "tied",
+        "tied outside",
+        "module of both",
+        "same memory",
+        "meta",
+        "checkpointed before",
+        "streamed twice",
+        "none",
+        "nested",
+    ],
 )
 def test_what_cannot_be_streamed_is_refused(change, message):
     model = Toy()

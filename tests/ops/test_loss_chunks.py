@@ -55,3 +55,12 @@ def test_no_tokens_at_all_are_refused():
     x, w, targets = inputs(4, 2, 5, torch.float32)
     with pytest.raises(ValueError, match="chunk_tokens is 0; give a number of at least 1"):
         linear_cross_entropy(x, w, targets, chunk_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda y: y[:, :5], lambda y: y[:2], lambda y: torch.cat([y, y]), lambda y: y.flatten()]
+)
+def test_targets_of_other_tokens_are_refused(cut):
+    x, w, targets = torch.randn(3, 7, 8), torch.randn(11, 8), torch.randint(11, (3, 7))
+    with pytest.raises(ValueError, match=r"one target for each token"):
+        linear_cross_entropy(x, w, cut(targets))

@@ -100,3 +100,18 @@ def test_an_optimizer_of_ones_own_counts():
 def test_without_a_loss_the_batch_is_the_models_arguments():
     with pytest.raises(TypeError, match="give loss="):
         module.plan(Blocks, BATCH, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_fn": nn.Linear(2, 2)}, "give a function"),
+        ({"budget": 10**9}, r"Budget\(gpu_bytes="),
+        ({"budget": "1GB"}, r"Budget.parse\("),
+        ({"half_type": torch.float32}, "choose torch.bfloat16 or torch.float16"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, message):
+    given = {"model_fn": lambda: nn.Linear(2, 2), "batch": torch.empty(3, 2, device="meta"), **arguments}
+    with pytest.raises(ValueError, match=message):
+        module.plan(**given)

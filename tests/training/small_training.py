@@ -78,7 +78,7 @@ def resume(out, *, steps=None, observer=ignore):
     """The run in ``out``, ready to go on."""
     run = open_run(out)
     if steps is not None:
-        run = run.extended_to(steps)
+        run = run.changed(steps=steps)
     return resume_run(run, prepare_dataset(run.config.data), observer=observer)
 
 

@@ -236,7 +236,8 @@ def test_the_run_keeps_the_tokenizer_it_was_trained_with(workspace):
     [
         (lambda record: record.pop("kind"), "is not a run.json"),
         (lambda record: record.update(version=99), "has version 99, this program reads 1; update it"),
-        (lambda record: record.pop("training"), "does not describe a run"),
+        (lambda record: record.pop("training"), "it has no section training"),
+        (lambda record: record["model"].update(hidden_size="wide"), "model's hidden_size: Expected `int`, got `str`"),
         (lambda record: record["training"].update(colour="red"), "does not describe a run .*colour"),
         (lambda record: record["data"].update(colour="red"), "does not describe a run .*colour"),
         (lambda record: record["training"].update(steps="many"), "does not describe a run"),
@@ -274,14 +275,14 @@ def test_a_folder_without_a_record_or_a_checkpoint_is_refused(workspace):
 def test_extending_a_run_changes_its_steps_and_nothing_else(workspace):
     before = json.loads((workspace / "run" / "run.json").read_text())
     training = open_run(workspace / "run").config.training
-    extended = open_run(workspace / "run").extended_to(50)
+    extended = open_run(workspace / "run").changed(steps=50)
     assert extended.config.training == replace(training, steps=50)
     assert open_run(workspace / "run").config.training == extended.config.training
     after = json.loads((workspace / "run" / "run.json").read_text())
     before["training"]["steps"] = 50
     assert after == before
     with pytest.raises(UserError):
-        open_run(workspace / "run").extended_to(0)
+        open_run(workspace / "run").changed(steps=0)
 
 
 def test_metrics_have_what_was_seen(workspace):

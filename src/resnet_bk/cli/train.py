@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from resnet_bk.training.start import ReadyRun
 
 DEFAULT_PRESET = "seed"
-CHANGEABLE_ON_RESUME = ("steps",)
+# How long a run is, how it is computed and what is written when: not what it learns from or how fast.
+CHANGEABLE_ON_RESUME = (
+    *("steps", "micro_batch_size", "checkpointing", "offload_optimizer", "stream_weights", "cuda_graphs"),
+    *("loss_chunk_tokens", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,9 @@ class TrainCommand:
     config: Path | None = None
     """A run.json to take the configuration from; flags given besides it change it."""
     resume: Path | None = None
-    """Run folder to go on with, bitwise as if it had never stopped (on a CPU); --steps may be raised."""
+    """Run folder to go on with, bitwise as if it had never stopped (on a CPU). --steps may be raised, and how it is
+    computed and written may change (--micro-batch-size, --checkpointing, --offload-optimizer, --save-every and so on).
+    """
     gpu_memory: str | None = None
     """Train in this much, like 4GB: the fastest strategy that fits is chosen, and the allocator held to it. Flags given
     besides it stay as they are."""
@@ -117,12 +123,14 @@ class TrainCommand:
         assert self.resume
         from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.run import open_run
-        from resnet_bk.training.start import resume_run
+        from resnet_bk.training.start import check_device, resume_run
 
         run = open_run(self.resume)
         self._check_resume_flags(run.config)
-        steps = run.config.training.steps if self.training.steps is None else self.training.steps
-        training = replace(run.config.training, steps=steps)
+        changes = {name: value for name, value in given(self.training).items() if name in CHANGEABLE_ON_RESUME}
+        training = replace(run.config.training, **changes)
+        if "cuda_graphs" in changes:
+            check_device(training)
         run.tokenizer()
         with world.one_here_first():
             dataset = prepare_dataset(run.config.data, on_progress=_remarks(world))
@@ -130,15 +138,15 @@ class TrainCommand:
         self._held_budget(training, world)
         ready = resume_run(wanted, dataset, observer=progress.observe, world=world)
         say = _remarks(world)
-        if ready.state.step >= steps:
+        if ready.state.step >= training.steps:
             say(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
             if self.json and world.is_main:
                 print_json({"run": str(self.resume), "steps": ready.state.step, "finished": True})
             return None
         # Written last: a run that turns out damaged, or done, keeps its record.
         if world.is_main:
-            if steps != run.config.training.steps:
-                run.extended_to(steps)
+            if training != run.config.training:
+                run.changed(**changes)
             self._describe(ready)
         say(f"going on after step {ready.state.step}")
         return ready
@@ -224,8 +232,8 @@ class TrainCommand:
         ]
         if changed:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            differ = "differs" if len(changed) == 1 else "differ"
-            raise UserError(f"{names} {differ} from what {self.resume} records; leave it out, or start a new run")
+            differ, them = ("differs", "it") if len(changed) == 1 else ("differ", "them")
+            raise UserError(f"{names} {differ} from what {self.resume} records; leave {them} out, or start a new run")
 
     def _describe(self, ready: "ReadyRun") -> None:
         from resnet_bk.memory.parameters import count_parameters

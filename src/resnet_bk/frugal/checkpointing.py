@@ -100,8 +100,8 @@ def checkpoint_blocks(
         determinism_check: compare shapes, types and devices of the second pass with the first's.
 
     Raises:
-        ValueError: a block is checkpointed already, the policy is unknown, ``host`` or ``save`` is not for it, or an
-            operator of ``save`` writes to its arguments.
+        ValueError: a block is checkpointed already or inside another, the policy is unknown, ``host`` or ``save`` is
+            not for it, or an operator of ``save`` writes to its arguments.
     """
     if policy not in get_args(CheckpointPolicy):
         raise ValueError(f"policy is {policy!r}; give one of {', '.join(get_args(CheckpointPolicy))}")
@@ -113,6 +113,10 @@ def checkpoint_blocks(
     for block in blocks:
         if _is_checkpointed(block):
             raise ValueError(f"a {type(block).__name__} is checkpointed already; remove that first")
+    inside = {id(module) for block in blocks for module in block.modules() if module is not block}
+    for block in blocks:
+        if id(block) in inside:
+            raise ValueError(f"a {type(block).__name__} is inside another one of the blocks; give one of the two")
     if policy == "offload" and host is None:
         host = HostActivations()
     settings = _Settings(

@@ -59,7 +59,13 @@ class MicroBatches:
 
 
 def split_rows(num_rows: int, rows: int) -> Iterator[tuple[int, int]]:
-    """First row and the one behind the last of each piece, as even as they get: so many pieces are needed, no more."""
+    """First row and the one behind the last of each piece, as even as they get: so many pieces are needed, no more.
+
+    Raises:
+        ValueError: pieces of no rows.
+    """
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; give at least 1")
     pieces = -(-num_rows // rows)
     for piece in range(pieces):
         yield piece * num_rows // pieces, (piece + 1) * num_rows // pieces

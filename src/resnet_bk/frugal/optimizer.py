@@ -77,7 +77,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         *,
         moments_dtype: torch.dtype = torch.float32,
         blocks: Iterable[nn.Module] = (),
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         seed: int = 0,
     ) -> None:
         _check(lr, betas, eps, weight_decay, moments_dtype)
@@ -235,11 +235,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
         The model's may be loaded before or after it. Masters that are then not the weights, when these are rounded to
         the weights' type, become the weights.
+
+        Raises:
+            ValueError: it is the state of another optimizer or of other parameters; nothing has changed then.
         """
         self.synchronize()
-        super().load_state_dict({**state_dict, "state": {}})
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(saved) == len(parameters):  # torch says what is wrong otherwise
+            _check_saved(state_dict, dict(zip(saved, parameters, strict=True)))
+        super().load_state_dict({**state_dict, "state": {}})
         groups = [group for group in self.param_groups for _ in group["params"]]
         for group in self.param_groups:
             _check_group(group)
@@ -447,9 +452,23 @@ def _settings(group: dict[str, Any]) -> AdamWSettings:
     )
 
 
+def _check_saved(state_dict: dict[str, Any], parameters: dict[int, nn.Parameter]) -> None:
+    for group in state_dict["param_groups"]:
+        if lacking := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
+            raise ValueError(f"the state is of another optimizer: it has no {', '.join(lacking)}; give one of AdamW's")
+    for index, state in state_dict["state"].items():
+        expected = local_tensor(parameters[index]).shape
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            if name in state and (found := local_tensor(state[name]).shape) != expected:
+                raise ValueError(
+                    f"{name} of parameter {index} has shape {tuple(found)} in the state, and the parameter "
+                    f"{tuple(expected)}; give the state of the same model"
+                )
+
+
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize"):
-        if group[name]:
+        if group.get(name):
             raise ValueError(f"OffloadedAdamW has no {name}; leave it False")
 
 

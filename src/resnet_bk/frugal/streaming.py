@@ -33,7 +33,7 @@ _NOT_RECOMPUTED = (
 
 
 def stream_blocks(
-    blocks: Sequence[nn.Module], device: torch.device, *, model: nn.Module | None = None
+    blocks: Sequence[nn.Module], device: torch.device | str, *, model: nn.Module | None = None
 ) -> "StreamedBlocks":
     """Moves the blocks' parameters to host memory and has each block fetch them while it runs.
 
@@ -57,6 +57,7 @@ def stream_blocks(
         ValueError: the blocks cannot be streamed as they are; the message names the mend.
         RuntimeError: the host memory could not be pinned.
     """
+    device = torch.device(device)
     if device.type == "cuda":
         # With its number, as the tensors there have it.
         device = torch.empty(0, device=device).device
@@ -497,10 +498,16 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 
 def _check_outside(blocks: Sequence[nn.Module], model: nn.Module, owners: dict[int, int]) -> None:
-    inside = {id(module) for block in blocks for module in block.modules()}
-    for path, module in model.named_modules(prefix="model"):
-        if id(module) in inside:
-            continue
+    roots = {id(block) for block in blocks}
+
+    def outside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield path, module
+        for name, child in module.named_children():
+            if id(child) not in roots:
+                yield from outside(f"{path}.{name}", child)
+
+    # Not named_modules, which comes to a module once: one that is outside may be inside of a block, too.
+    for path, module in outside("model", model):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in owners:
                 raise ValueError(

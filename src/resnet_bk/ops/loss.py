@@ -50,8 +50,16 @@ def linear_cross_entropy(
     ``chunk_tokens`` is how many tokens have logits at once, None for the rule of ``chunk_rows``: fewer take less memory
     and more time, and change nothing but rounding.
 
+    Raises:
+        ValueError: the targets are not one for each token, or ``chunk_tokens`` is none.
+
     Source: P.-L. Hsu et al., "Liger Kernel" (2024), for the order of the computation.
     """
+    if hidden_BND.shape[:-1] != targets_BN.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets_BN.shape)} and hidden states {tuple(hidden_BND.shape)}; give one "
+            "target for each token: where targets are shifted, both have to be cut"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of at least 1, or None")
     hidden_TD, targets_T = hidden_BND.flatten(0, 1), targets_BN.flatten()

@@ -99,14 +99,25 @@ def plan(
         half_type: what mixed precision computes in; None for bfloat16, or float16 where there is none.
 
     Raises:
+        ValueError: an argument is of another kind.
         Whatever ``model_fn`` or ``loss`` raise; an operator without an implementation for fake tensors raises
         ``NotImplementedError`` of torch's.
     """
+    _check(model_fn, budget, half_type)
     machine = device_named(device) if isinstance(device, str) else device
     job = Job.of(model_fn, batch, optimizer, device=machine, loss=loss, blocks=blocks, half_type=half_type)
     ways = [way for way in WAYS if way.checkpointing == "none" or job.has_blocks()]
     predictions = [predict_way(job, way, machine, budget or Budget()) for way in ways]
     return ModulePlan(device=machine, parameters=job.parameters(), predictions=predictions)
+
+
+def _check(model_fn: object, budget: object, half_type: torch.dtype | None) -> None:
+    if isinstance(model_fn, nn.Module) or not callable(model_fn):
+        raise ValueError("model_fn makes the model: give a function, as lambda: MyModel(), and not a model")
+    if not isinstance(budget, Budget | None):
+        raise ValueError(f"budget is {budget!r}; give Budget(gpu_bytes=4 * 10**9), or Budget.parse('4GB', None)")
+    if half_type not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"half_type is {half_type}; choose torch.bfloat16 or torch.float16")
 
 
 @dataclass(frozen=True)

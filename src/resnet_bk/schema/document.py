@@ -162,6 +162,8 @@ def _check_kind(path: Path, raw: bytes) -> None:
         head = msgspec.json.decode(raw, type=_Head)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a whole report.json: {error}; {AGAIN}") from None
+    if head.kind is None:
+        raise UserError(f"{path} is no report of resnet-bk's; give the report.json that `resnet-bk bench` wrote")
     if head.kind != KIND or head.version != VERSION:
         raise UserError(
             f"{path} is {head.kind!r} version {head.version!r}, this program reads {KIND!r} version {VERSION}; {AGAIN}"

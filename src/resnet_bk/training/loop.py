@@ -99,7 +99,7 @@ class Trainer:
                 else:
                     self.observer({"step": state.step})
                 if self._due(state.step, self.config.eval_every):
-                    self._evaluate(metrics, state, self.config.eval_tokens)
+                    evaluation = self._evaluate(metrics, state, self.config.eval_tokens)
                 if self.world.any(stop_requested()) and state.step < self.config.steps:
                     path = self._save(result, state)
                     raise TrainingInterruptedError(
@@ -107,11 +107,13 @@ class Trainer:
                     )
                 if self._due(state.step, self.config.save_every):
                     path = self._save(result, state)
+            # The last step's was of everything, if there is no more.
+            is_whole = evaluation.tokens < self.config.eval_tokens
             return TrainingSummary(
                 step=state.step,
                 seconds=state.seconds,
                 checkpoint=path,
-                validation=self._evaluate(metrics, state, None),
+                validation=evaluation if is_whole else self._evaluate(metrics, state, None),
             )
 
     def _step(self, step: int) -> StepResult:

@@ -40,12 +40,13 @@ class RunConfig:
         if record.get("version") != VERSION:
             raise UserError(f"{path} has version {record.get('version')}, this program reads {VERSION}; update it")
         try:
+            _check_sections(record)
             return cls(
                 model=ResNetBKConfig.derive(record["model"]),
                 training=_convert(record["training"], TrainingConfig),
                 data=_convert(record["data"], DataConfig),
             )
-        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        except (TypeError, ValueError, msgspec.ValidationError) as error:
             raise UserError(f"{path} does not describe a run ({error}); restore it from a copy") from None
 
 
@@ -99,9 +100,9 @@ class Run:
                     "restore it, or start a new run with another --out"
                 )
 
-    def extended_to(self, steps: int) -> "Run":
-        """The same run with another number of steps, on disk too."""
-        training = replace(self.config.training, steps=steps)
+    def changed(self, **training_fields: Any) -> "Run":
+        """The same run with other values in its training's configuration, on disk too."""
+        training = replace(self.config.training, **training_fields)
         record = read_json(self.folder / RECORD)
         write_json(self.folder / RECORD, {**record, "training": asdict(training)})
         return replace(self, config=replace(self.config, training=training))
@@ -140,6 +141,10 @@ def open_run(folder: Path) -> Run:
     Raises:
         UserError: there is none, or its record is damaged.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is not a run folder but a file; give the folder that `train --out` made")
+    if folder.is_dir() and folder.parent.name == "checkpoints" and (folder.parent.parent / RECORD).is_file():
+        raise UserError(f"{folder} is a checkpoint; give its run, {folder.parent.parent}")
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} is not a run folder (it has no {RECORD}); start one with `train --out {folder}`")
     config = RunConfig.read(folder / RECORD)
@@ -159,6 +164,20 @@ def find_checkpoint(path: Path) -> tuple[Run, Path]:
         return open_run(path.parent.parent), path
     run = open_run(path)
     return run, run.latest_checkpoint()
+
+
+def _check_sections(record: dict[str, Any]) -> None:
+    """Raises a ValueError that names the section which is missing, or the model's field which is of another type."""
+    for section in ("model", "training", "data"):
+        if not isinstance(record.get(section), dict):
+            raise ValueError(f"it has no section {section}")
+    kinds = ResNetBKConfig.__annotations__
+    for name, value in record["model"].items():
+        if name in kinds:
+            try:
+                msgspec.convert(value, kinds[name])
+            except msgspec.ValidationError as error:
+                raise ValueError(f"model's {name}: {error}") from None
 
 
 def _convert(values: dict[str, Any], kind: type[ConfigT]) -> ConfigT:

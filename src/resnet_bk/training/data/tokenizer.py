@@ -86,7 +86,10 @@ class TextTokenizer:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; check the path of the tokenizer") from None
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{path} is not a readable tokenizer.json ({error}); restore it or train anew") from None
+            raise UserError(
+                f"{path} is not a readable tokenizer.json ({error}); give byte, char, bpe:SIZE or such a file, or "
+                "restore it from a copy"
+            ) from None
 
 
 class StreamDecoder:
