@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import os
-import re
 import sys
 import time
 import warnings
@@ -14,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from resnet_bk.cli.bench import BenchCommand
+from resnet_bk.cli.complaint import one_line
 from resnet_bk.cli.env import EnvCommand
 from resnet_bk.cli.eval import EvalCommand
 from resnet_bk.cli.generate import GenerateCommand
@@ -119,7 +119,7 @@ def parse(arguments: Sequence[str]) -> Command:
         if not stop.code:
             _print_examples(arguments)
             raise
-        raise UserError(_one_line(complaint.getvalue(), arguments)) from None
+        raise UserError(one_line(complaint.getvalue(), arguments, COMMANDS)) from None
 
 
 def _print_examples(arguments: Sequence[str]) -> None:
@@ -128,17 +128,3 @@ def _print_examples(arguments: Sequence[str]) -> None:
     _, heading, examples = inspect.cleandoc((command and command.__doc__) or "").partition("Examples:\n")
     if heading:
         print(f"\n{heading}{examples}")
-
-
-def _one_line(complaint: str, arguments: Sequence[str]) -> str:
-    """Tyro's framed complaint as one line; what follows its first inner rule repeats the help text."""
-    lines: list[str] = []
-    for line in complaint.splitlines():
-        inner = line.strip("│╭╮╰╯ ")
-        if lines and re.fullmatch("─+", inner):
-            break
-        if inner and not line.startswith(("╭", "╰")):
-            lines.append(inner)
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
-    text = " ".join(lines).rstrip(".") or "the arguments could not be read"
-    return f"{text}; see `{' '.join(['resnet-bk', command]).strip()} --help`"

@@ -177,6 +177,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._begin_thawed()
         slots = [slot for slot in self._slots.values() if slot.parameter.grad is not None]
+        if any(slot.is_taken_over for slot in slots):
+            raise RuntimeError(
+                "another OffloadedAdamW was made for these parameters since, and updates them; use that one, or make "
+                "this one anew"
+            )
         for slot in slots:
             if host_gradient(slot.parameter) is None:  # assigned by hand
                 self._take(slot)
@@ -298,11 +303,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
         slot.follow()
         squares = self._squares if self._in_backward else None
         work = partial(self._updated, slot, _settings(slot.group), self._courier.moment(), squares)
-        if slot.is_taken_over:
-            raise RuntimeError(
-                "another OffloadedAdamW was made for these parameters since, and updates them; use that one, or make "
-                "this one anew"
-            )
         if gradient is not None:
             slot.future = self._courier.bring(gradient, work)
         else:

@@ -144,8 +144,11 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # In place of what is lost: zeros at a text's start stay zeros, where norms have an unbounded gradient. It is
         # drawn once and last, so that the same seed starts all else as without it.
-        undrawn = torch.empty(1, config.hidden_size)
-        self.lost_token = nn.Embedding(1, config.hidden_size, _weight=undrawn) if config.token_dropout else None
+        self.lost_token = (
+            nn.Embedding(1, config.hidden_size, _weight=torch.empty(1, config.hidden_size))
+            if config.token_dropout
+            else None
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
