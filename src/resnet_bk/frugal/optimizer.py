@@ -47,9 +47,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     Masters follow a weight that was changed in place from outside (``load_state_dict``, say), at the next step; not one
     that was changed through ``.data``, which torch does not count as a change. Between ``step`` and the next forward
-    pass call ``synchronize`` before weights inside ``blocks`` are read or changed by hand (``copy.deepcopy`` reads them);
-    their modules' ``state_dict`` and ``load_state_dict`` do it themselves. A frozen parameter gets its master and moments when it is first trained. Where
-    another one is made for the same parameters, it takes them over.
+    pass call ``synchronize`` before weights inside ``blocks`` are read or changed by hand (``copy.deepcopy`` reads
+    them); their modules' ``state_dict`` and ``load_state_dict`` do it themselves. A frozen parameter gets its master
+    and moments when it is first trained. Where another one is made for the same parameters, it takes them over.
 
     Args:
         params: parameters or groups, on their device (or streamed: the update then goes to their home in host memory).
