@@ -1,6 +1,7 @@
 """Block after block gives the gradients of piece after piece, wherever the weights are."""
 
 import copy
+import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resnet_bk.frugal.adamw import update
 from resnet_bk.frugal.by_block import backward_by_block
 from resnet_bk.frugal.homes import weight_home
 from resnet_bk.frugal.host import is_host_memory
@@ -188,9 +190,15 @@ def test_pieces_draw_numbers_of_their_own_in_every_step():
 @pytest.mark.parametrize("offloaded", [False, True], ids=["torch's optimizer", "offloaded optimizer"])
 @pytest.mark.parametrize("streams", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in backward"])
-def test_training_with_held_blocks_is_plain_training(offloaded, streams, in_backward):
+def test_training_with_held_blocks_is_plain_training(monkeypatch, offloaded, streams, in_backward):
     if in_backward and not offloaded:
         pytest.skip("torch's optimizer updates at its step")
+
+    def slow(*arguments, **options):
+        time.sleep(0.005)  # on its way when the next step begins
+        update(*arguments, **options)
+
+    monkeypatch.setattr("resnet_bk.frugal.optimizer.update", slow)
     plain, ours = twins()
     expected_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True)
     optimizer = None

@@ -654,6 +654,21 @@ def test_a_second_optimizer_takes_over_what_the_first_one_has_begun(monkeypatch)
     assert_same_weights(ours, torchs)
 
 
+def test_a_second_optimizer_begins_with_what_the_first_ones_step_has_given(monkeypatch):
+    slowly(monkeypatch)
+    ours, torchs = perceptron(), perceptron()
+    first, reference = (
+        OffloadedAdamW(ours.parameters(), blocks=[ours]),
+        torch.optim.AdamW(torchs.parameters(), fused=True),
+    )
+    for model, chosen in ((ours, first), (torchs, reference)):
+        backward(model, 0)
+        chosen.step()
+    second = OffloadedAdamW(ours.parameters(), blocks=[ours])
+    for weight, expected in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(second._slots[weight].master, expected)
+
+
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 def test_half_weights_go_on_bit_for_bit_whichever_is_loaded_first(order):
     def trained(model, optimizer, steps):
