@@ -27,6 +27,9 @@ FLOPS_FACTOR, BYTES_FACTOR = 1.9, 10.0
 LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
 REPLAY_SECONDS = 1.4e-3
+# Block by block, for each piece of a block that no graph goes through: its own call of backward, what waits for it, and
+# the random numbers' states.
+PIECE_SECONDS = 7e-3
 FORWARD_SHARE = 1 / 3  # of a step's time on the device
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
@@ -123,6 +126,8 @@ def _device_seconds(
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
     computing += (moved + moved_for_logits) / rates.memory
     passes = 2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again)
+    if strategy.goes_by_block and not strategy.replayed:
+        passes += PIECE_SECONDS
     computing, launches = shape.micro_batches * computing, shape.micro_batches * config.num_layers * passes
     if (strategy.goes_by_block and not strategy.replayed) or device.machine.kind == "cpu":
         return computing + launches, launches
