@@ -142,3 +142,10 @@ def test_python_dash_m_is_the_same_command(word, cli):
     assert result.returncode == 0
     assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
     assert result.stdout == cli(word).out
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_no_clipping_is_none_or_0_for_every_command(command):
+    given = [parse([command, "--max-grad-norm", word]) for word in ("none", "0", "0.0", "1.5")]
+    norms = [(one if command == "plan" else one.training).max_grad_norm for one in given]
+    assert [norm or None for norm in norms] == [None, None, None, 1.5]

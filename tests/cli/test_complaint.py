@@ -18,6 +18,10 @@ from resnet_bk.cli.main import COMMANDS, main
         ("plan --batch-size 2.5", "--batch-size is '2.5'; give a whole number; see `resnet-bk plan --help`"),
         ("train --learning-rate fast", "--learning-rate is 'fast'; give a number; see `resnet-bk train --help`"),
         ("generate run --temperature warm", "--temperature is 'warm'; give a number; see `resnet-bk generate --help`"),
+        (
+            "plan --max-grad-norm warm",
+            "--max-grad-norm: 'warm' is not a norm; give a number, or none; see `resnet-bk plan --help`",
+        ),
         ("trian --steps 5", "there is no command trian (did you mean train?); see `resnet-bk --help`"),
         ("--steps 5", "there is no command --steps; see `resnet-bk --help`"),
         ("train --stps 5", "train has no option --stps (did you mean --steps?); see `resnet-bk train --help`"),

@@ -22,6 +22,7 @@ def one_line(complaint: str, arguments: Sequence[str], commands: Mapping[str, ty
         text = f"{number['option']} is {number['value']!r}; give a {kind}"
     elif unknown := _UNKNOWN.match(text):
         text = _about_unknown(unknown["word"], command, commands)
+    text = re.sub(r"^Error parsing (\S+: )", r"\1", text)
     return f"{text}; see `{' '.join(['resnet-bk', command]).strip()} --help`"
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from resnet_bk.cli.console import print_json, remark, result_console
-from resnet_bk.cli.flags import ModelFlags, given
+from resnet_bk.cli.flags import NORM_OR_NONE, ModelFlags, given, shown
 from resnet_bk.cli.wording import local_attention_in_words
 from resnet_bk.errors import UserError
+from resnet_bk.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from resnet_bk.memory.plan import Budget, Plan
@@ -50,8 +51,8 @@ class PlanCommand:
     """Tokens in a sequence."""
     micro_batch_size: int | None = None
     """Sequences that go through the model at once. With a budget it is chosen, if left out."""
-    max_grad_norm: float = 1.0
-    """Norm to clip to; 0 for no clipping, which lets an offloaded optimizer update during backward."""
+    max_grad_norm: Annotated[float | None, shown(TrainingConfig.max_grad_norm, "FLOAT|none"), NORM_OR_NONE] = 1.0
+    """Norm to clip to; none (or 0) for no clipping, which lets an offloaded optimizer update during backward."""
     device: str | None = None
     """The machine to plan for: auto (this one), cpu, or a card such as colab-t4, rtx-3060, a100-40gb, h100. Its memory
     is the budget, if none is given."""

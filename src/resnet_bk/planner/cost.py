@@ -29,7 +29,7 @@ LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
 REPLAY_SECONDS = 1.4e-3
 # Block by block, for each piece of a block that no graph goes through: its own call of backward, what waits for it, and
 # the random numbers' states.
-PIECE_SECONDS = 7e-3
+PIECE_SECONDS = 1e-2
 FORWARD_SHARE = 1 / 3  # of a step's time on the device
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
 SELECTIVE_SHARE = 0.15
