@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from resnet_bk.frugal.optimizer import OffloadedAdamW, host_gradient
+from resnet_bk.frugal.host_slot import host_gradient
+from resnet_bk.frugal.optimizer import OffloadedAdamW
 
 
 def sharded(mesh):

@@ -12,7 +12,8 @@ from torch import nn
 
 from resnet_bk.frugal.adamw import update
 from resnet_bk.frugal.gradients import HostGradient
-from resnet_bk.frugal.optimizer import OffloadedAdamW, host_gradient
+from resnet_bk.frugal.host_slot import host_gradient
+from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 
@@ -630,32 +631,8 @@ def test_the_state_of_what_is_frozen_since_is_loaded_too():
     assert_same_weights(model, again)
 
 
-def test_a_second_optimizer_takes_over_what_the_first_one_has_begun(monkeypatch):
-    slowly(monkeypatch)
-    ours, torchs = perceptron(), perceptron()
-    first, reference = (
-        OffloadedAdamW(ours.parameters(), blocks=[ours]),
-        torch.optim.AdamW(torchs.parameters(), fused=True),
-    )
-    for model, chosen in ((ours, first), (torchs, reference)):
-        backward(model, 0)
-        chosen.step()
-        chosen.zero_grad()
-        backward(model, 1)  # for the second one
-    second = OffloadedAdamW(ours.parameters(), blocks=[ours])
-    later = torch.optim.AdamW(torchs.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
-    for model, chosen in ((ours, second), (torchs, later)):
-        backward(model, 2)
-        chosen.step()
-    second.synchronize()
-    assert_same_weights(ours, torchs)
-    with pytest.raises(RuntimeError, match="another OffloadedAdamW was made for these parameters"):
-        first.step()
-    assert_same_weights(ours, torchs)
-
-
-def test_a_second_optimizer_begins_with_what_the_first_ones_step_has_given(monkeypatch):
-    slowly(monkeypatch)
+def after_a_step():
+    """Two models behind one step, of the first optimizer and of torch's, and without gradients."""
     ours, torchs = perceptron(), perceptron()
     first, reference = (
         OffloadedAdamW(ours.parameters(), blocks=[ours]),
@@ -665,9 +642,35 @@ def test_a_second_optimizer_begins_with_what_the_first_ones_step_has_given(monke
         backward(model, 0)
         chosen.step()
         chosen.zero_grad()  # whoever takes a gradient waits for the updates before it
+    return ours, torchs, first
+
+
+def test_a_second_optimizer_begins_with_what_the_first_ones_step_has_given(monkeypatch):
+    slowly(monkeypatch)
+    ours, torchs, _first = after_a_step()
     second = OffloadedAdamW(ours.parameters(), blocks=[ours])
     for weight, expected in zip(ours.parameters(), torchs.parameters(), strict=True):
         assert torch.equal(second._slots[weight].master, expected)
+
+
+def test_a_second_optimizer_takes_over_gradients_too_and_the_first_one_says_so(monkeypatch):
+    slowly(monkeypatch)
+    ours, torchs, first = after_a_step()
+    for model in (ours, torchs):
+        backward(model, 1)
+    second = OffloadedAdamW(ours.parameters(), blocks=[ours])
+    later = torch.optim.AdamW(torchs.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    for model, chosen in ((ours, second), (torchs, later)):
+        backward(model, 2)
+        chosen.step()
+    second.synchronize()
+    assert_same_weights(ours, torchs)
+    for weight in ours.parameters():
+        weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match="another OffloadedAdamW was made for these parameters"):
+        first.step()
+    assert_same_weights(ours, torchs)
+    assert all(host_gradient(weight) is None for weight in ours.parameters())
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])

@@ -3,9 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from resnet_bk.frugal.adamw import AdamWSettings, update
 from resnet_bk.frugal.gradients import Courier, HostGradient
-from resnet_bk.frugal.homes import weight_home, writer_of, written_by
+from resnet_bk.frugal.homes import written_by
 from resnet_bk.frugal.host import host_arena, host_empty
+from resnet_bk.frugal.host_slot import HostSlot, host_gradient, take_over
+from resnet_bk.frugal.local import like_dtensor, local_tensor
 
 # What a group of torch's AdamW has besides, so that either loads the other's state and then does the same.
 AS_TORCHS = {
@@ -83,7 +83,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         _check(lr, betas, eps, weight_decay, moments_dtype)
         self._moments_dtype, self._seed = moments_dtype, seed
         self._courier = None if device is None else Courier(torch.device(device))
-        self._slots: dict[nn.Parameter, _Slot] = {}
+        self._slots: dict[nn.Parameter, HostSlot] = {}
         self._places: dict[nn.Parameter, tuple[weakref.ref[nn.Module], int]] = {}
         self._in_backward = self.has_begun = False
         self._held: set[nn.Parameter] = set()
@@ -117,9 +117,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         masters = host_arena(shapes, torch.float32, pinned=False)
         first, second = (host_arena(shapes, self._moments_dtype, pinned=False) for _ in range(2))
         for parameter, master, exp_avg, exp_avg_sq in zip(parameters, masters, first, second, strict=True):
-            _take_over(parameter)
+            take_over(parameter)
             block, turn = self._places.get(parameter, (None, 0))
-            self._slots[parameter] = slot = _Slot(
+            self._slots[parameter] = slot = HostSlot(
                 parameter=parameter,
                 group=group,
                 index=len(self._slots),
@@ -274,7 +274,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._update(slot)
             parameter.grad = None
 
-    def _take(self, slot: "_Slot") -> None:
+    def _take(self, slot: HostSlot) -> None:
         """Sends a gradient that is on the device to the host; a ``HostGradient`` takes its place."""
         assert self._courier is not None and slot.parameter.grad is not None
         gradient = local_tensor(slot.parameter.grad)
@@ -292,11 +292,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
             wrapper = like_dtensor(wrapper, slot.parameter.grad)
         slot.parameter.grad = wrapper
 
-    def _add(self, slot: "_Slot", gradient: Tensor) -> None:
+    def _add(self, slot: HostSlot, gradient: Tensor) -> None:
         assert self._courier is not None and slot.gradient is not None
         self._courier.bring(gradient, slot.gradient.add_)
 
-    def _update(self, slot: "_Slot", gradient: Tensor | None = None) -> None:
+    def _update(self, slot: HostSlot, gradient: Tensor | None = None) -> None:
         """Has the worker update a parameter: by ``gradient``, which is on the device, or by what is on the host."""
         assert self._courier is not None
         self.has_begun |= self._in_backward
@@ -310,7 +310,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             slot.future = self._courier.do(partial(work, slot.gradient))
 
     def _updated(
-        self, slot: "_Slot", settings: AdamWSettings, after: Any, squares: list[float] | None, gradient: Tensor
+        self, slot: HostSlot, settings: AdamWSettings, after: Any, squares: list[float] | None, gradient: Tensor
     ) -> None:
         assert self._courier is not None
         with torch.no_grad():
@@ -319,102 +319,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
             seed = (self._seed, slot.index, int(slot.step))
             update(slot.master, gradient, slot.exp_avg, slot.exp_avg_sq, slot.step, settings, seed=seed)
             slot.event = self._courier.send(slot.master, slot.weights(), after)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Slot:
-    """What belongs to one parameter, in host memory."""
-
-    parameter: nn.Parameter
-    group: dict[str, Any]
-    index: int
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    version: int | None  # of the parameter, when the master was last known to be it
-    gradient: Tensor | None = None
-    block: "weakref.ref[nn.Module] | None" = None
-    turn: int = 0  # of its block among the blocks, from 1 on
-    future: Future[None] | None = None
-    event: Any = None
-    hook: Any = None  # of the parameter's gradient
-    is_taken_over: bool = False  # by another optimizer
-
-    def weights(self) -> Tensor:
-        """What the master is written to."""
-        return local_tensor(weight_home(self.parameter))
-
-    def arrive(self) -> None:
-        """Returns when the weights have their new values, for whoever uses them next on the current stream."""
-        was_changed = False
-        if self.future is not None:
-            self.future.result()
-            self.future = None
-            was_changed = self.parameter._version != self.version
-        if self.event is not None:
-            torch.cuda.current_stream(self.parameter.device).wait_event(self.event)
-            self.event = None
-        if was_changed:
-            raise RuntimeError(
-                "weights were changed in place while their update was on its way, and the change is lost; call "
-                "synchronize() of the OffloadedAdamW between its step and such changes"
-            )
-
-    def follow(self) -> None:
-        """The master becomes the weights where those were changed from outside.
-
-        Not where they are the master's own, rounded: then it knows more.
-        """
-        self.arrive()
-        if self.parameter._version == self.version:
-            return
-        self._agree()
-
-    def _agree(self) -> None:
-        self.version = self.parameter._version
-        weights = self.weights().to("cpu")
-        if not torch.equal(self.master.to(weights.dtype), weights):
-            self.master.copy_(weights)
-
-    def state(self) -> dict[str, Tensor]:
-        """Copies, as torch's optimizers name them."""
-        state = {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        if self.parameter.dtype != torch.float32:
-            state["master"] = self.master
-        return {name: value.clone() for name, value in state.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes such a state; none at all is that of a parameter which was never updated."""
-        self.step.fill_(float(state.get("step", 0)))
-        for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            if name in state:
-                moment.copy_(local_tensor(state[name]))
-            else:
-                moment.zero_()
-        if "master" in state:
-            self.master.copy_(local_tensor(state["master"]))
-        # Whether they are the weights shows at the next use: these may be loaded behind it.
-        self.version = None
-
-
-def host_gradient(parameter: nn.Parameter) -> HostGradient | None:
-    """The gradient of a parameter, or of its local piece, if it is on the host."""
-    if parameter.grad is None:
-        return None
-    gradient = local_tensor(parameter.grad)
-    return gradient if isinstance(gradient, HostGradient) else None
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's piece of a sharded tensor; any other tensor itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def like_dtensor(local: Tensor, like: DTensor) -> DTensor:
-    """A sharded tensor laid out as another one, with ``local`` as this process's piece."""
-    # Not from_local, which makes a view of it: what a HostGradient computes is an ordinary tensor.
-    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _take(reference: "weakref.ref[OffloadedAdamW]", parameter: nn.Parameter) -> None:
@@ -427,22 +331,6 @@ def _before_use(reference: "weakref.ref[OffloadedAdamW]", block: "weakref.ref[nn
     optimizer = reference()
     if optimizer is not None:
         optimizer.synchronize(block())
-
-
-@torch.no_grad()
-def _take_over(parameter: nn.Parameter) -> None:
-    """Ends another optimizer's care for a parameter: its updates are there, and so is the gradient."""
-    slot = writer_of(parameter)
-    if not isinstance(slot, _Slot):
-        return
-    slot.arrive()
-    slot.hook.remove()
-    slot.is_taken_over = True
-    gradient = host_gradient(parameter)
-    if gradient is not None:
-        gradient.wait()
-        plain = gradient.host.to(gradient.device, copy=True)
-        parameter.grad = like_dtensor(plain, parameter.grad) if isinstance(parameter.grad, DTensor) else plain
 
 
 def _settings(group: dict[str, Any]) -> AdamWSettings:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from resnet_bk.frugal.gradients import HostGradient
 from resnet_bk.frugal.host import is_host_memory
-from resnet_bk.frugal.optimizer import local_tensor
+from resnet_bk.frugal.local import local_tensor
 from resnet_bk.ops.operator import body_of
 
 

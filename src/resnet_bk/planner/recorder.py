@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from resnet_bk.frugal.optimizer import local_tensor
+from resnet_bk.frugal.local import local_tensor
 from resnet_bk.imagined import is_recorded
 from resnet_bk.memory.tracking import TensorTracker
 from resnet_bk.planner.as_on_cuda import AsOnCuda, workspace_bytes

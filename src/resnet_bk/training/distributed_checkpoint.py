@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from resnet_bk.frugal.optimizer import local_tensor
+from resnet_bk.frugal.local import local_tensor
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.training.distributed import World, reshard, shard_model
 
