@@ -21,6 +21,17 @@ def test_the_formula_counts_what_the_model_has(name, mixer):
     assert total_parameters(config) == built_parameters(config)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [{"token_dropout": 0.1}, {"max_position_embeddings": 64}, {"tie_word_embeddings": False}, {"conv_size": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
+def test_the_formula_counts_what_options_add(mixer, overrides):
+    config = ResNetBKConfig.from_preset("tiny", mixer=mixer, **overrides)
+    assert total_parameters(config) == built_parameters(config)
+
+
 @pytest.mark.parametrize(("name", "millions"), [("100m", 100), ("1b", 1000), ("7b", 7000), ("70b", 70_000)])
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])
 def test_named_sizes_have_the_size_they_name(name, millions, mixer):

@@ -17,7 +17,8 @@ def total_parameters(config: "ResNetBKConfig") -> int:
     )
     positions = (config.max_position_embeddings or 0) * hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return embeddings + positions + blocks + norm
+    lost_token = hidden if config.token_dropout else 0
+    return embeddings + positions + lost_token + blocks + norm
 
 
 def mixer_parameters(config: "ResNetBKConfig", mixer: "Mixer") -> int:
