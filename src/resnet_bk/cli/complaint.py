@@ -51,7 +51,7 @@ def _about_unknown(word: str, command: str, commands: Mapping[str, type]) -> str
         return (
             f"{command} does not know what {word} is for; an option begins with --, and words with spaces need quotes"
         )
-    similar = difflib.get_close_matches(word, known, n=1)
+    similar = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return what + (f" (did you mean {similar[0]}?)" if similar else "")
 
 
