@@ -3,10 +3,12 @@
 import copy
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from told_of_loads import ToldOfLoads
 from torch import nn
 
 from resnet_bk.frugal.adamw import update
@@ -242,7 +244,8 @@ def test_each_block_is_fetched_twice_a_step_and_its_gradients_leave_once(monkeyp
     optimizer = OffloadedAdamW(ours.parameters(), blocks=ours.blocks)
     streamed = stream_blocks(list(ours.blocks), DEVICE)
     fetched, left = [], []
-    streamed.before_load.append(lambda block: fetched.append(list(ours.blocks).index(block)))
+    told = [ToldOfLoads(block, partial(fetched.append, index)) for index, block in enumerate(ours.blocks)]
+    assert len(told) == 4
     bring = type(optimizer._courier).bring
     monkeypatch.setattr(
         type(optimizer._courier), "bring", lambda *arguments: left.append(arguments[1].dtype) or bring(*arguments)

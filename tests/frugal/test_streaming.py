@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from told_of_loads import ToldOfLoads
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -424,7 +425,7 @@ def test_gradients_can_be_asked_for_as_values():
         assert torch.equal(parameter.grad, steps_of_both[0][name])
 
 
-@pytest.mark.parametrize("where", ["forward", "recomputation", "backward", "hook of a gradient", "before_load"])
+@pytest.mark.parametrize("where", ["forward", "recomputation", "backward", "hook of a gradient", "writer"])
 def test_an_error_leaves_everything_idle_and_usable(where):
     plain, streamed, handle = twins()
     failing = streamed.blocks[2]
@@ -441,8 +442,8 @@ def test_an_error_leaves_everything_idle_and_usable(where):
         handles.append(failing.up.register_forward_hook(lambda _, args, y: y.register_hook(raise_it) and None))
     elif where == "hook of a gradient":
         handles.append(failing.up.weight.register_post_accumulate_grad_hook(raise_it))
-    elif where == "before_load":
-        handle.before_load.append(lambda block: raise_it() if block is failing else None)
+    elif where == "writer":
+        told = ToldOfLoads(failing, raise_it)
     with pytest.raises(FloatingPointError, match="in the middle"):
         loss = streamed.loss(tokens)
         failing.fails = where == "recomputation"
@@ -453,7 +454,8 @@ def test_an_error_leaves_everything_idle_and_usable(where):
     failing.fails = False
     for registered in handles:
         registered.remove()
-    handle.before_load.clear()
+    if where == "writer":
+        told.call = lambda: None
     streamed.zero_grad()
     assert_trains_alike(plain, streamed)
 
@@ -752,9 +754,10 @@ def test_a_weight_that_is_an_output_is_copied():
 
 
 def test_whoever_writes_homes_is_waited_for():
-    _, streamed, handle = twins()
+    _, streamed, _ = twins()
     events = []
-    handle.before_load.append(lambda block: events.append(("load", [*streamed.blocks].index(block))))
+    told = [ToldOfLoads(block, partial(events.append, ("load", index))) for index, block in enumerate(streamed.blocks)]
+    assert len(told) == 4
     for index, block in enumerate(streamed.blocks):
         block.norm.register_forward_hook(lambda *_, index=index: events.append(("run", index)))
     streamed.loss(batch(0)).backward()

@@ -70,9 +70,9 @@ class StreamedBlocks:
 
     Attributes:
         device: where the blocks compute.
-        before_load: a list of what is called with a block before its weights are read from host memory, which can be
-            one block before it runs. ``OffloadedAdamW`` is waited for without it; whoever else writes homes in the
-            background appends what returns when that block's are complete.
+
+    A block's weights are read from host memory when it runs, or one block before; whoever writes them in the background
+    is waited for then (``homes.written_by``, as ``OffloadedAdamW`` does it).
 
     Whatever happens in a pass, an error or an interrupt too, the blocks are idle when it has ended: parameters are the
     host's, and gradients that had arrived are there.
@@ -80,7 +80,6 @@ class StreamedBlocks:
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self.device = device
-        self.before_load: list[Callable[[nn.Module], None]] = []
         self._blocks = [StreamedBlock(block) for block in blocks]
         slot_bytes = max(block.room for block in self._blocks)
         self._slots = [Slot(slot_bytes, device) for _ in self._blocks[:2]]
@@ -250,8 +249,6 @@ class StreamedBlocks:
             writer = writer_of(weight.parameter)
             if writer is not None:
                 writer.arrive()
-        for wait in self.before_load:
-            wait(block.module)
         slot.versions = block.versions()
         if self._copies is None:
             block.copy_to(slot.memory)

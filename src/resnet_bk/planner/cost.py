@@ -28,7 +28,7 @@ LAUNCH_SECONDS, OVERLAP_LOSS = 5e-3, 0.05
 # The same where a CUDA graph is, of forward or of both passes of backward (benchmarks/results/gpu/frugal.json).
 REPLAY_SECONDS = 1.4e-3
 # Block by block, for each piece of a block that no graph goes through: its own call of backward, what waits for it, and
-# the random numbers' states.
+# the random numbers' states (benchmarks/results/gpu/frugal-by-block.json).
 PIECE_SECONDS = 1e-2
 FORWARD_SHARE = 1 / 3  # of a step's time on the device
 # Work of a second forward pass that selective checkpointing does not do: products and operators are kept.
@@ -126,10 +126,11 @@ def _device_seconds(
     computing = FLOPS_FACTOR * flops / (rates.half_flops if half else rates.single_flops)
     computing += (moved + moved_for_logits) / rates.memory
     passes = 2 * REPLAY_SECONDS if strategy.replayed else LAUNCH_SECONDS * (2 + again)
-    if strategy.goes_by_block and not strategy.replayed:
+    is_piece_alone = strategy.goes_by_block and not strategy.replayed
+    if is_piece_alone:
         passes += PIECE_SECONDS
     computing, launches = shape.micro_batches * computing, shape.micro_batches * config.num_layers * passes
-    if (strategy.goes_by_block and not strategy.replayed) or device.machine.kind == "cpu":
+    if is_piece_alone or device.machine.kind == "cpu":
         return computing + launches, launches
     return _side_by_side(computing, launches), launches  # kernels are launched while others run
 
