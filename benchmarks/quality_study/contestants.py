@@ -78,6 +78,19 @@ def _positioned(name: str, label: str, every: int = EVERY, **positions: Any) -> 
     )
 
 
+def _plain(
+    name: str, label: str, *, every: int = EVERY, change: Change | None = None, rotary: bool = False, **fields: Any
+) -> Contestant:
+    """The library's hybrid without convolution, and something else changed."""
+    return Contestant(
+        name=f"plain-{name}",
+        label=f"ours, no convolution, {label}",
+        fields={"local_attention_every": every, "conv_size": 0, **fields},
+        change=change,
+        positions=Positions(pairs=1) if rotary else None,
+    )
+
+
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -152,6 +165,30 @@ CONTESTANTS = {
         _hybrid("no-convolution", "no convolution", conv_size=0),
         _changed_hybrid("diagonal", "with the seed's diagonal features", diagonal=True),
         _hybrid("moe", "4 experts, one a token", num_experts=4, router_aux_loss_coef=0.01),
+        # Ours without convolution, and one thing more: what might learn less by heart.
+        _plain("half", "attention in every second block", every=2),
+        _plain("whole", "attention in every block", every=1),
+        _plain("resolvent", "no attention", every=0),
+        _plain("rotary", "rotary positions in attention", rotary=True),
+        _plain("half-state", "keys half as wide", resolvent_key_size="half"),
+        _plain("quarter-state", "keys a quarter as wide", resolvent_key_size="quarter"),
+        _plain("vector", "vector state", resolvent_state="vector"),
+        _plain(
+            "half-half-state",
+            "attention in every second block, keys half as wide",
+            every=2,
+            resolvent_key_size="half",
+        ),
+        _plain("constant-gap", "gap does not depend on tokens", change=Change(constant_gap=True)),
+        _plain("no-rotation", "no rotation", change=Change(rotation="none")),
+        _plain("linear-keys", "no silu on queries and keys", change=Change(features="linear")),
+        _plain("ungated", "no output gate", change=Change(gated=False)),
+        _plain(
+            "mamba2",
+            "no attention, with Mamba-2's decays and writes",
+            every=0,
+            change=Change(decay="gated", write="gap", rotation="none"),
+        ),
         # The seed's mixer and its gradient rules.
         _of("bk", "the seed's mixer, exact gradient", mixer="bk", conv_size=0),
         _of("bk-blend", "the seed's mixer, blended gradient", mixer="bk", conv_size=0, bk_grad="blend"),
@@ -165,7 +202,7 @@ def config_of(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKConfig:
     heads = fields["num_bk_heads"] = fields["num_resolvent_heads"] = fields["num_attention_heads"]
     size = fields["hidden_size"] // heads
     key_size = fields.get("resolvent_key_size")
-    fields["resolvent_key_size"] = {"half": size // 2, "double": 2 * size}.get(key_size, key_size)
+    fields["resolvent_key_size"] = {"quarter": size // 4, "half": size // 2, "double": 2 * size}.get(key_size, key_size)
     return ResNetBKConfig(**fields)
 
 

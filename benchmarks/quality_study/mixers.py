@@ -40,7 +40,8 @@ class Change:
     says itself (a gate); or as much as it makes the head forget, softplus(W x), Mamba-2's way. ``delta``: a write first
     takes away what is read under its key. ``features`` of queries and keys: silu; nothing; or those whose products are
     exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``keeps_writes``: dropout
-    leaves them alone. ``diagonal``: the seed's features, Re G and Im G, are added to the output.
+    leaves them alone. ``gated``: what is read is multiplied by silu(W_g x). ``diagonal``: the seed's features, Re G and
+    Im G, are added to the output.
     """
 
     decay: Decay = "chain"
@@ -50,6 +51,7 @@ class Change:
     delta: bool = False
     features: Features = "silu"
     keeps_writes: bool = False
+    gated: bool = True
     diagonal: bool = False
 
 
@@ -68,7 +70,8 @@ class ChangedResolvent(nn.Module):
         self.potential = nn.Linear(hidden, heads, bias=False)
         self.log_rate = nn.Parameter(torch.empty(heads))  # the logarithm of a gap where the decay is made of gaps
         self.skip = nn.Parameter(torch.ones(heads))
-        self.gate = nn.Linear(hidden, hidden, bias=False)
+        if change.gated:
+            self.gate = nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden // heads, eps=config.layer_norm_eps)
         self.output = nn.Linear(hidden, hidden, bias=False)
         if change.features == "taylor":
@@ -112,9 +115,15 @@ class ChangedResolvent(nn.Module):
         q, k, v = self._queries_keys_values(self.qkv(rounded_BND), context)
         with torch.autocast(device, enabled=False):
             o_BNHV = self._carried(q, k, v, x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
-        assert self.norm.eps is not None
-        mixed_BND = self.output(gated_norm(o_BNHV, self.norm.weight, self.gate(rounded_BND), self.norm.eps))
+        mixed_BND = self.output(self._normed(o_BNHV, rounded_BND))
         return mixed_BND + self._diagonal(x_BND) if self.change.diagonal else mixed_BND, {}
+
+    def _normed(self, o_BNHV: Tensor, x_BND: Tensor) -> Tensor:
+        assert self.norm.eps is not None
+        if self.change.gated:
+            return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
+        single_BNHV = o_BNHV.to(torch.promote_types(o_BNHV.dtype, torch.float32))
+        return self.norm(single_BNHV).flatten(2).to(x_BND.dtype)
 
     def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         rotary = context.rotary if self.change.rotation == "positions" else None

@@ -63,6 +63,9 @@ LESS_BY_HEART = (
     *("ours-no-convolution", "ours-half"),
     *("hybrid-keeps-weights", "hybrid-keeps-writes", "hybrid-no-convolution", "hybrid-half-state", "hybrid-half"),
     *("hybrid-third", "hybrid-vector", "attention-plain"),
+    *("plain-half", "plain-whole", "plain-resolvent", "plain-rotary", "plain-half-state", "plain-quarter-state"),
+    *("plain-vector", "plain-half-half-state", "plain-constant-gap", "plain-no-rotation", "plain-linear-keys"),
+    *("plain-ungated", "plain-mamba2"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.
