@@ -96,6 +96,7 @@ CONTESTANTS = {
     for contestant in (
         _ours("ours", "ResNet-BK (ours)"),
         _ours("ours-half", "ours, attention in every second block", every=2),
+        _ours("ours-memory-64", "ours, memories from 64 tokens on", shortest_memory=64.0),
         _of("ours-no-convolution", "ours, no convolution", conv_size=0, **HYBRID),
         _ours("ours-gated", "ours with real-gated linear attention", decay="gated"),
         _ours("ours-mamba2", "ours with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"),
@@ -170,6 +171,7 @@ CONTESTANTS = {
         _plain("whole", "attention in every block", every=1),
         _plain("resolvent", "no attention", every=0),
         _plain("rotary", "rotary positions in attention", rotary=True),
+        _plain("half-rotary", "rotary attention in every second block", every=2, rotary=True),
         _plain("half-state", "keys half as wide", resolvent_key_size="half"),
         _plain("quarter-state", "keys a quarter as wide", resolvent_key_size="quarter"),
         _plain("vector", "vector state", resolvent_state="vector"),
@@ -182,6 +184,27 @@ CONTESTANTS = {
         _plain("constant-gap", "gap does not depend on tokens", change=Change(constant_gap=True)),
         _plain("no-rotation", "no rotation", change=Change(rotation="none")),
         _plain("linear-keys", "no silu on queries and keys", change=Change(features="linear")),
+        _plain("memory-16", "memories from 16 tokens on", change=Change(shortest_memory=16)),
+        _plain("memory-64", "memories from 64 tokens on", change=Change(shortest_memory=64)),
+        _plain("memory-64-rotary", "the same, rotary attention", change=Change(shortest_memory=64), rotary=True),
+        _plain(
+            "constant-memory",
+            "the same, and its gap does not depend on tokens",
+            change=Change(shortest_memory=64, constant_gap=True),
+            rotary=True,
+        ),
+        _plain(
+            "constant-linear",
+            "the same, no silu on queries and keys",
+            change=Change(shortest_memory=64, constant_gap=True, features="linear"),
+            rotary=True,
+        ),
+        _plain(
+            "taylor",
+            "memories from 64 tokens on, exp(a q.k) to second order, keys half as wide",
+            change=Change(shortest_memory=64, features="taylor"),
+            resolvent_key_size="half",
+        ),
         _plain("ungated", "no output gate", change=Change(gated=False)),
         _plain(
             "mamba2",

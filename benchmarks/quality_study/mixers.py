@@ -41,7 +41,7 @@ class Change:
     takes away what is read under its key. ``features`` of queries and keys: silu; nothing; or those whose products are
     exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``keeps_writes``: dropout
     leaves them alone. ``gated``: what is read is multiplied by silu(W_g x). ``diagonal``: the seed's features, Re G and
-    Im G, are added to the output.
+    Im G, are added to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
     """
 
     decay: Decay = "chain"
@@ -53,6 +53,7 @@ class Change:
     keeps_writes: bool = False
     gated: bool = True
     diagonal: bool = False
+    shortest_memory: float = SHORTEST_MEMORY
 
 
 class ChangedResolvent(nn.Module):
@@ -91,7 +92,7 @@ class ChangedResolvent(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Its own parameters at the start; matrices are the model's business."""
-        memory = memories(self.num_heads, SHORTEST_MEMORY, self.longest_memory)
+        memory = memories(self.num_heads, self.change.shortest_memory, self.longest_memory)
         wanted = gap_of_rate(1 / memory) if self.change.decay == "gap" else 1 / memory
         # A constant one is softplus(0) itself; the old gaps and Mamba-2's kind begin as if all were.
         is_of_zero = self.change.constant_gap or self.change.decay in ("gap", "gated")

@@ -60,12 +60,13 @@ RIVALS = ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2")
 LARGE_RIVALS = ("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
 # What might learn less by heart.
 LESS_BY_HEART = (
-    *("ours-no-convolution", "ours-half"),
+    *("ours-no-convolution", "ours-half", "ours-memory-64"),
     *("hybrid-keeps-weights", "hybrid-keeps-writes", "hybrid-no-convolution", "hybrid-half-state", "hybrid-half"),
     *("hybrid-third", "hybrid-vector", "attention-plain"),
     *("plain-half", "plain-whole", "plain-resolvent", "plain-rotary", "plain-half-state", "plain-quarter-state"),
     *("plain-vector", "plain-half-half-state", "plain-constant-gap", "plain-no-rotation", "plain-linear-keys"),
-    *("plain-ungated", "plain-mamba2"),
+    *("plain-ungated", "plain-mamba2", "plain-half-rotary", "plain-memory-16", "plain-memory-64"),
+    *("plain-memory-64-rotary", "plain-constant-memory", "plain-constant-linear", "plain-taylor"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.
