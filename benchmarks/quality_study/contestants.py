@@ -186,24 +186,23 @@ CONTESTANTS = {
         _plain("linear-keys", "no silu on queries and keys", change=Change(features="linear")),
         _plain("memory-16", "memories from 16 tokens on", change=Change(shortest_memory=16)),
         _plain("memory-64", "memories from 64 tokens on", change=Change(shortest_memory=64)),
-        _plain("memory-64-rotary", "the same, rotary attention", change=Change(shortest_memory=64), rotary=True),
+        _plain(
+            "memory-64-rotary",
+            "memories from 64 tokens on, rotary attention",
+            change=Change(shortest_memory=64),
+            rotary=True,
+        ),
         _plain(
             "constant-memory",
-            "the same, and its gap does not depend on tokens",
+            "constant gaps, memories from 64 tokens on, rotary attention",
             change=Change(shortest_memory=64, constant_gap=True),
             rotary=True,
         ),
         _plain(
             "constant-linear",
-            "the same, no silu on queries and keys",
+            "constant gaps, memories from 64 tokens on, no silu, rotary attention",
             change=Change(shortest_memory=64, constant_gap=True, features="linear"),
             rotary=True,
-        ),
-        _plain(
-            "taylor",
-            "memories from 64 tokens on, exp(a q.k) to second order, keys half as wide",
-            change=Change(shortest_memory=64, features="taylor"),
-            resolvent_key_size="half",
         ),
         _plain("ungated", "no output gate", change=Change(gated=False)),
         _plain(
