@@ -53,18 +53,18 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
         if out_BNH2 is not None:
             return out_BNH2
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
-    out_RNL = _new(*v_RNL.shape[:2], 2 * v_RNL.shape[2], dtype=v_RNL.dtype)
+    out_RNL2 = _new(*v_RNL.shape, 2, dtype=v_RNL.dtype)
     _run(
         causal_kernel,
         v_RNL.shape,
         _array(v_RNL),
-        _array(_per_lane(shift_H2, v_BNH, v_RNL)),
+        _complex_array(_per_lane(shift_H2, v_BNH, v_RNL)),
         *_bond_arrays(bonds, v_BNH, v_RNL),
-        _array(state_BH2.reshape(v_RNL.shape[0], v_RNL.shape[2], 2)),
-        _array(out_RNL),
+        _complex_array(state_BH2.reshape(v_RNL.shape[0], v_RNL.shape[2], 2)),
+        _complex_array(out_RNL2),
         reverse,
     )
-    return restore(out_RNL.view(*v_RNL.shape, 2))
+    return restore(out_RNL2)
 
 
 def causal_adjoint(
@@ -80,49 +80,45 @@ def causal_adjoint(
     grad_RNL, _ = _lanes(grad_BNH2)
     rows, length, lanes = l_RNL.shape[:3]
     v_bar_RNL = _new(rows, length, lanes, dtype=l_RNL.dtype)
-    shift_bar_RL = torch.zeros(rows, 2 * lanes, dtype=torch.float64)
-    state_bar_RL = torch.empty(rows, 2 * lanes, dtype=l_RNL.dtype)
-    per_token = bonds.dim() == 3
-    if not wants_bonds:
-        bonds_bar_RNL = torch.empty(0, 0, 0, dtype=l_RNL.dtype)
-    elif per_token:
-        bonds_bar_RNL = torch.zeros(rows, length, lanes, dtype=l_RNL.dtype)
-    else:
-        bonds_bar_RNL = torch.zeros(rows, 1, lanes, dtype=torch.float64)
+    sums_RL3 = torch.zeros(rows, lanes, 3, dtype=torch.float64)
+    state_bar_RL2 = torch.empty(rows, lanes, 2, dtype=l_RNL.dtype)
+    per_token = wants_bonds and bonds.dim() == 3
+    bonds_bar_RNL = torch.zeros((rows, length, lanes) if per_token else (0, 0, 0), dtype=l_RNL.dtype)
     _run(
         causal_adjoint_kernel,
         (rows, length, lanes),
-        _array(torch.view_as_complex(grad_RNL)),
-        _array(torch.view_as_complex(l_RNL)),
+        _complex_array(grad_RNL),
+        _complex_array(l_RNL),
         *_bond_arrays(bonds, like_BNH, l_RNL),
-        _array(torch.view_as_complex(state_BH2.reshape(rows, lanes, 2).contiguous())),
+        _complex_array(state_BH2.reshape(rows, lanes, 2)),
         _array(v_bar_RNL),
-        _array(shift_bar_RL),
+        _array(sums_RL3),
         _array(bonds_bar_RNL),
-        _array(state_bar_RL),
+        _complex_array(state_bar_RL2),
         reverse,
+        wants_bonds,
     )
-    heads = like_BNH.shape[2]
-    shift_bar_H2 = shift_bar_RL.view(-1, heads, 2).sum(0).to(l_BNH2.dtype)
+    re_H, im_H, bond_H = sums_RL3.view(-1, like_BNH.shape[2], 3).sum(0).to(l_BNH2.dtype).unbind(1)
     if not wants_bonds:
         bonds_bar = bonds.new_empty(0, *bonds.shape[1:])
     elif per_token:
         bonds_bar = restore(bonds_bar_RNL)
     else:
-        bonds_bar = bonds_bar_RNL.view(-1, heads).sum(0).to(l_BNH2.dtype)
-    return restore(v_bar_RNL), shift_bar_H2, bonds_bar, state_bar_RL.view(state_BH2.shape)
+        bonds_bar = bond_H.clone()
+    return restore(v_bar_RNL), torch.stack([re_H, im_H], -1), bonds_bar, state_bar_RL2.view(state_BH2.shape)
 
 
 def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
     """G_ii of the whole chain, ``(B, N, H, 2)``."""
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
     rows, length, lanes = v_RNL.shape
-    out_RNL = _new(rows, length, 2 * lanes, dtype=v_RNL.dtype)
-    chain = (_array(v_RNL), _array(_per_lane(shift_H2, v_BNH, v_RNL)), *_bond_arrays(bonds, v_BNH, v_RNL))
-    nothing = np.zeros((rows, lanes, 2), dtype=chain[0].dtype)
-    _run(causal_kernel, v_RNL.shape, *chain, nothing, _array(out_RNL), False)
-    _run(onto_diagonal_kernel, v_RNL.shape, *chain, _array(out_RNL))
-    return restore(out_RNL.view(*v_RNL.shape, 2))
+    out_RNL2 = _new(rows, length, lanes, 2, dtype=v_RNL.dtype)
+    out = _complex_array(out_RNL2)
+    chain = (_array(v_RNL), _complex_array(_per_lane(shift_H2, v_BNH, v_RNL)), *_bond_arrays(bonds, v_BNH, v_RNL))
+    nothing = np.zeros((rows, lanes), dtype=out.dtype)
+    _run(causal_kernel, v_RNL.shape, *chain, nothing, out, False)
+    _run(onto_diagonal_kernel, v_RNL.shape, *chain, out)
+    return restore(out_RNL2)
 
 
 def tunnel(w_BNH: Tensor, state_BH: Tensor) -> Tensor:
@@ -171,7 +167,7 @@ def _causal_in_chunks(v_BNH: Tensor, shift_H2: Tensor, bonds_H: Tensor, state_BH
         _array(shift_H2),
         _array(bonds_H),
         _array(state_BH2),
-        _array(torch.view_as_complex(out_BNH2)),
+        _complex_array(out_BNH2),
         _half_a_unit(shift_H2),
     )
     return out_BNH2 if all(proven) else None
@@ -187,8 +183,8 @@ def _causal_adjoint_in_chunks(
     state_bar_BH2 = torch.empty_like(l_BNH2[:, 0], memory_format=torch.contiguous_format)
     proven = cut.run(
         chunk_kernels.causal_adjoint_chunk_kernel,
-        _array(torch.view_as_complex(grad_BNH2.contiguous())),
-        _array(torch.view_as_complex(l_BNH2.contiguous())),
+        _complex_array(grad_BNH2),
+        _complex_array(l_BNH2),
         _array(bonds_H),
         _array(v_bar_BNH),
         _array(shift_bar),
@@ -272,6 +268,8 @@ def _lanes(x_BN: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def _per_lane(per_head: Tensor, like_BNH: Tensor, lanes_RNL: Tensor) -> Tensor:
     repeats = lanes_RNL.shape[2] // like_BNH.shape[2]
+    if repeats == 1:
+        return per_head
     return per_head.repeat(repeats, *[1] * (per_head.dim() - 1))
 
 
@@ -308,6 +306,11 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 def _array(x: Tensor) -> Array:
     array: Array = x.detach().contiguous().numpy()
     return array
+
+
+def _complex_array(x_2: Tensor) -> Array:
+    """Pairs as complex numbers."""
+    return _array(torch.view_as_complex(x_2.contiguous()))
 
 
 def _half_a_unit(like: Tensor) -> float:

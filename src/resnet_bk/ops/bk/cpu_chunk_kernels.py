@@ -13,7 +13,7 @@ tunnelling regime remembers too long for that: there each chunk's map is compose
 import numpy as np
 from numba import njit
 
-from resnet_bk.ops.bk.cpu_kernels import _fetch_ahead
+from resnet_bk.ops.bk.cpu_kernels import fetch
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
@@ -42,7 +42,7 @@ def _load(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead)
             scratch[:begin, lane : lane + heads] = 0
             scratch[end:tokens, lane : lane + heads] = 0
         far, near = x[row, first + begin : first + end], scratch[begin:end, lane : lane + heads]
-        _fetch_ahead(far, ahead, x.strides[1])
+        fetch(np.int64(far.ctypes.data) + ahead * x.strides[1], far.size * far.itemsize)
         for head in range(heads):
             for token in range(end - begin):
                 near[token, head] = far[token, head]
@@ -58,7 +58,7 @@ def _store(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead
         end = min(tokens, length - first)
         lane = group * heads
         far, near = x[row, first : first + end], scratch[:end, lane : lane + heads]
-        _fetch_ahead(far, ahead, x.strides[1])
+        fetch(np.int64(far.ctypes.data) + ahead * x.strides[1], far.size * far.itemsize)
         for head in range(heads):
             for token in range(end):
                 far[token, head] = near[token, head]
