@@ -325,9 +325,15 @@ def test_a_machine_is_calibrated_once_and_planned_with(cli, workspace, monkeypat
     kept = json.loads((tmp_path / "calibration.json").read_text())["devices"]["cpu"]
     assert kept == measured
     assert planned["host_parts"]["process"] >= measured["process_bytes"]
-    (tmp_path / "calibration.json").write_text("{}")
-    refused = cli("plan", "--preset", "tiny", "--device", "cpu")
-    assert refused.code == 2 and "run `resnet-bk env --calibrate` again" in refused.err
+    good = (tmp_path / "calibration.json").read_text()
+    halved = good[: len(good) // 2]
+    for damaged in ("{}", "[]", halved, good.replace('"half_flops"', '"half"'), good.replace(": 1", ": -1")):
+        (tmp_path / "calibration.json").write_text(damaged)
+        refused = cli("plan", "--preset", "tiny", "--device", "cpu")
+        assert refused.code == 2 and "run `resnet-bk env --calibrate` again" in refused.err, damaged
+    # What is to mend it does.
+    assert cli("env", "--calibrate").code == 0
+    assert cli("plan", "--preset", "tiny", "--device", "cpu").code == 0
 
 
 def test_a_plan_writes_nothing(cli, workspace):

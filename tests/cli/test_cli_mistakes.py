@@ -427,6 +427,8 @@ def test_generation_past_the_position_table_says_how_much_fits(cli, workspace):
     assert cli("train", "--data", "book.txt", "--out", "table", *with_table).code == 0
     words = ["generate", "table", "--prompt", "The quick"]
     check_refused(cli, workspace, [*words, "--max-new-tokens", "12"], "position table of 20; use --max-new-tokens 11")
+    long = ["generate", "table", "--prompt", "The quick " * 3]
+    check_refused(cli, workspace, long, "position table of 20; use a shorter prompt")
     assert cli(*words, "--max-new-tokens", "11", "--json").document["new_tokens"] <= 11
     check_refused(cli, workspace, ["eval", "table", "--sequence-length", "21"], "position table of 20; shorten it")
 

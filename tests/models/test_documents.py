@@ -182,3 +182,62 @@ def test_attention_forgets_nothing_of_packed_documents():
         cache = build("attention", conv_size=0)(row, document_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="behind packed documents nothing can be forgotten"):
         cache.layers[0].crop(10)
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+@pytest.mark.parametrize("length", [1, 2])
+@every_kind
+def test_behind_a_last_document_shorter_than_the_convolution_nothing_is_read_of_the_one_before(
+    kind, length, has_padding
+):
+    model = build(kind)
+    row = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = (torch.arange(12) >= 12 - length).long()[None]
+    more = torch.tensor([[3, 1, 4]])
+    mask = None
+    if has_padding:
+        row, ids = torch.cat([row, row[:, :4]], 1), torch.cat([ids, torch.full((1, 4), 9)], 1)
+        mask = (torch.arange(16) < 12).long()[None]
+    with torch.no_grad():
+        cache = model(row, attention_mask=mask, document_ids=ids, use_cache=True).past_key_values
+        behind = model(
+            more,
+            attention_mask=None if mask is None else torch.cat([mask, torch.ones_like(more)], 1),
+            position_ids=length + torch.arange(3)[None],
+            past_key_values=cache,
+        ).logits
+        alone = model(torch.cat([row[:, 12 - length : 12], more], 1)).logits[:, -3:]
+    torch.testing.assert_close(behind, alone, rtol=0, atol=1e-10)
+
+
+@every_kind
+def test_a_document_that_begins_with_padding_has_the_positions_that_it_has_alone(kind):
+    model = build(kind)
+    row = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0] * 6 + [1] * 6])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        together = model(row, attention_mask=mask, document_ids=ids).logits
+        torch.testing.assert_close(together[:, 1:6], model(row[:, 1:6]).logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(together[:, 8:], model(row[:, 8:]).logits, rtol=0, atol=1e-10)
+
+
+def test_a_position_table_is_as_long_as_the_longest_document_and_not_as_the_row():
+    model = build("position-table", max_position_embeddings=16)
+    row, ids = torch.arange(24)[None], torch.arange(24)[None] // 8
+    with torch.no_grad():
+        packed_logits = model(row, document_ids=ids).logits
+        torch.testing.assert_close(packed_logits[:, 16:], model(row[:, 16:]).logits, rtol=0, atol=1e-10)
+        mask = (torch.arange(24) >= 10).long()[None]
+        padded_logits = model(row, attention_mask=mask).logits[:, 10:]
+        torch.testing.assert_close(padded_logits, model(row[:, 10:]).logits, rtol=0, atol=1e-10)
+    for given in (
+        {"document_ids": torch.arange(24)[None] // 20},
+        {},
+        {"attention_mask": (torch.arange(24) > 3).long()[None]},
+        {"position_ids": torch.arange(24)[None]},
+    ):
+        with pytest.raises(ValueError, match="more than this model's position table of 16"):
+            model(row, **given)
+    with pytest.raises(ValueError, match="position table of 16"):
+        model(row[:, :3], position_ids=torch.tensor([[14, 15, 16]]))

@@ -46,6 +46,21 @@ def test_paths_can_be_chosen_and_the_page_left_out(path, tmp_path, capsys):
     assert page.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("report.html", []), ("report.pdf", []), ("other", ["--out", "other"]), ("other", ["--html", "./other"])],
+)
+def test_a_report_is_not_written_over_by_what_is_made_of_it(text, tmp_path, monkeypatch, capsys, name, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.write_text(text)
+    for reports in ([name], [name, name]):
+        if words or len(reports) == 1:
+            assert main(["report", *reports, *words]) == 2
+            assert "is the report that is read" in capsys.readouterr().err
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+
+
 def test_two_reports_are_compared(path, tmp_path, capsys):
     second = tmp_path / "after" / "report.json"
     second.parent.mkdir()

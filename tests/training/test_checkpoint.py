@@ -1,9 +1,11 @@
 """Checkpoints: whole or refused, and written so that a failure leaves what was there."""
 
+import hashlib
 import json
 import random
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,12 @@ def test_checkpoints_are_found_by_run_and_by_name(trained):
     for path, step in ((trained, 4), (checkpoint_of(trained, 2), 2)):
         run, checkpoint = find_checkpoint(path)
         assert (run.folder, checkpoint) == (trained, checkpoint_of(trained, step))
+
+
+def test_a_checkpoint_is_found_from_inside(trained, monkeypatch):
+    monkeypatch.chdir(checkpoint_of(trained, 2))
+    run, checkpoint = find_checkpoint(Path())
+    assert (run.folder, checkpoint.resolve()) == (trained, checkpoint_of(trained, 2).resolve())
 
 
 def test_from_pretrained_gives_the_same_logits(trained):
@@ -165,11 +173,22 @@ def test_no_byte_of_the_manifest_can_change_unnoticed(run_folder):
     verify_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"state.json": 5}', '{"state.json": {"sha256": "0"}}', "null"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"state.json": 5}', '{"state.json": {"sha256": "0"}}', "null"])
 def test_a_manifest_of_another_shape_is_refused(run_folder, content):
     (checkpoint_of(run_folder) / "manifest.json").write_text(content)
     with refused("manifest.json does not list files and checksums; restore it from a copy, or delete step-00000004"):
         load_model_checkpoint(checkpoint_of(run_folder))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"scaler": null, "steps": 4}'])
+def test_a_state_of_another_shape_is_refused_though_its_checksum_is_right(run_folder, content):
+    folder = checkpoint_of(run_folder)
+    (folder / "state.json").write_text(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {"sha256": hashlib.sha256(content.encode()).hexdigest(), "bytes": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with refused("state.json is not the state of a training; restore it from a copy"):
+        resume(run_folder)
 
 
 def test_the_message_says_which_file_and_how_to_go_on(run_folder):

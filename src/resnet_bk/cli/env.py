@@ -62,14 +62,14 @@ def _calibrated() -> dict[str, Any]:
 
     from resnet_bk.cli.console import remark
     from resnet_bk.planner.calibration import calibrate, save_calibration
-    from resnet_bk.planner.devices import device_named
+    from resnet_bk.planner.devices import name_of
     from resnet_bk.training.budget import half_type_of
     from resnet_bk.training.step import choose_device
 
     device = choose_device("auto")
     half = torch.bfloat16 if half_type_of(device) == "bf16" else torch.float16
     calibration = calibrate(device, half)
-    remark(f"kept in {save_calibration(device_named('auto').name, calibration)}")
+    remark(f"kept in {save_calibration(name_of(device), calibration)}")
     return asdict(calibration)
 
 

@@ -73,9 +73,11 @@ class GenerateCommand:
         model = load_model_checkpoint(checkpoint).to(device)
         limit = model.config.max_position_embeddings
         if limit is not None and len(prompt_ids) + self.max_new_tokens > limit:
+            left = limit - len(prompt_ids)
+            mend = f"use --max-new-tokens {left} or a shorter prompt" if left > 0 else "use a shorter prompt"
             raise UserError(
                 f"{len(prompt_ids)} prompt tokens and {self.max_new_tokens} new ones are more than the model's "
-                f"position table of {limit}; use --max-new-tokens {max(limit - len(prompt_ids), 0)} or a shorter prompt"
+                f"position table of {limit}; {mend}"
             )
         torch.manual_seed(self.seed)
         streamer = _TokenStreamer(tokenizer.stream_decoder(), echo=not self.json)

@@ -56,7 +56,7 @@ class ReportCommand:
     def _one(self, report: Path) -> None:
         from resnet_bk.report.write import write_report
 
-        pdf, html = self._paths(report.parent / f"{report.stem or 'report'}.pdf")
+        pdf, html = self._paths(report.parent / f"{report.stem or 'report'}.pdf", report)
         write_report(report, pdf_path=pdf, html_path=html)
         if self.json:
             print_json({"report": str(report), **_files(pdf, html)})
@@ -68,7 +68,7 @@ class ReportCommand:
 
         from resnet_bk.report.write import write_comparison
 
-        pdf, html = self._paths(second.parent / f"{COMPARISON}.pdf")
+        pdf, html = self._paths(second.parent / f"{COMPARISON}.pdf", first, second)
         found = write_comparison(first, second, pdf_path=pdf, html_path=html)
         if self.json:
             changed = msgspec.to_builtins(found)
@@ -77,11 +77,15 @@ class ReportCommand:
             _print_changes(found)
             _print_paths(pdf, html)
 
-    def _paths(self, default: Path) -> tuple[Path, Path | None]:
+    def _paths(self, default: Path, *reports: Path) -> tuple[Path, Path | None]:
+        """Where the PDF and the page go, which is nowhere that something is read from."""
         pdf = self.out or default
-        if self.html is None:
-            return pdf, pdf.parent / f"{pdf.stem}.html"
-        return pdf, None if str(self.html) == "none" else self.html
+        page = pdf.parent / f"{pdf.stem}.html" if self.html is None else self.html
+        html = None if str(page) == "none" else page
+        for option, path in (("--out", pdf), ("--html", html)):
+            if path is not None and path.resolve() in {report.resolve() for report in reports}:
+                raise UserError(f"{path} is the report that is read, and would be written over; give {option} a path")
+        return pdf, html
 
 
 def _files(pdf: Path, html: Path | None) -> dict[str, str | None]:

@@ -30,13 +30,24 @@ class ShortConvolution(nn.Module):
         """y ``(B, N, C)`` and the window behind each row's last real token; real tokens come first."""
         documents_BN = None if starts_BN is None else starts_BN.cumsum(1)
         y_BNC = short_convolution(x_BNC, self.weight, window=window_BWC, documents=documents_BN)
-        return y_BNC, self.window_behind(x_BNC, padding, window_BWC)
+        return y_BNC, self.window_behind(x_BNC, padding, documents_BN, window_BWC)
 
-    def window_behind(self, x_BNC: Tensor, padding: Padding | None, window_BWC: Tensor | None) -> Tensor:
-        """The window behind each row's last real token, for those who convolve in an operator of their own."""
+    def window_behind(
+        self, x_BNC: Tensor, padding: Padding | None, documents_BN: Tensor | None, window_BWC: Tensor | None
+    ) -> Tensor:
+        """The window behind each row's last real token, for those who convolve in an operator of their own.
+
+        Of packed documents it has nothing but the last one's.
+        """
         x_BNC, before = x_BNC.detach(), self.size - 1
-        if padding is None and x_BNC.shape[1] >= before:
-            return x_BNC[:, x_BNC.shape[1] - before :].clone()  # a view would keep all tokens alive
+        if padding is None:
+            x_BNC = x_BNC[:, max(0, x_BNC.shape[1] - before) :]
+        if documents_BN is not None:
+            # Behind the real tokens no document starts, and so the last of all is in the last one.
+            is_last_BN = documents_BN == documents_BN[:, -1:]
+            x_BNC = x_BNC * is_last_BN[:, is_last_BN.shape[1] - x_BNC.shape[1] :].unsqueeze(-1)
+        if padding is None and x_BNC.shape[1] == before:
+            return x_BNC.clone()  # a view would keep all tokens alive
         if window_BWC is None:
             window_BWC = x_BNC.new_zeros(x_BNC.shape[0], before, self.channels)
         window_BWC = window_BWC.to(x_BNC.dtype)

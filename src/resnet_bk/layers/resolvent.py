@@ -130,16 +130,17 @@ class ResolventMixer(nn.Module):
         rotary = context.front_rotary()
         if convolution is None:
             return *queries_keys_values(qkv_BNC, self.num_heads, self.key_size, rotary=rotary), None
+        documents_BN = None if starts_BN is None else starts_BN.cumsum(1)
         q, k, v = queries_keys_values(
             qkv_BNC,
             self.num_heads,
             self.key_size,
             weight=convolution.weight,
             window=window_BWC,
-            documents=None if starts_BN is None else starts_BN.cumsum(1),
+            documents=documents_BN,
             rotary=rotary,
         )
-        return q, k, v, convolution.window_behind(qkv_BNC, padding, window_BWC)
+        return q, k, v, convolution.window_behind(qkv_BNC, padding, documents_BN, window_BWC)
 
     def _carry(
         self,

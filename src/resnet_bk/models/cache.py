@@ -43,6 +43,10 @@ class RecurrentLayer(CacheLayerMixin):
         """No limit."""
         return -1
 
+    def crop(self, max_length: int) -> None:
+        """Refused: a state has no earlier ones."""
+        raise ValueError("a recurrent state cannot forget tokens; keep a copy of the cache from before them")
+
     def reset(self) -> None:
         """Forgets everything."""
         self.state, self.num_tokens, self.is_initialized = {}, 0, False

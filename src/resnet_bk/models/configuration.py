@@ -79,7 +79,13 @@ class ResNetBKConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "resnet_bk"
     attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "cross_entropy",
+        "router_aux_loss",
+        "expert_load",
+    ]
 
     vocab_size: int = 30_000
     hidden_size: int = 64

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from resnet_bk.layers import (
     ShortConvolution,
 )
 from resnet_bk.layers.mixture import Routing
-from resnet_bk.layers.padding import Padding
 from resnet_bk.layers.rotary import rotary_angles
+from resnet_bk.models import inputs
 from resnet_bk.models.cache import AttentionLayer, RecurrentLayer, ResNetBKCache
 from resnet_bk.models.configuration import Mixer, ResNetBKConfig
 from resnet_bk.ops.embedding import embedding_in_single
@@ -73,8 +73,8 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
     config: ResNetBKConfig
     base_model_prefix = "model"
     _no_split_modules = ("BKBlock", "MixerBlock")
-    # Parameters, by parts of their names, that are never stored in a half type: what decides (the router), recurs (the
-    # chains), or scales (norms, filters).
+    # Parameters, by parts of their names, that training never stores in a half type: what decides (the router), recurs
+    # (the chains), or scales (norms, filters).
     float32_parameters = (
         "router",
         "potential",
@@ -86,6 +86,15 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         "convolution",
         "norm",
     )
+    # What from_pretrained(dtype=...) leaves in float32: of these, what is computed in it whatever the tokens' type.
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
+        "router",
+        "potential",
+        "log_rate",
+        "energy",
+        "raw_eta",
+        "log_amplitude",
+    }
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -181,6 +190,9 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         Raises:
             ValueError: the inputs do not fit the model; the message names the mend.
         """
+        inputs.require_known_arguments(kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache)
         x_BND, context = self.begin(
             input_ids,
@@ -223,26 +235,41 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         """What the first block takes, and what all blocks are told about the tokens; arguments as in ``forward``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        x_BND = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs.require_tokens("input_ids", input_ids, 2)
+            x_BND = self._embed(input_ids)
+        else:
+            inputs.require_tokens("inputs_embeds", inputs_embeds, 3)
+            x_BND = inputs_embeds
         if self.training and self.lost_token is not None:
             is_lost_BN1 = torch.rand_like(x_BND[..., :1], dtype=torch.float32) < self.config.token_dropout
             x_BND = torch.where(is_lost_BN1, self.lost_token.weight.to(x_BND.dtype), x_BND)
-        length = x_BND.shape[1]
-        key_mask_BK = _mask_with_padding(attention_mask, past_length + length)
+        rows, length = x_BND.shape[:2]
+        key_mask_BK = inputs.mask_with_padding(attention_mask, rows, past_length + length)
         if document_ids is not None:
-            document_ids = _numbered_documents(document_ids, x_BND, past_length)
-        if position_ids is None:
-            position_ids = _positions(key_mask_BK, document_ids, past_length, x_BND)
+            document_ids = inputs.numbered_documents(document_ids, x_BND, past_length)
+        are_given = position_ids is not None
+        if position_ids is not None:
+            inputs.require_positions(position_ids, rows, length)
+        else:
+            position_ids = inputs.positions(key_mask_BK, document_ids, past_length, x_BND)
         if self.embed_positions is not None:
-            self._check_positions(past_length + length)
+            inputs.require_places(
+                position_ids,
+                past_length + length,
+                self.config.max_position_embeddings,
+                are_given=are_given,
+                begin_again=key_mask_BK is not None or document_ids is not None,
+            )
             x_BND = x_BND + self.embed_positions(position_ids)
-        padding = _padding(key_mask_BK, length)
+        padding = inputs.padding(key_mask_BK, length)
         return self.dropout(x_BND), SequenceContext(
             rotary=self._rotary(position_ids, x_BND.dtype),
             padding=padding,
             key_mask_BK=key_mask_BK,
             document_ids_BN=document_ids,
-            front_starts_BN=None if document_ids is None else _front_starts(document_ids, padding),
+            front_starts_BN=None if document_ids is None else inputs.front_starts(document_ids, padding),
             batch_rows=batch_rows,
             remember=remember,
         )
@@ -253,8 +280,9 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             if past_key_values is not None or use_cache:
                 raise ValueError("a bidirectional model (causal=False) has no decoding state; pass use_cache=False")
             return None
-        if past_key_values is None and wanted:
-            return ResNetBKCache(self.config)
+        if past_key_values is None:
+            return ResNetBKCache(self.config) if wanted else None
+        inputs.require_own_cache(past_key_values, self.config.num_layers)
         return past_key_values
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
@@ -277,17 +305,14 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             return None
         return rotary_angles(position_ids_BN, size, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
 
-    def _check_positions(self, length: int) -> None:
-        limit = self.config.max_position_embeddings
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{length} tokens are more than this model's position table of {limit}; "
-                "use shorter sequences, or a model with max_position_embeddings=None"
-            )
-
 
 class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
     """The language model. With ``mixer="attention"`` it is the Transformer baseline."""
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether nothing that was read can be forgotten: then transformers refuses what would (assisted decoding)."""
+        return self.config.mixer != "attention" or bool(self.config.conv_size)
 
     # The loss is a mean over the batch at hand: transformers' Trainer divides by its accumulation steps itself.
     accepts_loss_kwargs = False
@@ -308,6 +333,13 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         if module is self.lm_head and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.initializer_range)
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: checkpointing is asked for of blocks."""
+        raise ValueError(
+            "blocks are checkpointed by resnet_bk.frugal.checkpoint_blocks(list(model.model.layers), 'full'), or "
+            "'selective'; leave gradient_checkpointing out"
+        )
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -323,10 +355,9 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         batch_rows: tuple[int, int] | None = None,
         **kwargs: Any,
@@ -340,13 +371,17 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
                 yours: the last token of a document should have none (-100), or the next document's first. What comes
                 behind them goes on from each row's last document, if ``position_ids`` count on in it.
             labels: ``(B, N)``, the token at each position; the loss compares position i with label i + 1.
-            shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both.
-            logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions.
+            shift_labels: ``(B, N)``, the target of each position, already shifted. ``-100`` is ignored in both. It is
+                among ``kwargs``, as transformers has it: its Trainer asks for all that the signature calls labels.
+            logits_to_keep: 0 for all positions, 1 for each row's last real token, k for the last k positions; or a
+                tensor of positions.
             return_logits: None for logits except in training mode with targets, where they are by far the largest
                 tensor; True for logits then too; False for a loss without logits, a chunk of tokens at a time. A head
                 that is more than a matrix (an adapter, say, or one that is sharded by itself) always makes them all.
             batch_rows: as in ``ResNetBKModel``.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
+        inputs.require_known_arguments(kwargs)
         if labels is not None and shift_labels is not None:
             raise ValueError("give labels or shift_labels, not both")
         output = self.model(
@@ -361,11 +396,11 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
             batch_rows=batch_rows,
         )
         targets_BN = shift_targets(labels) if labels is not None else shift_labels
-        if targets_BN is not None and logits_to_keep:
+        if targets_BN is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("a loss needs every position; leave logits_to_keep at 0")
         if targets_BN is None and return_logits is False:
             raise ValueError("without targets there is nothing but logits to return; leave return_logits out")
-        hidden_BND = _positions_to_keep(output.last_hidden_state, attention_mask, logits_to_keep)
+        hidden_BND = inputs.positions_to_keep(output.last_hidden_state, attention_mask, logits_to_keep)
         if return_logits is None:
             return_logits = targets_BN is None or not self.training
         logits_BNV = self._logits(hidden_BND) if return_logits or not _is_matrix(self.lm_head) else None
@@ -421,6 +456,13 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         return inputs
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is of models with keys and values; "
+                "this one has a cache of its own: leave it out"
+            )
+        if model_kwargs.get("document_ids") is not None:
+            raise ValueError("generate goes on from one text a row; give rows without document_ids")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = ResNetBKCache(self.config)
 
@@ -521,66 +563,3 @@ def run_block(
     if layer is not None:
         layer.advance(state, x_BND.shape[1])
     return x_BND, routing
-
-
-def _mask_with_padding(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:
-    """The mask over all keys, or None if no token of it is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_keys:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, {num_keys}), cached tokens included"
-        )
-    return None if bool(attention_mask.all()) else attention_mask
-
-
-def _numbered_documents(document_ids: Tensor, x_BND: Tensor, past_length: int) -> Tensor:
-    """The documents of each row counted from 0: a number that comes again is another document."""
-    if document_ids.shape != x_BND.shape[:2] or document_ids.is_floating_point():
-        raise ValueError(
-            f"document_ids is {document_ids.dtype} of shape {tuple(document_ids.shape)}; "
-            f"give integers of shape {tuple(x_BND.shape[:2])}"
-        )
-    if past_length:
-        raise ValueError("document_ids are for whole rows; a cache that has tokens already cannot be told them apart")
-    return _starts(document_ids).cumsum(1)
-
-
-def _front_starts(document_ids_BN: Tensor, padding: Padding | None) -> Tensor:
-    """Where a document starts behind another, with each row's real tokens in front; nothing starts in the padding."""
-    if padding is None:
-        return _starts(document_ids_BN)
-    return _starts(document_ids_BN.gather(1, padding.order_BN)) & padding.front_real_BN
-
-
-def _starts(document_ids_BN: Tensor) -> Tensor:
-    starts_BN = torch.zeros_like(document_ids_BN, dtype=torch.bool)
-    starts_BN[:, 1:] = document_ids_BN[:, 1:] != document_ids_BN[:, :-1]
-    return starts_BN
-
-
-def _positions(key_mask_BK: Tensor | None, document_ids_BN: Tensor | None, past_length: int, x_BND: Tensor) -> Tensor:
-    """Each token's number among the real tokens of its row, or of its document there."""
-    length = x_BND.shape[1]
-    if key_mask_BK is None:
-        position_ids_BN = torch.arange(past_length, past_length + length, device=x_BND.device).unsqueeze(0)
-    else:
-        position_ids_BN = (key_mask_BK.bool().long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-    if document_ids_BN is None:
-        return position_ids_BN
-    first_BN = torch.where(_starts(document_ids_BN), position_ids_BN, 0)
-    return position_ids_BN - first_BN.cummax(1).values
-
-
-def _padding(key_mask_BK: Tensor | None, length: int) -> Padding | None:
-    if key_mask_BK is None or bool(key_mask_BK[:, -length:].all()):
-        return None
-    return Padding.from_mask(key_mask_BK[:, -length:])
-
-
-def _positions_to_keep(hidden_BND: Tensor, attention_mask: Tensor | None, logits_to_keep: int) -> Tensor:
-    if not logits_to_keep:
-        return hidden_BND
-    if logits_to_keep == 1 and attention_mask is not None:
-        return Padding.from_mask(attention_mask[:, -hidden_BND.shape[1] :]).last_real(hidden_BND)
-    return hidden_BND[:, -logits_to_keep:]

@@ -28,10 +28,11 @@ def shift_targets(labels_BN: Tensor) -> Tensor:
 
 def cross_entropy(logits_BNV: Tensor, targets_BN: Tensor) -> Tensor:
     """Mean over the targets that are not ``-100`` of -log p(target), in nats, in float32 at least."""
+    _require_targets(logits_BNV, targets_BN)
     logits_TV = logits_BNV.flatten(0, 1)
     if logits_TV.dtype.itemsize < 4:
         logits_TV = logits_TV.float()
-    return F.cross_entropy(logits_TV, targets_BN.flatten(), ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(logits_TV, targets_BN.flatten().long(), ignore_index=IGNORE_INDEX)
 
 
 def linear_cross_entropy(
@@ -55,11 +56,7 @@ def linear_cross_entropy(
 
     Source: P.-L. Hsu et al., "Liger Kernel" (2024), for the order of the computation.
     """
-    if hidden_BND.shape[:-1] != targets_BN.shape:
-        raise ValueError(
-            f"targets have shape {tuple(targets_BN.shape)} and hidden states {tuple(hidden_BND.shape)}; give one "
-            "target for each token: where targets are shifted, both have to be cut"
-        )
+    _require_targets(hidden_BND, targets_BN)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of at least 1, or None")
     hidden_TD, targets_T = hidden_BND.flatten(0, 1), targets_BN.flatten()
@@ -70,6 +67,14 @@ def linear_cross_entropy(
         return mean
     sums = _sweep(hidden_TD, weight_VD, targets_T, want_hidden=False, want_weight=False, chunk_tokens=chunk_tokens)
     return sums.loss / sums.count
+
+
+def _require_targets(of_tokens: Tensor, targets: Tensor) -> None:
+    if of_tokens.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and what is made of the tokens {tuple(of_tokens.shape)}; give "
+            "one target for each token: where targets are shifted, both have to be cut"
+        )
 
 
 def choose_loss_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:

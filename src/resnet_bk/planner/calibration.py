@@ -1,5 +1,6 @@
 """What a machine really does, measured once and kept: rates, the driver's context, the process itself."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -50,11 +51,14 @@ def calibrate(device: torch.device, half: torch.dtype) -> Calibration:
 
 
 def save_calibration(name: str, calibration: Calibration) -> Path:
-    """Keeps it under the device's name, beside those of other devices."""
+    """Keeps it under the device's name, beside those of other devices; a file that cannot be read gives way."""
     path = _path()
     make_directory(path.parent)
-    devices = _stored() | {name: asdict(calibration)}
-    write_json(path, {"version": VERSION, "devices": devices})
+    try:
+        devices = _stored()
+    except UserError:
+        devices = {}
+    write_json(path, {"version": VERSION, "devices": devices | {name: asdict(calibration)}})
     return path
 
 
@@ -68,9 +72,12 @@ def calibration_of(name: str) -> Calibration | None:
     if found is None:
         return None
     try:
-        return Calibration(**found)
+        calibration = Calibration(**found)
+        if all(0 < value < math.inf for key, value in asdict(calibration).items() if key != "context_bytes"):
+            return calibration
     except TypeError:
-        raise UserError(f"{_path()} is damaged; run `resnet-bk env --calibrate` again, or remove it") from None
+        pass
+    raise UserError(f"{_path()} is damaged; run `resnet-bk env --calibrate` again, or remove it")
 
 
 def _path() -> Path:
@@ -80,7 +87,10 @@ def _path() -> Path:
 def _stored() -> dict[str, Any]:
     if not _path().exists():
         return {}
-    document = read_json(_path())
+    try:
+        document = read_json(_path())
+    except UserError:
+        raise UserError(f"{_path()} is damaged; run `resnet-bk env --calibrate` again, or remove it") from None
     if (
         not isinstance(document, dict)
         or document.get("version") != VERSION

@@ -180,6 +180,11 @@ def device_for(device: torch.device) -> Device:
     )
 
 
+def name_of(device: torch.device) -> str:
+    """By which what was measured on a device of this machine is kept."""
+    return "cpu" if device.type != "cuda" else str(torch.cuda.get_device_properties(device).name)
+
+
 def _calibrated(device: Device) -> Device:
     """With what was measured on this machine, if it was."""
     measured = calibration_of(device.name)
@@ -217,13 +222,14 @@ def this_cpu() -> Device:
 
 def this_gpu(device: torch.device | None = None) -> Device:
     """A card at hand: its memory and capability as the driver tells them, its rates from the nearest in the table."""
-    properties = torch.cuda.get_device_properties(device or torch.cuda.current_device())
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     nearest = _nearest(properties.name, capability, properties.total_memory)
     return _calibrated(
         replace(
             nearest,
-            name=properties.name,
+            name=name_of(device),
             machine=Machine(kind="cuda", capability=capability, multiprocessors=properties.multi_processor_count),
             memory_bytes=properties.total_memory,
             given_back_bytes=given_back_bytes(

@@ -120,14 +120,20 @@ def restore_optimizer(
     world: World = ALONE,
 ) -> TrainingState:
     """Puts a checkpoint's moments and loss scale back; the model's weights must be its own already."""
+    state = read_json(path / STATE)
+    try:
+        scale, training = state.pop("scaler"), TrainingState(**state)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(
+            f"{path / STATE} is not the state of a training; restore it from a copy, or resume without this checkpoint"
+        ) from None
     if world.size > 1:
         restore_sharded_moments(path / MOMENTS, model, optimizer)
     else:
         _restore_moments(path / MOMENTS, model, optimizer)
-    state = read_json(path / STATE)
-    if scale := state.pop("scaler"):
+    if scale:
         scaler.load_state_dict(scale)
-    return TrainingState(**state)
+    return training
 
 
 def _restore_moments(file: Path, model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> None:
@@ -236,11 +242,14 @@ def _moments(model: ResNetBKForCausalLM, optimizer: torch.optim.Optimizer) -> di
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     manifest = read_json(path / MANIFEST)
     try:
-        return {
+        listed = {
             name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])} for name, entry in manifest.items()
         }
+        if {WEIGHTS, MOMENTS, STATE} <= listed.keys():
+            return listed
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise UserError(f"{path / MANIFEST} does not list files and checksums; {_mend(path)}") from None
+        pass
+    raise UserError(f"{path / MANIFEST} does not list files and checksums; {_mend(path)}")
 
 
 def _identity(file: Path) -> dict[str, Any]:

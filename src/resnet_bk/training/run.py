@@ -160,8 +160,9 @@ def find_checkpoint(path: Path) -> tuple[Run, Path]:
     Raises:
         UserError: it is neither.
     """
-    if path.name.startswith("step-") and path.is_dir():
-        return open_run(path.parent.parent), path
+    checkpoint = path.resolve()  # "." has no name
+    if checkpoint.name.startswith("step-") and checkpoint.is_dir():
+        return open_run(checkpoint.parent.parent), path
     run = open_run(path)
     return run, run.latest_checkpoint()
 
