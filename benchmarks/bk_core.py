@@ -168,8 +168,8 @@ def time_eager_loop(bandwidth: float) -> dict[str, Any]:
         }
         for _ in range(LOOP_ROUNDS)
     ]
-    times = [round["loop"] / round["ours"] for round in rounds]
-    seconds = statistics.median(round["loop"] for round in rounds)
+    times = [turn["loop"] / turn["ours"] for turn in rounds]
+    seconds = statistics.median(turn["loop"] for turn in rounds)
     copy_seconds = int(np.prod(EVERYDAY)) * (FORWARD_BYTES + BACKWARD_BYTES) / bandwidth
     print(
         f"{statistics.median(times):.0f} times as fast as the loop over tokens, forward and backward "
