@@ -66,6 +66,8 @@ def measure(device: torch.device) -> dict[str, Any]:
         "copy_bytes_per_second": bandwidth,
         "errors": check(sweeps(backend), device),
     }
+    if device.type == "cpu":  # before anything has divided its memory
+        document["scaling"] = [measure_scaling(sweeps(backend), *chains, device) for chains in SCALING_CHAINS]
     shapes = LARGE if device.type == "cuda" else [EVERYDAY, *FEW_HEADS]
     document["shapes"] = [time_shape(sweeps(backend), shape, device, bandwidth) for shape in shapes]
     if device.type == "cuda":
@@ -74,7 +76,6 @@ def measure(device: torch.device) -> dict[str, Any]:
         document["plain_torch"] = time_shape(sweeps("torch"), EVERYDAY, device, bandwidth, repeats=3)
         document["eager_loop"] = time_eager_loop(bandwidth)
         document["tunnel"] = [time_tunnel(sweeps(backend), shape, device) for shape in TUNNEL]
-        document["scaling"] = [measure_scaling(sweeps(backend), *chains, device) for chains in SCALING_CHAINS]
     return document
 
 
@@ -230,12 +231,13 @@ def time_tunnel(backend: Sweeps, shape: tuple[int, int, int], device: torch.devi
 def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.device) -> dict[str, Any]:
     """Forward and backward over lengths, and the exponent of a power law."""
     rows = []
-    for length in SCALING_LENGTHS:
+    # The longest first, whose memory the others then have: what is freed is kept.
+    for length in reversed(SCALING_LENGTHS):
         work = phases(backend, inputs((batch_size, length, heads), device))
         repeats = 7 if length > 65_536 else 35
         pairs = zip(*(timed(work[name], device, repeats) for name in ("forward", "backward")), strict=True)
         samples = [sum(pair) for pair in pairs]
-        rows.append({"sequence_length": length, "samples": samples, "seconds": statistics.median(samples)})
+        rows.insert(0, {"sequence_length": length, "samples": samples, "seconds": statistics.median(samples)})
     logs = [[np.log(row["sequence_length"]), np.log(row["seconds"])] for row in rows]
     exponent = float(np.polyfit(*np.array(logs).T, 1)[0])
     print(f"batch {batch_size}, heads {heads}: time grows as N^{exponent:.3f}")
