@@ -235,14 +235,9 @@ def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.
     for length in reversed(SCALING_LENGTHS):
         work = phases(backend, inputs((batch_size, length, heads), device))
         repeats = 7 if length > 65_536 else 35
-        if device.type == "cpu" and length == max(SCALING_LENGTHS):
-            # Blocks that were freed end by a few bytes too small for their like, some times until small things have
-            # found their places; so many at once would not fit here.
-            for _ in range(8):
-                for phase in ("forward", "backward"):
-                    work[phase]()
-                    give_back_freed_memory()
-        pairs = zip(*(timed(work[name], device, repeats) for name in ("forward", "backward")), strict=True)
+        # Of the longest rows only a few results fit into a machine: none is kept once it is freed.
+        before = give_back_freed_memory if length == max(SCALING_LENGTHS) else None
+        pairs = zip(*(timed(work[name], device, repeats, before) for name in ("forward", "backward")), strict=True)
         samples = [sum(pair) for pair in pairs]
         rows.insert(0, {"sequence_length": length, "samples": samples, "seconds": statistics.median(samples)})
     logs = [[np.log(row["sequence_length"]), np.log(row["seconds"])] for row in rows]
@@ -275,17 +270,22 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device, 20))
 
 
-def timed(work: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each call, after three that do not count.
+def timed(
+    work: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
+) -> list[float]:
+    """Seconds of each call, after three that do not count; ``before`` is called before each, and does not count.
 
     On a GPU they are the device's: each call stands in the queue behind a write of 1 GiB, during which the host gets
     ahead, and after which nothing of its data is in a cache.
     """
+    before = before or (lambda: None)
     for _ in range(3):
+        before()
         work()
     samples = []
     swept = torch.empty(2**28, device=device) if device.type == "cuda" else torch.empty(0)
     for _ in range(repeats):
+        before()
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             swept.zero_()
