@@ -87,14 +87,7 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
         "norm",
     )
     # What from_pretrained(dtype=...) leaves in float32: of these, what is computed in it whatever the tokens' type.
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
-        "router",
-        "potential",
-        "log_rate",
-        "energy",
-        "raw_eta",
-        "log_amplitude",
-    }
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = set(float32_parameters) - {"skip", "convolution", "norm"}
     _supports_sdpa = True
 
     @torch.no_grad()
