@@ -229,13 +229,15 @@ def time_tunnel(backend: Sweeps, shape: tuple[int, int, int], device: torch.devi
 
 
 def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.device) -> dict[str, Any]:
-    """Forward and backward over lengths, and the exponent of a power law."""
+    """Forward and backward over lengths, and the exponent of a power law.
+
+    Of the longest rows a machine has room for a few results only: what is freed goes back to the system before each of
+    their calls, which then takes pages anew, in the time that counts. They come first, while nothing else is kept.
+    """
     rows = []
-    # The longest first, whose memory the others then have: what is freed is kept.
     for length in reversed(SCALING_LENGTHS):
         work = phases(backend, inputs((batch_size, length, heads), device))
         repeats = 7 if length > 65_536 else 35
-        # Of the longest rows only a few results fit into a machine: none is kept once it is freed.
         before = give_back_freed_memory if length == max(SCALING_LENGTHS) else None
         pairs = zip(*(timed(work[name], device, repeats, before) for name in ("forward", "backward")), strict=True)
         samples = [sum(pair) for pair in pairs]

@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {
 EVERY = ResNetBKConfig.local_attention_every
 HYBRID = {"local_attention_every": EVERY}
 NOWHERE = Positions()
+MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ CONTESTANTS = {
         _ours("ours-memory-64", "ours, memories from 64 tokens on", shortest_memory=64.0),
         _of("ours-no-convolution", "ours, no convolution", conv_size=0, **HYBRID),
         _ours("ours-gated", "ours with real-gated linear attention", decay="gated"),
-        _ours("ours-mamba2", "ours with Mamba-2's decays and writes", decay="gated", write="gap", rotation="none"),
+        _ours("ours-mamba2", "ours with Mamba-2's decays and writes", **MAMBA2),
         # Attention without positions: what the parts were tried with.
         Contestant(name="hybrid", label="hybrid without positions", fields=HYBRID, positions=NOWHERE),
         _of("resolvent", "resolvent alone"),
@@ -107,19 +108,13 @@ CONTESTANTS = {
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
         # The Mamba family, alone and in our hybrid's place for the resolvent.
         _changed("gated", "real-gated linear attention (Mamba-2's kind)", decay="gated"),
-        _changed("mamba2", "Mamba-2's decays and writes, no rotation", decay="gated", write="gap", rotation="none"),
+        _changed("mamba2", "Mamba-2's decays and writes, no rotation", **MAMBA2),
         _changed(
             "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
         ),
         Contestant(name="deltanet", label="Gated DeltaNet (flash-linear-attention)", layer=GatedDeltaNet, needs="fla"),
         _changed_hybrid("gated", "without positions, with real-gated linear attention", decay="gated"),
-        _changed_hybrid(
-            "mamba2",
-            "without positions, with Mamba-2's decays and writes",
-            decay="gated",
-            write="gap",
-            rotation="none",
-        ),
+        _changed_hybrid("mamba2", "without positions, with Mamba-2's decays and writes", **MAMBA2),
         # Of the hybrid, one thing at a time: its attention,
         _positioned("rotary", "rotary positions in attention", pairs=1),
         _positioned("half-rotary", "rotary positions of half of its coordinates", pairs=0.5),
@@ -205,12 +200,7 @@ CONTESTANTS = {
             rotary=True,
         ),
         _plain("ungated", "no output gate", change=Change(gated=False)),
-        _plain(
-            "mamba2",
-            "no attention, with Mamba-2's decays and writes",
-            every=0,
-            change=Change(decay="gated", write="gap", rotation="none"),
-        ),
+        _plain("mamba2", "no attention, with Mamba-2's decays and writes", every=0, change=Change(**MAMBA2)),
         # The seed's mixer and its gradient rules.
         _of("bk", "the seed's mixer, exact gradient", mixer="bk", conv_size=0),
         _of("bk-blend", "the seed's mixer, blended gradient", mixer="bk", conv_size=0, bk_grad="blend"),

@@ -146,10 +146,11 @@ def test_what_decides_and_recurs_stays_in_float32_when_loaded_in_a_half_type(tmp
     model = build(initializer_range=0.5, **options)
     model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kept = {name.rsplit(".", 1)[-1] for name, weight in half.named_parameters() if weight.dtype == torch.float32}
+    kept = {
+        part for name, weight in half.named_parameters() if weight.dtype == torch.float32 for part in name.split(".")
+    }
     assert half.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert {"router"} < {part for name, weight in half.named_parameters() if weight.dtype == torch.float32
-                         for part in name.split(".")}  # fmt: skip
+    assert "router" in kept and len(kept) > 1
     assert ("raw_eta" in kept) == ("mixer" in options or "resolvent_regime" in options)
     with torch.no_grad():
         whole = half(IDS).logits

@@ -126,6 +126,7 @@ def require_places(
 
 
 def padding(key_mask_BK: Tensor | None, length: int) -> Padding | None:
+    """Where the padding of the last ``length`` tokens is, None if none of them is."""
     if key_mask_BK is None or bool(key_mask_BK[:, -length:].all()):
         return None
     return Padding.from_mask(key_mask_BK[:, -length:])

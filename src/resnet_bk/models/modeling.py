@@ -443,10 +443,12 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As ``transformers`` does it, but positions follow the mask, which is right for padding on either side."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if inputs.get("attention_mask") is not None:
-            inputs["position_ids"] = None
-        return inputs
+        if kwargs.get("document_ids") is not None:
+            raise ValueError("generate goes on from one text a row; give rows without document_ids")
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if prepared.get("attention_mask") is not None:
+            prepared["position_ids"] = None
+        return prepared
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         if generation_config.cache_implementation is not None:
@@ -454,8 +456,6 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is of models with keys and values; "
                 "this one has a cache of its own: leave it out"
             )
-        if model_kwargs.get("document_ids") is not None:
-            raise ValueError("generate goes on from one text a row; give rows without document_ids")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = ResNetBKCache(self.config)
 

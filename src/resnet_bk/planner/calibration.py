@@ -77,11 +77,15 @@ def calibration_of(name: str) -> Calibration | None:
             return calibration
     except TypeError:
         pass
-    raise UserError(f"{_path()} is damaged; run `resnet-bk env --calibrate` again, or remove it")
+    raise _unusable("damaged")
 
 
 def _path() -> Path:
     return cache_directory() / FILE
+
+
+def _unusable(what: str) -> UserError:
+    return UserError(f"{_path()} is {what}; run `resnet-bk env --calibrate` again, or remove it")
 
 
 def _stored() -> dict[str, Any]:
@@ -90,13 +94,13 @@ def _stored() -> dict[str, Any]:
     try:
         document = read_json(_path())
     except UserError:
-        raise UserError(f"{_path()} is damaged; run `resnet-bk env --calibrate` again, or remove it") from None
+        raise _unusable("damaged") from None
     if (
         not isinstance(document, dict)
         or document.get("version") != VERSION
         or not isinstance(document.get("devices"), dict)
     ):
-        raise UserError(f"{_path()} is of another version; run `resnet-bk env --calibrate` again, or remove it")
+        raise _unusable("of another version")
     devices: dict[str, Any] = document["devices"]
     return devices
 

@@ -124,9 +124,7 @@ def restore_optimizer(
     try:
         scale, training = state.pop("scaler"), TrainingState(**state)
     except (AttributeError, KeyError, TypeError):
-        raise UserError(
-            f"{path / STATE} is not the state of a training; restore it from a copy, or resume without this checkpoint"
-        ) from None
+        raise UserError(f"{path / STATE} is not the state of a training; {_mend(path)}") from None
     if world.size > 1:
         restore_sharded_moments(path / MOMENTS, model, optimizer)
     else:

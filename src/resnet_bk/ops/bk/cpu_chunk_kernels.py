@@ -17,6 +17,13 @@ from resnet_bk.ops.bk.cpu_kernels import fetch
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
+
+@_compiled
+def _fetch_ahead(tokens, tokens_away, token_bytes):
+    """Fetches as many tokens as these, from some tokens away."""
+    fetch(np.int64(tokens.ctypes.data) + tokens_away * token_bytes, tokens.size * tokens.itemsize)
+
+
 LANES = 64
 TOKENS = 32
 TOKENS_BETWEEN_SCALINGS = 4
@@ -42,7 +49,7 @@ def _load(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead)
             scratch[:begin, lane : lane + heads] = 0
             scratch[end:tokens, lane : lane + heads] = 0
         far, near = x[row, first + begin : first + end], scratch[begin:end, lane : lane + heads]
-        fetch(np.int64(far.ctypes.data) + ahead * x.strides[1], far.size * far.itemsize)
+        _fetch_ahead(far, ahead, x.strides[1])
         for head in range(heads):
             for token in range(end - begin):
                 near[token, head] = far[token, head]
@@ -58,7 +65,7 @@ def _store(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead
         end = min(tokens, length - first)
         lane = group * heads
         far, near = x[row, first : first + end], scratch[:end, lane : lane + heads]
-        fetch(np.int64(far.ctypes.data) + ahead * x.strides[1], far.size * far.itemsize)
+        _fetch_ahead(far, ahead, x.strides[1])
         for head in range(heads):
             for token in range(end):
                 far[token, head] = near[token, head]
