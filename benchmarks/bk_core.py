@@ -12,11 +12,17 @@ many times faster anything could be that moves those bytes at the bandwidth of t
 Growth over lengths is fair only where every length is in the same memory. At 1 head, or in 1 row, the short ones lie in
 the caches, and at 1 head most of their time is the call; at 8 x 64 heads none does. That takes 17 GB of memory.
 
-Memory that is freed stays with the process, as in training: large results are not taken page by page anew.
+Memory that is freed stays with the process, as in training: large results are not taken page by page anew. Growth is
+measured in a process of its own that keeps no cuttings of large blocks aside (glibc's tcache): with them, a block that
+is kept is now and then too small by a few bytes for the next result of its size, for which a 24 GB machine has no room.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +33,8 @@ import torch
 from torch import Tensor
 
 from resnet_bk.environment import describe_environment
-from resnet_bk.files import write_json
-from resnet_bk.heap import give_back_freed_memory, keep_freed_memory
+from resnet_bk.files import read_json, write_json
+from resnet_bk.heap import keep_freed_memory
 from resnet_bk.ops.bk import choose_backend
 from resnet_bk.ops.bk.operators import Sweeps, sweeps
 
@@ -42,6 +48,7 @@ LOOP_ROUNDS = 9
 # Batch size and heads.
 SCALING_CHAINS = [(8, 64), (8, 1), (1, 64)]
 SCALING_LENGTHS = [4096, 16_384, 65_536, 262_144, 1_048_576]
+SCALING_ROUNDS = 3
 GRAPH_SHAPE, GRAPH_LAUNCHES = (16, 4096, 1), 20
 
 
@@ -49,9 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only-scaling", action="store_true", help="what the CPU's own process for it does")
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, measure(torch.device(arguments.device)))
+    write_json(arguments.out, measure_growth(device) if arguments.only_scaling else measure(device))
 
 
 def measure(device: torch.device) -> dict[str, Any]:
@@ -66,8 +75,8 @@ def measure(device: torch.device) -> dict[str, Any]:
         "copy_bytes_per_second": bandwidth,
         "errors": check(sweeps(backend), device),
     }
-    if device.type == "cpu":  # before anything has divided its memory
-        document["scaling"] = [measure_scaling(sweeps(backend), *chains, device) for chains in SCALING_CHAINS]
+    if device.type == "cpu":
+        document["scaling"] = growth_in_a_process()
     shapes = LARGE if device.type == "cuda" else [EVERYDAY, *FEW_HEADS]
     document["shapes"] = [time_shape(sweeps(backend), shape, device, bandwidth) for shape in shapes]
     if device.type == "cuda":
@@ -228,20 +237,38 @@ def time_tunnel(backend: Sweeps, shape: tuple[int, int, int], device: torch.devi
     return {"shape": shape, "relative_error": error, "seconds": seconds, "samples": samples}
 
 
+def growth_in_a_process() -> Any:
+    """``measure_growth`` on the CPU, where the C library sets no cuttings aside; it reads that as it starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "scaling.json"
+        command = [sys.executable, __file__, "--device", "cpu", "--out", str(out), "--only-scaling"]
+        subprocess.run(command, check=True, env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"})
+        return read_json(out)
+
+
+def measure_growth(device: torch.device) -> list[dict[str, Any]]:
+    """``measure_scaling`` of every batch size and number of heads."""
+    keep_freed_memory(device)
+    backend = sweeps(choose_backend(device).name)
+    return [measure_scaling(backend, *chains, device) for chains in SCALING_CHAINS]
+
+
 def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.device) -> dict[str, Any]:
     """Forward and backward over lengths, and the exponent of a power law.
 
-    Of the longest rows a machine has room for a few results only: what is freed goes back to the system before each of
-    their calls, which then takes pages anew, in the time that counts. They come first, while nothing else is kept.
+    Lengths take turns, the longest first, several rounds of them: a machine that is shared is now quick and now slow.
     """
-    rows = []
-    for length in reversed(SCALING_LENGTHS):
-        work = phases(backend, inputs((batch_size, length, heads), device))
-        repeats = 7 if length > 65_536 else 35
-        before = give_back_freed_memory if length == max(SCALING_LENGTHS) else None
-        pairs = zip(*(timed(work[name], device, repeats, before) for name in ("forward", "backward")), strict=True)
-        samples = [sum(pair) for pair in pairs]
-        rows.insert(0, {"sequence_length": length, "samples": samples, "seconds": statistics.median(samples)})
+    samples: dict[int, list[float]] = {length: [] for length in SCALING_LENGTHS}
+    for _ in range(SCALING_ROUNDS):
+        for length in reversed(SCALING_LENGTHS):
+            work = phases(backend, inputs((batch_size, length, heads), device))
+            repeats = 3 if length > 65_536 else 12
+            pairs = zip(*(timed(work[name], device, repeats) for name in ("forward", "backward")), strict=True)
+            samples[length] += [sum(pair) for pair in pairs]
+    rows = [
+        {"sequence_length": length, "samples": found, "seconds": statistics.median(found)}
+        for length, found in samples.items()
+    ]
     logs = [[np.log(row["sequence_length"]), np.log(row["seconds"])] for row in rows]
     exponent = float(np.polyfit(*np.array(logs).T, 1)[0])
     print(f"batch {batch_size}, heads {heads}: time grows as N^{exponent:.3f}")
@@ -272,22 +299,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device, 20))
 
 
-def timed(
-    work: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
-) -> list[float]:
-    """Seconds of each call, after three that do not count; ``before`` is called before each, and does not count.
+def timed(work: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each call, after three that do not count.
 
     On a GPU they are the device's: each call stands in the queue behind a write of 1 GiB, during which the host gets
     ahead, and after which nothing of its data is in a cache.
     """
-    before = before or (lambda: None)
     for _ in range(3):
-        before()
         work()
     samples = []
     swept = torch.empty(2**28, device=device) if device.type == "cuda" else torch.empty(0)
     for _ in range(repeats):
-        before()
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             swept.zero_()

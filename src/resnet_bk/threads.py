@@ -16,12 +16,22 @@ ELEMENTS_WORTH_A_THREAD = 1 << 16
 
 
 def in_threads(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]]) -> list[T]:
-    """``work(*piece)`` of each piece, the first one in the calling thread."""
-    if not pieces:
-        return []
-    first, *others = pieces
-    tasks = [_pool(os.getpid(), torch.get_num_threads()).submit(work, *piece) for piece in others]
-    return [work(*first), *(task.result() for task in tasks)]
+    """``work(*piece)`` of each piece: as many threads as torch has, this one among them, take them one by one."""
+    found: dict[int, T] = {}
+    left = iter(enumerate(pieces))  # what threads take from it is taken once: Python's lock is held meanwhile
+
+    def take() -> None:
+        for index, piece in left:
+            found[index] = work(*piece)
+
+    threads = torch.get_num_threads()
+    helpers = [_pool(os.getpid(), threads).submit(take) for _ in range(min(threads, len(pieces)) - 1)]
+    try:
+        take()
+    finally:
+        for helper in helpers:
+            helper.result()
+    return [found[index] for index in range(len(pieces))]
 
 
 def even_pieces(count: int, pieces: int) -> list[tuple[int, int]]:

@@ -36,4 +36,5 @@ def gap_of_rate(rate: Tensor) -> Tensor:
 
 
 def _gap(rate: Tensor) -> Tensor:
-    return (rate.clamp(max=LARGEST_RATE) / 2).sinh_().square_().mul_(4)
+    # Not mul_: torch 2.11 compiles a function whose result was written in place without its gradient.
+    return (rate.clamp(max=LARGEST_RATE) / 2).sinh_().square_().mul(4)

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from resnet_bk.ops.bk import cpu_chunk_kernels as chunk_kernels
 from resnet_bk.ops.bk.cpu_kernels import (
+    causal_adjoint_and_bonds_kernel,
     causal_adjoint_kernel,
     causal_kernel,
-    onto_diagonal_kernel,
+    diagonal_kernel,
     tunnel_adjoint_kernel,
     tunnel_kernel,
 )
@@ -37,6 +38,7 @@ from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, even_pieces, in_threads
 Array = NDArray[np.floating[Any]]
 
 LANES_WORTH_A_VECTOR = 16
+PIECES_OF_A_THREAD = 4
 # Rows are cut until there are this many lanes (heads of chunks), or chunks would be shorter than this.
 WANTED_LANES, SHORTEST_CHUNK = 1024, 256
 # Composing maps costs as much as sweeping does: what fills a register in double precision stays whole.
@@ -63,6 +65,7 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
         _complex_array(state_BH2.reshape(v_RNL.shape[0], v_RNL.shape[2], 2)),
         _complex_array(out_RNL2),
         reverse,
+        False,
     )
     return restore(out_RNL2)
 
@@ -80,32 +83,31 @@ def causal_adjoint(
     grad_RNL, _ = _lanes(grad_BNH2)
     rows, length, lanes = l_RNL.shape[:3]
     v_bar_RNL = _new(rows, length, lanes, dtype=l_RNL.dtype)
-    sums_RL3 = torch.zeros(rows, lanes, 3, dtype=torch.float64)
+    sums_RL3 = np.zeros((rows, lanes, 3))
     state_bar_RL2 = torch.empty(rows, lanes, 2, dtype=l_RNL.dtype)
     per_token = wants_bonds and bonds.dim() == 3
     bonds_bar_RNL = torch.zeros((rows, length, lanes) if per_token else (0, 0, 0), dtype=l_RNL.dtype)
     _run(
-        causal_adjoint_kernel,
+        causal_adjoint_and_bonds_kernel if wants_bonds else causal_adjoint_kernel,
         (rows, length, lanes),
         _complex_array(grad_RNL),
         _complex_array(l_RNL),
         *_bond_arrays(bonds, like_BNH, l_RNL),
         _complex_array(state_BH2.reshape(rows, lanes, 2)),
         _array(v_bar_RNL),
-        _array(sums_RL3),
+        sums_RL3,
         _array(bonds_bar_RNL),
         _complex_array(state_bar_RL2),
         reverse,
-        wants_bonds,
     )
-    re_H, im_H, bond_H = sums_RL3.view(-1, like_BNH.shape[2], 3).sum(0).to(l_BNH2.dtype).unbind(1)
+    sums_H3 = sums_RL3.reshape(-1, like_BNH.shape[2], 3).sum(0)
     if not wants_bonds:
         bonds_bar = bonds.new_empty(0, *bonds.shape[1:])
     elif per_token:
         bonds_bar = restore(bonds_bar_RNL)
     else:
-        bonds_bar = bond_H.clone()
-    return restore(v_bar_RNL), torch.stack([re_H, im_H], -1), bonds_bar, state_bar_RL2.view(state_BH2.shape)
+        bonds_bar = _tensor(sums_H3[:, 2], l_BNH2.dtype)
+    return restore(v_bar_RNL), _tensor(sums_H3[:, :2], l_BNH2.dtype), bonds_bar, state_bar_RL2.view(state_BH2.shape)
 
 
 def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
@@ -114,10 +116,15 @@ def bidirectional(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor) -> Tensor:
     rows, length, lanes = v_RNL.shape
     out_RNL2 = _new(rows, length, lanes, 2, dtype=v_RNL.dtype)
     out = _complex_array(out_RNL2)
-    chain = (_array(v_RNL), _complex_array(_per_lane(shift_H2, v_BNH, v_RNL)), *_bond_arrays(bonds, v_BNH, v_RNL))
-    nothing = np.zeros((rows, lanes), dtype=out.dtype)
-    _run(causal_kernel, v_RNL.shape, *chain, nothing, out, False)
-    _run(onto_diagonal_kernel, v_RNL.shape, *chain, out)
+    _run(
+        diagonal_kernel,
+        v_RNL.shape,
+        _array(v_RNL),
+        _complex_array(_per_lane(shift_H2, v_BNH, v_RNL)),
+        *_bond_arrays(bonds, v_BNH, v_RNL),
+        np.zeros((rows, lanes), dtype=out.dtype),
+        out,
+    )
     return restore(out_RNL2)
 
 
@@ -308,6 +315,11 @@ def _array(x: Tensor) -> Array:
     return array
 
 
+def _tensor(array: Array, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own, made of a small array: torch's operations take longer than what they would do."""
+    return torch.from_numpy(array.astype(np.float64 if dtype == torch.float64 else np.float32))
+
+
 def _complex_array(x_2: Tensor) -> Array:
     """Pairs as complex numbers."""
     return _array(torch.view_as_complex(x_2.contiguous()))
@@ -322,18 +334,22 @@ def _half_a_unit(like: Tensor) -> float:
 def _run(
     kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any, whole_rows: bool = False
 ) -> list[Any]:
-    """Calls a kernel for all rows and lanes, in as many pieces as there are threads and the work is worth."""
+    """Calls a kernel for all rows and lanes, in the pieces that its threads and the work are worth."""
     rows, length, lanes = shape[:3]
-    pieces = min(torch.get_num_threads(), max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD))
-    ranges = _shares(rows, lanes, min(pieces, rows) if whole_rows else pieces)
-    return in_threads(partial(kernel, *arguments), ranges)
+    worth = max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD)
+    return in_threads(partial(kernel, *arguments), _pieces(rows, lanes, worth, whole_rows))
 
 
-def _shares(rows: int, lanes: int, pieces: int) -> list[tuple[int, int, int, int]]:
-    """(row begin, row end, lane begin, lane end) of each piece: whole rows where there are enough, else lanes."""
-    if rows >= pieces:
+def _pieces(rows: int, lanes: int, worth: int, whole_rows: bool) -> list[tuple[int, int, int, int]]:
+    """(row begin, row end, lane begin, lane end) of each piece: whole rows where there are enough, else lanes.
+
+    Rows are some more pieces than threads, so that all end together although one began late or was interrupted.
+    """
+    threads = min(torch.get_num_threads(), worth)
+    if threads == 1 or whole_rows or rows >= threads:
+        pieces = 1 if threads == 1 else min(PIECES_OF_A_THREAD * threads, worth, rows)
         return [(begin, end, 0, lanes) for begin, end in even_pieces(rows, pieces)]
     vectors = max(1, lanes // LANES_WORTH_A_VECTOR)
-    pieces = min(pieces, vectors)
+    pieces = min(threads, vectors)
     cuts = [vectors * piece // pieces * LANES_WORTH_A_VECTOR for piece in range(pieces)] + [lanes]
     return [(0, rows, begin, end) for begin, end in pairwise(cuts)]

@@ -13,15 +13,16 @@ tunnelling regime remembers too long for that: there each chunk's map is compose
 import numpy as np
 from numba import njit
 
-from resnet_bk.ops.bk.cpu_kernels import fetch
+from resnet_bk.ops.bk.cpu_vectors import CACHE_LINE, at, fetch
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
 
 @_compiled
-def _fetch_ahead(tokens, tokens_away, token_bytes):
-    """Fetches as many tokens as these, from some tokens away."""
-    fetch(np.int64(tokens.ctypes.data) + tokens_away * token_bytes, tokens.size * tokens.itemsize)
+def _fetch(x, row, token, tokens):
+    """Asks for the cache lines of so many tokens, from one on."""
+    for element in range(0, tokens * x.shape[2], CACHE_LINE // x.itemsize):
+        fetch(at(x, (row, token, element)), 1)
 
 
 LANES = 64
@@ -49,7 +50,7 @@ def _load(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead)
             scratch[:begin, lane : lane + heads] = 0
             scratch[end:tokens, lane : lane + heads] = 0
         far, near = x[row, first + begin : first + end], scratch[begin:end, lane : lane + heads]
-        _fetch_ahead(far, ahead, x.strides[1])
+        _fetch(x, row, first + begin + ahead, end - begin)
         for head in range(heads):
             for token in range(end - begin):
                 near[token, head] = far[token, head]
@@ -65,7 +66,7 @@ def _store(x, scratch, group_begin, groups, chunks, chunk, offset, tokens, ahead
         end = min(tokens, length - first)
         lane = group * heads
         far, near = x[row, first : first + end], scratch[:end, lane : lane + heads]
-        _fetch_ahead(far, ahead, x.strides[1])
+        _fetch(x, row, first + ahead, end)
         for head in range(heads):
             for token in range(end):
                 far[token, head] = near[token, head]

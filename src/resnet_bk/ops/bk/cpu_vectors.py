@@ -4,8 +4,8 @@ A sweep over tokens keeps what it carries of many lanes in registers this way. A
 to memory and read back at each token, and the compiler would have to ask each time whether arrays overlap. LLVM makes
 of a vector what the processor has: one of 64 numbers is four registers of AVX-512, or sixteen of NEON.
 
-Indices are of contiguous arrays and unchecked, as numba's own. Numbers keep their type. What is fused is said, with
-``multiply_add``, and not left to the compiler, which decides otherwise in vectors of another size.
+Numbers are read and written where a pointer says, and nothing is checked. Numbers keep their type. What is fused is
+said, with ``multiply_add``, and not left to the compiler, which decides otherwise in vectors of another size.
 """
 
 import operator
@@ -17,6 +17,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, overload, register_model
 
 STREAM_ALIGNMENT = 64  # bytes
+CACHE_LINE = 64
 
 
 class Vector(types.Type):
@@ -34,43 +35,81 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(number, vector.lanes))
 
 
+@intrinsic
+def at(typing_context, array, indices):  # noqa: ARG001
+    """A pointer to the number that an array has at ``indices``: a negative one is before its first."""
+    if not isinstance(array, types.Array) or len(indices) != array.ndim:
+        raise TypingError(f"{indices} do not say where in {array}")
+
+    def generate(context, builder, signature, arguments):
+        place = context.make_array(signature.args[0])(context, builder, arguments[0])
+        shape, strides, found = (cgutils.unpack_tuple(builder, x) for x in (place.shape, place.strides, arguments[1]))
+        return cgutils.get_item_pointer2(context, builder, place.data, shape, strides, array.layout, found)
+
+    return types.CPointer(array.dtype)(array, types.UniTuple(types.intp, array.ndim)), generate
+
+
 @intrinsic(prefer_literal=True)
-def load(typing_context, array, index, lanes):  # noqa: ARG001
-    """So many numbers, a constant, from an index on."""
-    vector = Vector(_number_of(array, types.Float), _constant(lanes))
+def load(typing_context, pointer, lanes):  # noqa: ARG001
+    """So many numbers, a constant, from there on."""
+    vector = Vector(_number_of(pointer, types.Float), _constant(lanes))
 
-    def generate(context, builder, signature, arguments):
-        pointer, size = _place(context, builder, signature, arguments, vector)
-        return builder.load(pointer, align=size)
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        return _load(context, builder, arguments[0], vector)
 
-    return vector(array, types.intp, lanes), generate
+    return vector(pointer, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_from_the_end(typing_context, pointer, lanes):  # noqa: ARG001
+    """As ``load``, the last cache line first.
+
+    Processors fetch ahead of what goes back line by line, and are confused by what goes back from token to token and
+    forwards in each.
+    """
+    vector = Vector(_number_of(pointer, types.Float), _constant(lanes))
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        return _load_from_the_end(context, builder, arguments[0], vector)
+
+    return vector(pointer, lanes), generate
 
 
 @intrinsic
-def store(typing_context, array, index, vector):  # noqa: ARG001
-    """Puts the vector's numbers into the array from an index on."""
-    _require_same(_number_of(array, types.Float), vector)
+def store(typing_context, pointer, vector):  # noqa: ARG001
+    """Puts the vector's numbers there."""
+    _require_same(_number_of(pointer, types.Float), vector)
 
-    def generate(context, builder, signature, arguments):
-        pointer, size = _place(context, builder, signature, arguments, vector)
-        builder.store(arguments[2], pointer, align=size)
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        _store(context, builder, *arguments, vector)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+    return types.void(pointer, vector), generate
 
 
 @intrinsic
-def stream(typing_context, array, index, vector):  # noqa: ARG001
-    """As ``store``, past the caches, where the place is a multiple of ``STREAM_ALIGNMENT``; then a ``fence`` is due."""
-    _require_same(_number_of(array, types.Float), vector)
+def stream(typing_context, pointer, vector):  # noqa: ARG001
+    """As ``store``, past the caches, to a multiple of ``STREAM_ALIGNMENT``; behind the last one a ``fence`` is due."""
+    _require_same(_number_of(pointer, types.Float), vector)
 
-    def generate(context, builder, signature, arguments):
-        pointer, _ = _place(context, builder, signature, arguments, vector)
-        stored = builder.store(arguments[2], pointer, align=STREAM_ALIGNMENT)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        _stream(context, builder, *arguments, vector)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+    return types.void(pointer, vector), generate
+
+
+@intrinsic
+def align_stack(typing_context):  # noqa: ARG001
+    """In this function, vectors that find no register are kept where none lies in two cache lines at once."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        attributes = builder.function.attributes
+        attributes.alignstack = CACHE_LINE
+        attributes.add("nounwind")  # which it is; alone, an alignment is not written down
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
@@ -85,31 +124,76 @@ def fence(typing_context):  # noqa: ARG001
 
 
 @intrinsic(prefer_literal=True)
-def load_complex(typing_context, array, index, lanes):  # noqa: ARG001
-    """Real and imaginary parts of so many complex numbers, a constant, from an index on."""
-    vector = Vector(_number_of(array, types.Complex).underlying_float, _constant(lanes))
+def load_complex(typing_context, pointer, lanes):  # noqa: ARG001
+    """Real and imaginary parts of so many complex numbers, a constant, from there on."""
+    vector = Vector(_number_of(pointer, types.Complex).underlying_float, _constant(lanes))
 
     def generate(context, builder, signature, arguments):
-        pointer, size = _place(context, builder, signature, arguments, _pairs_of(vector))
-        pairs = builder.load(pointer, align=size)
-        parts = [_shuffled(builder, pairs, pairs, range(part, 2 * vector.lanes, 2)) for part in (0, 1)]
-        return context.make_tuple(builder, signature.return_type, parts)
+        pairs = _load(context, builder, arguments[0], _pairs_of(vector))
+        return context.make_tuple(builder, signature.return_type, _parts(builder, pairs, vector))
 
-    return types.UniTuple(vector, 2)(array, types.intp, lanes), generate
+    return types.UniTuple(vector, 2)(pointer, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_complex_from_the_end(typing_context, pointer, lanes):  # noqa: ARG001
+    """As ``load_complex``, the last cache line first, as ``load_from_the_end`` does."""
+    vector = Vector(_number_of(pointer, types.Complex).underlying_float, _constant(lanes))
+
+    def generate(context, builder, signature, arguments):
+        number = context.get_value_type(vector.dtype).as_pointer()
+        pairs = _load_from_the_end(context, builder, builder.bitcast(arguments[0], number), _pairs_of(vector))
+        return context.make_tuple(builder, signature.return_type, _parts(builder, pairs, vector))
+
+    return types.UniTuple(vector, 2)(pointer, lanes), generate
 
 
 @intrinsic
-def store_complex(typing_context, array, index, real, imaginary):  # noqa: ARG001
-    """Puts complex numbers into the array from an index on."""
-    _require_same(_number_of(array, types.Complex).underlying_float, real, imaginary)
-    places = [place for lane in range(real.lanes) for place in (lane, real.lanes + lane)]
+def store_complex(typing_context, pointer, real, imaginary):  # noqa: ARG001
+    """Puts complex numbers there."""
+    _require_same(_number_of(pointer, types.Complex).underlying_float, real, imaginary)
 
-    def generate(context, builder, signature, arguments):
-        pointer, size = _place(context, builder, signature, arguments, _pairs_of(real))
-        builder.store(_shuffled(builder, *arguments[2:], places), pointer, align=size)
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        _store(context, builder, arguments[0], _paired(builder, *arguments[1:], real), _pairs_of(real))
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, real, imaginary), generate
+    return types.void(pointer, real, imaginary), generate
+
+
+@intrinsic
+def stream_complex(typing_context, pointer, real, imaginary):  # noqa: ARG001
+    """As ``store_complex``, past the caches, as ``stream`` does."""
+    _require_same(_number_of(pointer, types.Complex).underlying_float, real, imaginary)
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        _stream(context, builder, arguments[0], _paired(builder, *arguments[1:], real), _pairs_of(real))
+        return context.get_dummy_value()
+
+    return types.void(pointer, real, imaginary), generate
+
+
+@intrinsic(prefer_literal=True)
+def fetch(typing_context, pointer, lanes):  # noqa: ARG001
+    """Asks for the cache lines of so many numbers, a constant, without waiting; what is nobody's is no fault."""
+    count = _constant(lanes)
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        size = count * context.get_abi_sizeof(context.get_value_type(pointer.dtype))
+        for offset in range(0, size, CACHE_LINE):
+            line = cgutils.pointer_add(builder, arguments[0], ir.Constant(ir.IntType(64), offset))
+            prefetch(builder, builder.bitcast(line, ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(pointer, lanes), generate
+
+
+def prefetch(builder, line):
+    """The instruction that asks for a cache line."""
+    byte, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, integer, integer, integer])
+    instruction = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    # to be read, kept in all caches, data
+    builder.call(instruction, [line, integer(0), integer(3), integer(1)])
 
 
 @intrinsic(prefer_literal=True)
@@ -180,10 +264,10 @@ def _overloaded_negative(vector):
     return None
 
 
-def _number_of(array, kind):
-    if isinstance(array, types.Array) and array.layout == "C" and array.ndim == 1 and isinstance(array.dtype, kind):
-        return array.dtype
-    raise TypingError(f"vectors are of contiguous rows of {kind.__name__} numbers, not of {array}")
+def _number_of(pointer, kind):
+    if isinstance(pointer, types.CPointer) and isinstance(pointer.dtype, kind):
+        return pointer.dtype
+    raise TypingError(f"vectors are where a pointer to a number of {kind.__name__} says, not {pointer}")
 
 
 def _constant(lanes):
@@ -194,19 +278,53 @@ def _constant(lanes):
 
 def _require_same(number, *vectors):
     if not all(isinstance(vector, Vector) and vector == vectors[0] and vector.dtype == number for vector in vectors):
-        raise TypingError(f"vectors are of the array's numbers, {number}, and not {vectors}")
+        raise TypingError(f"vectors are of the pointer's numbers, {number}, and not {vectors}")
 
 
 def _pairs_of(vector):
     return Vector(vector.dtype, 2 * vector.lanes)
 
 
-def _place(context, builder, signature, arguments, vector):
-    """Where a vector's numbers lie from an index of an array on, and the bytes of one of them."""
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    begin = builder.gep(array.data, [arguments[1]])
-    size = context.get_abi_sizeof(context.get_value_type(vector.dtype))
-    return builder.bitcast(begin, context.get_value_type(vector).as_pointer()), size
+def _load(context, builder, pointer, vector):
+    kind = context.get_value_type(vector)
+    # Aligned as one number is, not as all of them.
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=_size(context, vector))
+
+
+def _load_from_the_end(context, builder, pointer, vector):
+    lanes = min(vector.lanes, CACHE_LINE // _size(context, vector))
+    lines = []
+    for first in range(vector.lanes - lanes, -1, -lanes):
+        line = builder.gep(pointer, [ir.Constant(ir.IntType(64), first)], inbounds=True)
+        lines.insert(0, _load(context, builder, line, Vector(vector.dtype, lanes)))
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+    while len(lines) > 1:
+        halves = zip(lines[::2], lines[1::2], strict=True)
+        lines = [_shuffled(builder, one, other, range(2 * one.type.count)) for one, other in halves]
+    return lines[0]
+
+
+def _store(context, builder, pointer, numbers, vector):
+    return builder.store(numbers, builder.bitcast(pointer, numbers.type.as_pointer()), align=_size(context, vector))
+
+
+def _stream(context, builder, pointer, numbers, vector):
+    stored = _store(context, builder, pointer, numbers, vector)
+    stored.align = STREAM_ALIGNMENT
+    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+
+def _size(context, vector):
+    return context.get_abi_sizeof(context.get_value_type(vector.dtype))
+
+
+def _parts(builder, pairs, vector):
+    return [_shuffled(builder, pairs, pairs, range(part, 2 * vector.lanes, 2)) for part in (0, 1)]
+
+
+def _paired(builder, real, imaginary, vector):
+    places = [place for lane in range(vector.lanes) for place in (lane, vector.lanes + lane)]
+    return _shuffled(builder, real, imaginary, places)
 
 
 def _shuffled(builder, one, other, places):
