@@ -34,7 +34,7 @@ from torch import Tensor
 
 from resnet_bk.environment import describe_environment
 from resnet_bk.files import read_json, write_json
-from resnet_bk.heap import keep_freed_memory
+from resnet_bk.heap import give_back_freed_memory, keep_freed_memory
 from resnet_bk.ops.bk import choose_backend
 from resnet_bk.ops.bk.operators import Sweeps, sweeps
 
@@ -265,6 +265,9 @@ def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.
             repeats = 3 if length > 65_536 else 12
             pairs = zip(*(timed(work[name], device, repeats) for name in ("forward", "backward")), strict=True)
             samples[length] += [sum(pair) for pair in pairs]
+            # Else what the next length leaves of this one's blocks is kept beside the longer ones of the next round.
+            del work
+            give_back_freed_memory()
     rows = [
         {"sequence_length": length, "samples": found, "seconds": statistics.median(found)}
         for length, found in samples.items()
