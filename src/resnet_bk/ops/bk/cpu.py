@@ -38,6 +38,8 @@ from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, even_pieces, in_threads
 Array = NDArray[np.floating[Any]]
 
 LANES_WORTH_A_VECTOR = 16
+# A thread begins after as long as a sweep takes for so many; tunnelling, in double precision and dividing, takes longer.
+SITES_WORTH_A_THREAD = 1 << 19
 PIECES_OF_A_THREAD = 4
 # Rows are cut until there are this many lanes (heads of chunks), or chunks would be shorter than this.
 WANTED_LANES, SHORTEST_CHUNK = 1024, 256
@@ -142,7 +144,8 @@ def tunnel(w_BNH: Tensor, state_BH: Tensor) -> Tensor:
             entering = chunk_kernels.apply_maps_kernel(maps, entering, cut.chunks)
         cut.run(chunk_kernels.tunnel_chunk_kernel, w, entering, _array(s_BNH), w.dtype.type(largest_gap))
     else:
-        _run(tunnel_kernel, w_BNH.shape, _array(w_BNH), _array(state_BH), _array(s_BNH))
+        arrays = _array(w_BNH), _array(state_BH), _array(s_BNH)
+        _run(tunnel_kernel, w_BNH.shape, *arrays, worth_a_thread=ELEMENTS_WORTH_A_THREAD)
     return s_BNH.log1p_().neg_()
 
 
@@ -160,7 +163,8 @@ def tunnel_adjoint(grad_BNH: Tensor, log_l_BNH: Tensor) -> Tensor:
             entering = chunk_kernels.apply_adjoint_maps_kernel(maps, grad.shape[0], cut.chunks)
         cut.run(chunk_kernels.tunnel_adjoint_chunk_kernel, grad, change, entering, _array(out_BNH))
     else:
-        _run(tunnel_adjoint_kernel, grad.shape, grad, change, _array(out_BNH))
+        arrays = grad, change, _array(out_BNH)
+        _run(tunnel_adjoint_kernel, grad.shape, *arrays, worth_a_thread=ELEMENTS_WORTH_A_THREAD)
     return out_BNH
 
 
@@ -242,6 +246,7 @@ class _Cut:
             self.chunk,
             self.groups_in_block,
             whole_rows=True,
+            worth_a_thread=ELEMENTS_WORTH_A_THREAD,
         )
 
 
@@ -332,11 +337,15 @@ def _half_a_unit(like: Tensor) -> float:
 
 
 def _run(
-    kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any, whole_rows: bool = False
+    kernel: Callable[..., Any],
+    shape: tuple[int, ...] | torch.Size,
+    *arguments: Any,
+    whole_rows: bool = False,
+    worth_a_thread: int = SITES_WORTH_A_THREAD,
 ) -> list[Any]:
     """Calls a kernel for all rows and lanes, in the pieces that its threads and the work are worth."""
     rows, length, lanes = shape[:3]
-    worth = max(1, rows * length * lanes // ELEMENTS_WORTH_A_THREAD)
+    worth = max(1, rows * length * lanes // worth_a_thread)
     return in_threads(partial(kernel, *arguments), _pieces(rows, lanes, worth, whole_rows))
 
 

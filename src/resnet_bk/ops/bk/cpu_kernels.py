@@ -33,15 +33,20 @@ from resnet_bk.ops.bk.cpu_vectors import (
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
 TOKENS_PER_PARTIAL_SUM = 256
-# Bytes: of results that are written past the caches, and of rows that are swept out and back at a time.
-STREAMED_FROM, KEPT_NEAR = 1 << 23, 1 << 20
+# What a processor's last cache may hold, and what a core's own: bytes.
+STREAMED_FROM, KEPT_NEAR = 1 << 25, 1 << 20
 
 
 @_compiled
-def _streams(out, lane, lanes):
-    """Whether results are better written past the caches: they and what they are made of fill them anyway."""
+def _streams(out, lane, lanes, moved):
+    """Whether results are better written past the caches, where a sweep moves so many bytes."""
     odd = (np.int64(out.ctypes.data) | out.strides[0] | out.strides[1] | lane * out.itemsize) % STREAM_ALIGNMENT
-    return odd == 0 and lanes * out.itemsize >= STREAM_ALIGNMENT and out.size * out.itemsize >= STREAMED_FROM
+    return odd == 0 and lanes * out.itemsize >= STREAM_ALIGNMENT and moved >= STREAMED_FROM
+
+
+@_compiled
+def _bytes(array):
+    return array.size * array.itemsize
 
 
 def _of_all_lanes(in_vectors: Callable[[int], Any]) -> Callable[..., None]:
@@ -68,7 +73,7 @@ def _causal(lanes):
     @_compiled
     def sweep(v, shift, bonds, bond_row, bond_token, state, out, reverse, kept, row_begin, row_end, lane):
         length = v.shape[1]
-        streams = not kept and _streams(out, lane, lanes)
+        streams = not kept and _streams(out, lane, lanes, _bytes(v) + _bytes(out))
         ones = splat(v.dtype.type(1), lanes)
         shift_re, shift_im = load_complex(at(shift, (lane,)), lanes)
         for row in range(row_begin, row_end):
@@ -144,7 +149,7 @@ def _causal_adjoint(lanes, *, wants_bonds):
     ):
         align_stack()
         length = l.shape[1]
-        streams = _streams(v_bar, lane, lanes)
+        streams = _streams(v_bar, lane, lanes, _bytes(grad) + _bytes(l) + _bytes(v_bar))
         zeros = splat(v_bar.dtype.type(0), lanes)
         numbers = np.empty(lanes, v_bar.dtype)
         for row in range(row_begin, row_end):
