@@ -71,6 +71,11 @@ def test_a_machine_that_tells_no_cpu_name_is_no_error(monkeypatch):
     assert environment._cpu_name() == (platform.processor() or platform.machine())
 
 
+@pytest.fixture
+def commit_is_not_said(monkeypatch):
+    monkeypatch.delenv("RESNET_BK_COMMIT", raising=False)
+
+
 def git(folder, *arguments):
     identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     return subprocess.run(
@@ -78,6 +83,7 @@ def git(folder, *arguments):
     ).stdout.strip()
 
 
+@pytest.mark.usefixtures("commit_is_not_said")
 def test_the_commit_is_the_checkouts_and_says_whether_it_was_edited(tmp_path, monkeypatch):
     module = tmp_path / "src" / "resnet_bk" / "environment.py"
     module.parent.mkdir(parents=True)
@@ -96,6 +102,7 @@ def test_the_commit_is_the_checkouts_and_says_whether_it_was_edited(tmp_path, mo
     assert environment._commit() == f"{commit}+changes"
 
 
+@pytest.mark.usefixtures("commit_is_not_said")
 def test_without_git_there_is_no_commit(monkeypatch):
     def absent(*_, **__):
         raise FileNotFoundError("git")

@@ -12,6 +12,7 @@ pytestmark = [
     # torch's own, while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_compiler = pytest.mark.skipif(

@@ -38,7 +38,7 @@ from resnet_bk.threads import ELEMENTS_WORTH_A_THREAD, even_pieces, in_threads
 Array = NDArray[np.floating[Any]]
 
 LANES_WORTH_A_VECTOR = 16
-# A thread begins after as long as a sweep takes for so many; tunnelling, in double precision and dividing, takes longer.
+# A thread begins after as long as a sweep takes for so many; tunnelling, in double precision, takes longer for each.
 SITES_WORTH_A_THREAD = 1 << 19
 PIECES_OF_A_THREAD = 4
 # Rows are cut until there are this many lanes (heads of chunks), or chunks would be shorter than this.
