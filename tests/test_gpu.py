@@ -110,13 +110,14 @@ def test_the_operators_can_be_captured_in_a_cuda_graph(causal):
 def test_the_kernel_for_windows_compiles_without_a_graph_break():
     torch.manual_seed(0)
     fields = {"num_layers": 1, "local_attention_every": 1, "local_attention_window": 16, "vocab_size": 64}
-    fields["num_experts"] = 1  # of several, a token near the edge goes to another where the compiler rounds otherwise
     model = ResNetBKForCausalLM(ResNetBKConfig.from_preset("tiny", **fields)).to(GPU).train()
     compiled = torch.compile(model, fullgraph=True)
     input_ids = torch.randint(64, (2, 65), device=GPU)
 
     def outcome(model):
-        with torch.autocast("cuda", torch.bfloat16):
+        torch.manual_seed(1)
+        # The router's noise from torch's own generator, the same for both.
+        with torch.autocast("cuda", torch.bfloat16), torch._inductor.config.patch(fallback_random=True):
             loss = model(input_ids[:, :-1], shift_labels=input_ids[:, 1:], use_cache=False).loss
         loss.backward()
         found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
