@@ -2,7 +2,8 @@
 
 By default the C library hands every large block that is freed back to the system, and the next one of that size is
 taken page by page anew, whatever the model. Kept, a block is used again at once (benchmarks/freed_memory.py measures
-both). The process holds its peak until it ends.
+both). The process holds its peak until it ends, and now and then a large block more, where one that is kept is too
+small by a cutting: with ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0`` in its environment no cuttings are set aside.
 """
 
 import ctypes
