@@ -74,3 +74,12 @@ def test_every_row_is_counted(call, forward, backward):
     with counter:
         result.abs().sum().backward()
     assert counter.get_total_flops() == backward * v.numel()
+
+
+@pytest.mark.parametrize("heads", [4, 16])
+def test_no_rows_at_all_give_none(heads):
+    v, w = (torch.zeros(0, 5, heads, requires_grad=True) for _ in range(2))
+    for result, given in ((bk_core(v, 1j), v), (bk_core(v, 1j, causal=False), v), (bk_tunnel(w), w)):
+        assert result.shape == given.shape
+        result.abs().sum().backward()
+        assert given.grad.shape == given.shape

@@ -67,7 +67,7 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
         _complex_array(state_BH2.reshape(v_RNL.shape[0], v_RNL.shape[2], 2)),
         _complex_array(out_RNL2),
         reverse,
-        False,
+        False,  # not kept near: who reads it comes later
     )
     return restore(out_RNL2)
 
@@ -220,7 +220,7 @@ class _Cut:
     @staticmethod
     def of(x_BNH: Tensor, wanted_lanes: int, lanes_in_block: int = chunk_kernels.LANES) -> "_Cut":
         rows, length, heads = x_BNH.shape
-        chunks = max(1, min(wanted_lanes // (rows * heads), length // SHORTEST_CHUNK))
+        chunks = max(1, min(wanted_lanes // max(1, rows * heads), length // SHORTEST_CHUNK))
         chunk = length
         if chunks > 1:
             unit = chunk_kernels.TOKENS

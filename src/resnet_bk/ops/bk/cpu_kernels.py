@@ -72,6 +72,7 @@ def _causal(lanes):
 
     @_compiled
     def sweep(v, shift, bonds, bond_row, bond_token, state, out, reverse, kept, row_begin, row_end, lane):
+        align_stack()
         length = v.shape[1]
         streams = not kept and _streams(out, lane, lanes, _bytes(v) + _bytes(out))
         ones = splat(v.dtype.type(1), lanes)
@@ -102,6 +103,7 @@ def _onto_diagonal(lanes):
 
     @_compiled
     def sweep(v, shift, bonds, bond_row, bond_token, out, row_begin, row_end, lane):
+        align_stack()
         ones, zeros = splat(v.dtype.type(1), lanes), splat(v.dtype.type(0), lanes)
         shift_re, shift_im = load_complex(at(shift, (lane,)), lanes)
         for row in range(row_begin, row_end):
@@ -221,7 +223,7 @@ def diagonal_kernel(*arguments: Any) -> None:
     Out and back over all rows, l would come from memory again.
     """
     *chain, nothing, out, row_begin, row_end, lane_begin, lane_end = arguments
-    rows = max(1, KEPT_NEAR // max(1, out[0].nbytes))
+    rows = max(1, KEPT_NEAR // max(1, out.shape[1] * out.shape[2] * out.itemsize))
     for begin in range(row_begin, row_end, rows):
         place = begin, min(begin + rows, row_end), lane_begin, lane_end
         causal_kernel(*chain, nothing, out, False, True, *place)
