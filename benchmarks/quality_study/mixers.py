@@ -25,6 +25,7 @@ Decay = Literal["chain", "gap", "own gap", "gated"]
 Rotation = Literal["positions", "none", "constant", "tokens"]
 Write = Literal["all", "gate", "gap"]
 Features = Literal["silu", "linear", "taylor"]
+Gate = Literal["silu", "sigmoid", "none"]
 TEMPERATURE = 8.0  # of the Taylor features at the start: exp(8 s) to second order, s from -1 to 1
 
 
@@ -39,9 +40,11 @@ class Change:
     tokens choose. ``constant_gap``: the decay does not depend on tokens. ``write``: all of each token; as much as it
     says itself (a gate); or as much as it makes the head forget, softplus(W x), Mamba-2's way. ``delta``: a write first
     takes away what is read under its key. ``features`` of queries and keys: silu; nothing; or those whose products are
-    exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``keeps_writes``: dropout
-    leaves them alone. ``gated``: what is read is multiplied by silu(W_g x). ``diagonal``: the seed's features, Re G and
-    Im G, are added to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
+    exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``gate``: what is read is
+    multiplied by silu(W_g x), by sigmoid(W_g x), or not. Of the writes a share ``lost_writes`` is dropped in training,
+    None for the dropout of all else; of the queries' coordinates ``lost_queries``, and of what the gate lets through
+    ``lost_reads``; each of them is 0 where that dropout is. ``diagonal``: the seed's features, Re G and Im G, are added
+    to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
     """
 
     decay: Decay = "chain"
@@ -50,8 +53,10 @@ class Change:
     write: Write = "all"
     delta: bool = False
     features: Features = "silu"
-    keeps_writes: bool = False
-    gated: bool = True
+    gate: Gate = "silu"
+    lost_writes: float | None = None
+    lost_queries: float = 0.0
+    lost_reads: float = 0.0
     diagonal: bool = False
     shortest_memory: float = SHORTEST_MEMORY
 
@@ -64,14 +69,17 @@ class ChangedResolvent(nn.Module):
         hidden, heads = config.hidden_size, config.num_resolvent_heads
         self.change, self.num_heads, self.key_size = change, heads, config.key_size
         self.longest_memory, self.residual = config.resolvent_longest_memory, 1 / math.sqrt(2 * config.num_layers)
-        self.dropout = 0.0 if change.keeps_writes else config.dropout
+        self.lost_writes = config.dropout if change.lost_writes is None else change.lost_writes
+        self.lost_queries, self.lost_reads = change.lost_queries, change.lost_reads
+        if not config.dropout:
+            self.lost_writes = self.lost_queries = self.lost_reads = 0.0
         channels = heads * (2 * self.key_size + hidden // heads)
         self.qkv = nn.Linear(hidden, channels, bias=False)
         self.convolution = ShortConvolution(channels, config.conv_size) if config.conv_size else None
         self.potential = nn.Linear(hidden, heads, bias=False)
         self.log_rate = nn.Parameter(torch.empty(heads))  # the logarithm of a gap where the decay is made of gaps
         self.skip = nn.Parameter(torch.ones(heads))
-        if change.gated:
+        if change.gate != "none":
             self.gate = nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden // heads, eps=config.layer_norm_eps)
         self.output = nn.Linear(hidden, hidden, bias=False)
@@ -114,17 +122,21 @@ class ChangedResolvent(nn.Module):
         device = x_BND.device.type
         rounded_BND = x_BND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BND
         q, k, v = self._queries_keys_values(self.qkv(rounded_BND), context)
+        q = F.dropout(q, self.lost_queries, self.training)
         with torch.autocast(device, enabled=False):
             o_BNHV = self._carried(q, k, v, x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
-        mixed_BND = self.output(self._normed(o_BNHV, rounded_BND))
+        mixed_BND = self.output(F.dropout(self._normed(o_BNHV, rounded_BND), self.lost_reads, self.training))
         return mixed_BND + self._diagonal(x_BND) if self.change.diagonal else mixed_BND, {}
 
     def _normed(self, o_BNHV: Tensor, x_BND: Tensor) -> Tensor:
         assert self.norm.eps is not None
-        if self.change.gated:
+        if self.change.gate == "silu":
             return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
         single_BNHV = o_BNHV.to(torch.promote_types(o_BNHV.dtype, torch.float32))
-        return self.norm(single_BNHV).flatten(2).to(x_BND.dtype)
+        read_BND = self.norm(single_BNHV).flatten(2)
+        if self.change.gate == "sigmoid":
+            read_BND = read_BND * torch.sigmoid(self.gate(x_BND).to(read_BND.dtype))
+        return read_BND.to(x_BND.dtype)
 
     def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         rotary = context.rotary if self.change.rotation == "positions" else None
@@ -155,7 +167,7 @@ class ChangedResolvent(nn.Module):
         strength_BNH = self._strength(x_BND)
         log_l_BNH, skip_H = self._log_l(strength_BNH * self.log_rate.exp()), self.key_size * self.skip
         # Ones that are dropped in training, as the library does it; what is left is larger by as much.
-        written_BNH1 = F.dropout(torch.ones_like(k[..., :1]), self.dropout, self.training)
+        written_BNH1 = F.dropout(torch.ones_like(k[..., :1]), self.lost_writes, self.training)
         if self.change.delta:
             # Keys and queries have length K^(1/2); the rule wants 1, and what it reads is scaled back. It writes the
             # difference to what is there already, so that what is left of the writes is to stay as large as it was.

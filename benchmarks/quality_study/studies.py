@@ -67,6 +67,7 @@ LESS_BY_HEART = (
     *("plain-vector", "plain-half-half-state", "plain-constant-gap", "plain-no-rotation", "plain-linear-keys"),
     *("plain-ungated", "plain-mamba2", "plain-half-rotary", "plain-memory-16", "plain-memory-64"),
     *("plain-memory-64-rotary", "plain-constant-memory", "plain-constant-linear"),
+    *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.

@@ -31,6 +31,7 @@ from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
 from resnet_bk.bench.process import Ended  # noqa: E402
 from resnet_bk.files import write_json  # noqa: E402
 from resnet_bk.layers import LocalAttention, ResolventMixer  # noqa: E402
+from resnet_bk.layers.context import SequenceContext  # noqa: E402
 from resnet_bk.layers.memories import memories  # noqa: E402
 from resnet_bk.layers.resolvent import SHORTEST_MEMORY  # noqa: E402
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM  # noqa: E402
@@ -126,11 +127,11 @@ def test_decays_that_begin_as_if_all_tokens_were_alike_have_the_memories_then(de
 def test_rivals_lose_writes_in_training_as_ours_do(name: str) -> None:
     """What a head reads is a sum of writes alone here: where all are dropped, only the skip is left."""
     mixer = build(CONTESTANTS[name], {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
-    assert isinstance(mixer, ChangedResolvent) and mixer.dropout == 0.3
+    assert isinstance(mixer, ChangedResolvent) and mixer.lost_writes == 0.3
     x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
     q, k, v = (x.unflatten(-1, (2, 32)) for _ in range(3))
     with torch.no_grad():
-        mixer.dropout = 1 - 1e-7
+        mixer.lost_writes = 1 - 1e-7
         dropped = mixer._carried(q, k, v, x)
         skipped = v if name == "gated-delta" else 32 * v
     torch.testing.assert_close(dropped, skipped)
@@ -145,9 +146,35 @@ def test_without_an_output_gate_what_is_read_is_normed_alone() -> None:
     torch.testing.assert_close(mixer._normed(o, x), expected.flatten(2))
 
 
+def test_what_is_read_passes_a_gate_that_opens_and_closes() -> None:
+    mixer = build(CONTESTANTS["plain-sigmoid"], SHAPE, seed=0).model.layers[0].mixer
+    ungated = build(CONTESTANTS["plain-ungated"], SHAPE, seed=0).model.layers[0].mixer
+    assert isinstance(mixer, ChangedResolvent) and isinstance(ungated, ChangedResolvent)
+    o, x = torch.randn(2, 16, 2, 32), torch.randn(2, 16, 64)
+    torch.testing.assert_close(mixer._normed(o, x), ungated._normed(o, x) / (1 + torch.exp(-mixer.gate(x))))
+
+
+def test_queries_and_reads_are_lost_in_training_by_their_own_shares() -> None:
+    contestant = CONTESTANTS["plain-sigmoid-lost-writes"]
+    mixer = build(contestant, {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
+    assert isinstance(mixer, ChangedResolvent)
+    assert (mixer.lost_writes, mixer.lost_queries, mixer.lost_reads) == (0.4, 0.6, 0.3)
+    seen: dict[str, torch.Tensor] = {}
+    carried = mixer._carried
+    mixer._carried = lambda q, *rest: carried(seen.setdefault("queries", q), *rest)
+    mixer.output.register_forward_pre_hook(lambda _, inputs: seen.update(reads=inputs[0]))
+    mixer(torch.randn(4, 64, 64), SequenceContext(rotary=None), None)
+    assert (seen["queries"] == 0).double().mean().item() == pytest.approx(0.6, abs=0.02)
+    assert (seen["reads"] == 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
+    mixer.eval()(torch.randn(4, 64, 64), SequenceContext(rotary=None), None)
+    assert (seen["reads"] != 0).all()
+    without = build(contestant, SHAPE, seed=0).model.layers[0].mixer
+    assert (without.lost_writes, without.lost_queries, without.lost_reads) == (0, 0, 0)
+
+
 def test_one_that_keeps_its_writes_has_all_other_dropout() -> None:
     model = build(CONTESTANTS["hybrid-keeps-writes"], {**SHAPE, "dropout": 0.3}, seed=0)
-    assert model.model.layers[0].mixer.dropout == 0 and model.model.layers[2].mixer.dropout == 0.3
+    assert model.model.layers[0].mixer.lost_writes == 0 and model.model.layers[2].mixer.dropout == 0.3
     assert model.model.dropout.p == 0.3
 
 
