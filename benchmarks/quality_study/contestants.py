@@ -209,14 +209,14 @@ CONTESTANTS = {
         ),
         _plain(
             "sigmoid",
-            "the same with a sigmoid as gate",
+            "rotary attention in every second block, drops queries and reads, a sigmoid as gate",
             every=2,
             change=Change(gate="sigmoid", lost_queries=0.6, lost_reads=0.3),
             rotary=True,
         ),
         _plain(
             "sigmoid-lost-writes",
-            "the same with a sigmoid as gate, drops more writes",
+            "rotary attention in every second block, drops queries, reads and more writes, a sigmoid as gate",
             every=2,
             change=Change(gate="sigmoid", lost_writes=0.4, lost_queries=0.6, lost_reads=0.3),
             rotary=True,
