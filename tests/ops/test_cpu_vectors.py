@@ -6,8 +6,9 @@ import torch
 from numba import njit
 from numba.core.errors import TypingError
 
+from resnet_bk.atomics import nobody
 from resnet_bk.ops.bk import cpu, scan
-from resnet_bk.ops.bk.cpu_kernels import KEPT_NEAR, STREAMED_FROM, causal_adjoint_kernel, causal_kernel
+from resnet_bk.ops.bk.cpu_kernels import KEPT_NEAR, STREAMED_FROM, Share, causal_adjoint_kernel, causal_kernel
 from resnet_bk.ops.bk.cpu_vectors import (
     at,
     fence,
@@ -229,7 +230,7 @@ def swept_alone(v, shift, bonds, state, part):
     given = (v[:, :, part], shift[part], bonds[part].view(1, 1, -1), state[:, part])
     v, shift, bonds, state = (x.contiguous() for x in given)
     arrays = (v.numpy(), pairs(shift), bonds.numpy(), 0, 0, pairs(state), pairs(out), False, False)
-    causal_kernel(*arrays, 0, 1, 0, v.shape[2])
+    causal_kernel(*arrays, Share.alone((0, 1, 0, v.shape[2])), nobody())
     return out
 
 
@@ -239,7 +240,9 @@ def adjoint_alone(grad, ratios, bonds, state, part):
     v_bar, sums = torch.empty(grad.shape[:3]), torch.zeros(1, grad.shape[2], 3, dtype=torch.float64)
     arrays = (pairs(grad), pairs(ratios), bonds.numpy(), 0, 0, pairs(state), v_bar.numpy(), sums.numpy())
     nothing = np.empty((0, 0, 0), np.float32)
-    causal_adjoint_kernel(*arrays, nothing, pairs(torch.empty_like(state)), False, 0, 1, 0, grad.shape[2])
+    causal_adjoint_kernel(
+        *arrays, nothing, pairs(torch.empty_like(state)), False, Share.alone((0, 1, 0, grad.shape[2])), nobody()
+    )
     return v_bar
 
 

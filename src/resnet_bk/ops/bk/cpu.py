@@ -24,12 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnet_bk.crew import together
 from resnet_bk.ops.bk import cpu_chunk_kernels as chunk_kernels
 from resnet_bk.ops.bk.cpu_kernels import (
+    Share,
     causal_adjoint_and_bonds_kernel,
     causal_adjoint_kernel,
     causal_kernel,
     diagonal_kernel,
+    in_vectors,
     tunnel_adjoint_kernel,
     tunnel_kernel,
 )
@@ -58,7 +61,7 @@ def causal(v_BNH: Tensor, shift_H2: Tensor, bonds: Tensor, state_BH2: Tensor, *,
             return out_BNH2
     v_RNL, restore = _lanes(v_BNH.to(shift_H2.dtype))
     out_RNL2 = _new(*v_RNL.shape, 2, dtype=v_RNL.dtype)
-    _run(
+    _share(
         causal_kernel,
         v_RNL.shape,
         _array(v_RNL),
@@ -89,7 +92,7 @@ def causal_adjoint(
     state_bar_RL2 = torch.empty(rows, lanes, 2, dtype=l_RNL.dtype)
     per_token = wants_bonds and bonds.dim() == 3
     bonds_bar_RNL = torch.zeros((rows, length, lanes) if per_token else (0, 0, 0), dtype=l_RNL.dtype)
-    _run(
+    _share(
         causal_adjoint_and_bonds_kernel if wants_bonds else causal_adjoint_kernel,
         (rows, length, lanes),
         _complex_array(grad_RNL),
@@ -347,6 +350,15 @@ def _run(
     rows, length, lanes = shape[:3]
     worth = max(1, rows * length * lanes // worth_a_thread)
     return in_threads(partial(kernel, *arguments), _pieces(rows, lanes, worth, whole_rows))
+
+
+def _share(kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any) -> None:
+    """Calls a kernel that takes a ``Share``, in the threads that the work is worth."""
+    rows, length, lanes = shape[:3]
+    worth = max(1, rows * length * lanes // SITES_WORTH_A_THREAD)
+    pieces = _pieces(rows, lanes, worth, whole_rows=False)
+    share = Share(in_vectors(tuple(pieces)))
+    together(lambda cells: kernel(*arguments, share, cells), min(torch.get_num_threads(), len(pieces)))
 
 
 def _pieces(rows: int, lanes: int, worth: int, whole_rows: bool) -> list[tuple[int, int, int, int]]:
