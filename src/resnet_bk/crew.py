@@ -1,9 +1,9 @@
 """Threads that help: they look out for a moment for more to do before they sleep.
 
 To wake a thread takes a tenth of a millisecond, as long as a sweep over some hundred thousand numbers. So a helper that
-has nothing left to do looks at a cell for twice as long, and so does the caller until the last helper has ended, both
-without Python's lock. Whoever wants that lock while another holds it sleeps as well; so work says by itself, once it
-has given the lock up, that helpers are to begin.
+has nothing left to do looks at a cell for three times as long, and so does the caller until the last helper has ended,
+both without Python's lock. Whoever wants that lock while another holds it sleeps as well; so work says by itself, once
+it has given the lock up, that helpers are to begin.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 
 from resnet_bk.atomics import ANNOUNCED, CALLED, ENDED, Cells, look_out, nobody, wait_for
 
-PATIENCE, GLANCE = 8000, 100  # looks at a cell, some 25 ns each
+PATIENCE, GLANCE = 12_000, 100  # looks at a cell, some 25 ns each
 NAP = 5e-5  # seconds
 _give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(NAP))
 
