@@ -30,11 +30,10 @@ def threads(request):
 
 @njit(nogil=True)
 def take_all(cells, pieces, begun):
-    """Puts into each piece who took it; begins when all are there, that they meet."""
-    me = atomics.add(begun, 0, 1)
+    """Puts into each piece who took it. They meet once each has a piece, so that nobody finds all taken."""
     announce(cells)
-    atomics.wait_for(begun, 0, begun[8], 100_000_000)
-    piece = atomics.add(begun, 16, 1)
+    piece, me = atomics.add(begun, 16, 1), atomics.add(begun, 0, 1)
+    atomics.wait_for(begun, 0, begun[8], 400_000_000)
     while piece < len(pieces):
         atomics.add(pieces, piece, 1 + me * 1000)
         piece = atomics.add(begun, 16, 1)
@@ -44,7 +43,7 @@ def test_threads_share_out_what_there_is_and_nobody_takes_what_another_has(threa
     pieces, begun = np.zeros(TIMES, np.int64), nobody()
     begun[8] = threads
     together(lambda cells: take_all(cells, pieces, begun), threads)
-    assert (pieces % 1000 == 1).all() and len(np.unique(pieces)) > 1 and begun[0] == threads
+    assert (pieces % 1000 == 1).all() and len(np.unique(pieces)) == threads == begun[0]
 
 
 @pytest.mark.parametrize("pause", [0.0, 1e-4, 0.02])
@@ -71,7 +70,7 @@ def test_pieces_of_python_are_all_done_in_their_order(threads):
         time.sleep(1e-3)
         return number * number
 
-    assert in_threads(work, [(number,) for number in range(40)]) == [number * number for number in range(40)]
+    assert in_threads(work, [(number,) for number in range(400)]) == [number * number for number in range(400)]
     assert len(who) == threads
 
 
@@ -85,7 +84,7 @@ def test_what_fails_in_a_helper_is_raised_here_and_the_helper_goes_on(threads):
 
     for _ in range(3):
         with pytest.raises(ValueError, match="piece"):
-            in_threads(work, [(number,) for number in range(200)])
+            in_threads(work, [(number,) for number in range(400)])
     assert in_threads(abs, [(-number,) for number in range(40)]) == list(range(40))
 
 
