@@ -59,7 +59,17 @@ def test_helpers_come_whether_they_look_out_or_sleep(threads, pause):
 def test_no_helper_begins_what_is_not_announced(threads):
     who = []
     together(lambda cells: who.append(threading.get_ident()), threads)
+    assert in_threads(abs, [(-number,) for number in range(40)]) == list(range(40))
     assert who == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_helpers_that_have_nothing_to_do_sleep(threads, announced):
+    together(announce if announced else lambda cells: None, threads)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
 
 
 def test_pieces_of_python_are_all_done_in_their_order(threads):
@@ -120,16 +130,21 @@ def test_callers_in_several_threads_and_within_each_other_all_get_theirs(threads
 
 
 ENDS = """
-import os, torch
+import os, threading, time, torch
 from resnet_bk.threads import in_threads
 
-def squares():
-    return in_threads(lambda number: number * number, [(number,) for number in range(20)])
+def who(number):
+    time.sleep(1e-3)
+    return number, threading.get_ident()
+
+def is_shared():
+    numbers, threads = zip(*in_threads(who, [(number,) for number in range(400)]))
+    return numbers == tuple(range(400)) and len(set(threads)) == 3
 
 torch.set_num_threads(3)
-squares()
+is_shared()
 child = os.fork()
-right = squares() == [number * number for number in range(20)]
+right = is_shared()
 if child == 0:
     os._exit(0 if right else 7)
 print(right, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
