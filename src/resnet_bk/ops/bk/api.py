@@ -33,7 +33,7 @@ def choose_backend(device: torch.device) -> BackendChoice:
     """What ``backend="auto"`` means on ``device``."""
     kind = kind_of(device)
     if kind == "cpu":
-        return BackendChoice(name="cpu", reason="sweeps compiled by numba, vectorised over chains, on torch's threads")
+        return BackendChoice(name="cpu", reason="sweeps compiled by numba, vectorised over chains, in threads")
     if kind == "cuda" and HAS_TRITON:
         return BackendChoice(name="triton", reason="one pass over memory, chunks started from a halo that is proven")
     why = "triton is not installed" if kind == "cuda" else "no compiled kernels there"

@@ -1,4 +1,5 @@
-"""The sweeps compiled for the CPU (numba): vectorised over chains, rows and heads shared out among torch's threads.
+"""The sweeps compiled for the CPU (numba): vectorised over chains, rows and heads shared out among threads, of
+which there are as many as torch has.
 
 Many heads fill a vector register as they lie in memory, and their chains are swept in order. With few heads, rows are
 cut into chunks which are swept side by side, each from a start that is proven or composed (``cpu_chunk_kernels``). How
