@@ -23,16 +23,17 @@ NAP = 5e-5  # seconds
 _give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(NAP))
 
 
-def together(work: Callable[[Cells], None], threads: int) -> None:
-    """``work(cells)`` in so many threads, of which there are as many as torch has; this one is the first.
+def together(work: Callable[[Cells], None], most: int) -> None:
+    """``work(cells)`` in as many threads as torch has, but so many at ``most``; this one is the first.
 
     They share out what there is to do. The others begin when it is announced to the cells; who is late is not waited
     for. What is raised in any of them is raised here.
     """
-    if threads <= 1:
+    threads = torch.get_num_threads()
+    if min(threads, most) <= 1:
         work(nobody())
     else:
-        _crew(os.getpid(), torch.get_num_threads() - 1).call(work, threads - 1)
+        _crew(os.getpid(), threads - 1).call(work, min(threads, most) - 1)
 
 
 @cache

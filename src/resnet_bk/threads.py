@@ -17,8 +17,7 @@ ELEMENTS_WORTH_A_THREAD = 1 << 16
 
 def in_threads(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]]) -> list[T]:
     """``work(*piece)`` of each piece: as many threads as torch has, this one among them, take them one by one."""
-    threads = min(torch.get_num_threads(), len(pieces))
-    if threads <= 1:
+    if torch.get_num_threads() == 1 or len(pieces) <= 1:
         return [work(*piece) for piece in pieces]
     from resnet_bk.atomics import announce  # by way of numba, which is slow to load
     from resnet_bk.crew import together
@@ -31,7 +30,7 @@ def in_threads(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]]) -> lis
         for index, piece in left:
             found[index] = work(*piece)
 
-    together(take, threads)
+    together(take, len(pieces))
     return [found[index] for index in range(len(pieces))]
 
 

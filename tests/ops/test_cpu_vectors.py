@@ -230,7 +230,7 @@ def swept_alone(v, shift, bonds, state, part):
     given = (v[:, :, part], shift[part], bonds[part].view(1, 1, -1), state[:, part])
     v, shift, bonds, state = (x.contiguous() for x in given)
     arrays = (v.numpy(), pairs(shift), bonds.numpy(), 0, 0, pairs(state), pairs(out), False, False)
-    causal_kernel(*arrays, Share.alone((0, 1, 0, v.shape[2])), nobody())
+    causal_kernel(*arrays, Share.of((0, 1, 0, v.shape[2])), nobody())
     return out
 
 
@@ -241,7 +241,7 @@ def adjoint_alone(grad, ratios, bonds, state, part):
     arrays = (pairs(grad), pairs(ratios), bonds.numpy(), 0, 0, pairs(state), v_bar.numpy(), sums.numpy())
     nothing = np.empty((0, 0, 0), np.float32)
     causal_adjoint_kernel(
-        *arrays, nothing, pairs(torch.empty_like(state)), False, Share.alone((0, 1, 0, grad.shape[2])), nobody()
+        *arrays, nothing, pairs(torch.empty_like(state)), False, Share.of((0, 1, 0, grad.shape[2])), nobody()
     )
     return v_bar
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from resnet_bk.crew import together
 from resnet_bk.ops.bk import cpu_chunk_kernels as chunk_kernels
 from resnet_bk.ops.bk.cpu_kernels import (
+    Piece,
     Share,
     causal_adjoint_and_bonds_kernel,
     causal_adjoint_kernel,
     causal_kernel,
     diagonal_kernel,
-    in_vectors,
     tunnel_adjoint_kernel,
     tunnel_kernel,
 )
@@ -348,25 +348,25 @@ def _run(
     worth_a_thread: int = SITES_WORTH_A_THREAD,
 ) -> list[Any]:
     """Calls a kernel for all rows and lanes, in the pieces that its threads and the work are worth."""
-    rows, length, lanes = shape[:3]
-    worth = max(1, rows * length * lanes // worth_a_thread)
-    return in_threads(partial(kernel, *arguments), _pieces(rows, lanes, worth, whole_rows))
+    return in_threads(partial(kernel, *arguments), _pieces(shape, whole_rows, worth_a_thread))
 
 
 def _share(kernel: Callable[..., Any], shape: tuple[int, ...] | torch.Size, *arguments: Any) -> None:
     """Calls a kernel that takes a ``Share``, in the threads that the work is worth."""
-    rows, length, lanes = shape[:3]
-    worth = max(1, rows * length * lanes // SITES_WORTH_A_THREAD)
-    pieces = _pieces(rows, lanes, worth, whole_rows=False)
-    share = Share(in_vectors(tuple(pieces)))
-    together(lambda cells: kernel(*arguments, share, cells), min(torch.get_num_threads(), len(pieces)))
+    pieces = _pieces(shape)
+    share = Share.of(*pieces)
+    together(lambda cells: kernel(*arguments, share, cells), len(pieces))
 
 
-def _pieces(rows: int, lanes: int, worth: int, whole_rows: bool) -> list[tuple[int, int, int, int]]:
+def _pieces(
+    shape: tuple[int, ...] | torch.Size, whole_rows: bool = False, worth_a_thread: int = SITES_WORTH_A_THREAD
+) -> list[Piece]:
     """(row begin, row end, lane begin, lane end) of each piece: whole rows where there are enough, else lanes.
 
     Rows are some more pieces than threads, so that all end together although one began late or was interrupted.
     """
+    rows, length, lanes = shape[:3]
+    worth = max(1, rows * length * lanes // worth_a_thread)
     threads = min(torch.get_num_threads(), worth)
     if threads == 1 or whole_rows or rows >= threads:
         pieces = 1 if threads == 1 else min(PIECES_OF_A_THREAD * threads, worth, rows)

@@ -6,7 +6,7 @@ token x bond_token).
 Threads that call a kernel with the same ``Share`` of the work take its pieces one by one, without Python's lock.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -68,14 +68,13 @@ class Share:
     taken: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LANES), np.int64))
 
     @staticmethod
-    def alone(piece: Piece) -> "Share":
-        """All of it for the thread that asks."""
-        return Share(in_vectors((piece,)))
+    def of(*pieces: Piece) -> "Share":
+        """Pieces of any number of lanes."""
+        return Share(_in_vectors(pieces))
 
 
 @lru_cache(maxsize=256)
-def in_vectors(pieces: Sequence[Piece]) -> tuple[NDArray[np.int64], ...]:
-    """``Share.pieces`` of pieces of any number of lanes."""
+def _in_vectors(pieces: tuple[Piece, ...]) -> tuple[NDArray[np.int64], ...]:
     found: dict[int, list[tuple[int, int, int]]] = {lanes: [] for lanes in LANES}
     for row_begin, row_end, lane_begin, lane_end in pieces:
         lane = lane_begin
@@ -280,11 +279,12 @@ def diagonal_kernel(*arguments: Any) -> None:
     Out and back over all rows, l would come from memory again.
     """
     *chain, nothing, out, row_begin, row_end, lane_begin, lane_end = arguments
+    cells = nobody()  # whoever else sweeps has pieces of its own
     rows = max(1, KEPT_NEAR // max(1, out.shape[1] * out.shape[2] * out.itemsize))
     for begin in range(row_begin, row_end, rows):
         piece = begin, min(begin + rows, row_end), lane_begin, lane_end
-        causal_kernel(*chain, nothing, out, False, True, Share.alone(piece), nobody())
-        _onto_diagonal_kernel(*chain, out, Share.alone(piece), nobody())
+        causal_kernel(*chain, nothing, out, False, True, Share.of(piece), cells)
+        _onto_diagonal_kernel(*chain, out, Share.of(piece), cells)
 
 
 @_compiled
