@@ -27,8 +27,8 @@ MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """A name for keys of results and a label for people; ``fields`` of the configuration that differ; ``change`` of the
-    resolvent mixer, or ``layer`` for another mixer in its place; ``positions`` of a hybrid's attention, None for the
-    library's, which fades with the distance; ``needs`` is a package without which it is left out."""
+    resolvent mixer, or ``layer`` for another mixer in its place; ``positions`` of attention, None for the library's,
+    which in a hybrid fades with the distance; ``needs`` is a package without which it is left out."""
 
     name: str
     label: str
@@ -106,6 +106,18 @@ CONTESTANTS = {
         _of("resolvent", "resolvent alone"),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
+        Contestant(
+            name="attention-lost-reads",
+            label="Transformer, no convolution, drops queries and reads",
+            fields={"mixer": "attention", "conv_size": 0},
+            positions=Positions(pairs=1, lost_queries=0.6, lost_reads=0.3),
+        ),
+        Contestant(
+            name="attention-less-lost-reads",
+            label="Transformer, no convolution, drops fewer queries and reads",
+            fields={"mixer": "attention", "conv_size": 0},
+            positions=Positions(pairs=1, lost_queries=0.2, lost_reads=0.2),
+        ),
         # The Mamba family, alone and in our hybrid's place for the resolvent.
         _changed("gated", "real-gated linear attention (Mamba-2's kind)", decay="gated"),
         _changed("mamba2", "Mamba-2's decays and writes, no rotation", **MAMBA2),
@@ -199,6 +211,14 @@ CONTESTANTS = {
             change=Change(shortest_memory=64, constant_gap=True, features="linear"),
             rotary=True,
         ),
+        _ours("ours-lost-reads", "ours, drops queries and reads", lost_queries=0.6, lost_reads=0.3),
+        _plain("all-lost-reads", "drops queries and reads", change=Change(lost_queries=0.6, lost_reads=0.3)),
+        _plain(
+            "half-lost-reads",
+            "attention in every second block, drops queries and reads",
+            every=2,
+            change=Change(lost_queries=0.6, lost_reads=0.3),
+        ),
         # What helps it there: attention's positions, a gate that opens and closes, and more that is dropped.
         _plain(
             "lost-reads",
@@ -266,7 +286,7 @@ def _model(contestant: Contestant, shape: dict[str, Any]) -> ResNetBKForCausalLM
     config = config_of(contestant, shape)
     model = ResNetBKForCausalLM(config)
     for mixer, block in zip(config.layer_mixers, model.model.layers, strict=True):
-        if mixer == "local" and contestant.positions is not None:
+        if mixer in ("local", "attention") and contestant.positions is not None:
             block.mixer = PositionedAttention(config, contestant.positions)
         elif mixer == "resolvent" and contestant.change is not None:
             block.mixer = ChangedResolvent(config, contestant.change)

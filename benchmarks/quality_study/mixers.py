@@ -221,12 +221,15 @@ class Positions:
     """What attention knows of them: rotary ones in the first ``heads`` of its heads, of the ``pairs`` of coordinates
     with the shortest waves. Or its logits ``lose`` something for each token on the way: what the resolvent's l would,
     by gaps that tokens choose or that are constant; or a learned rate of the head, wherever the text began.
-    ``keeps_weights``: dropout leaves attention's weights alone."""
+    ``keeps_weights``: dropout leaves attention's weights alone. ``lost_queries`` and ``lost_reads`` as of a
+    :class:`Change`."""
 
     heads: float = 1.0
     pairs: float = 0.0
     lose: Literal["nothing", "by tokens' gaps", "by a constant gap", "by the distance"] = "nothing"
     keeps_weights: bool = False
+    lost_queries: float = 0.0
+    lost_reads: float = 0.0
 
 
 class PositionedAttention(nn.Module):
@@ -236,6 +239,8 @@ class PositionedAttention(nn.Module):
         super().__init__()
         hidden, self.num_heads = config.hidden_size, config.num_attention_heads
         self.positions, self.dropout = positions, 0.0 if positions.keeps_weights else config.dropout
+        self.lost_queries = positions.lost_queries if config.dropout else 0.0
+        self.lost_reads = positions.lost_reads if config.dropout else 0.0
         self.longest_memory = 8 * config.resolvent_longest_memory
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.convolution = ShortConvolution(3 * hidden, config.conv_size) if config.conv_size else None
@@ -262,6 +267,7 @@ class PositionedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
         if self.positions.pairs:
             q, k = (self._turned(part, context) for part in (q, k))
+        q = F.dropout(q, self.lost_queries, self.training)
         bias = None if self.positions.lose == "nothing" else self._lost(x_BND)
         mixed_BHNV = F.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (q, k, v)),
@@ -269,7 +275,7 @@ class PositionedAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=bias is None,
         )
-        return self.output(mixed_BHNV.transpose(1, 2).flatten(2)), {}
+        return self.output(F.dropout(mixed_BHNV.transpose(1, 2).flatten(2), self.lost_reads, self.training)), {}
 
     def _turned(self, part_BNHC: Tensor, context: SequenceContext) -> Tensor:
         assert context.rotary is not None

@@ -68,6 +68,8 @@ LESS_BY_HEART = (
     *("plain-ungated", "plain-mamba2", "plain-half-rotary", "plain-memory-16", "plain-memory-64"),
     *("plain-memory-64-rotary", "plain-constant-memory", "plain-constant-linear"),
     *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
+    *("ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
+    *("attention-lost-reads", "attention-less-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.

@@ -24,7 +24,7 @@ from quality_study.contestants import CONTESTANTS, build, config_of  # noqa: E40
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
 from quality_study.document import contents, findings, table, write  # noqa: E402
 from quality_study.editions import Edition, of_files  # noqa: E402
-from quality_study.mixers import Change, ChangedResolvent, Decay  # noqa: E402
+from quality_study.mixers import Change, ChangedResolvent, Decay, PositionedAttention  # noqa: E402
 from quality_study.studies import STUDIES  # noqa: E402
 from quality_study.summary import Row  # noqa: E402
 from quality_study.tasks import Copying, Needle, Recall, Synthetic  # noqa: E402
@@ -170,6 +170,23 @@ def test_queries_and_reads_are_lost_in_training_by_their_own_shares() -> None:
     assert (seen["reads"] != 0).all()
     without = build(contestant, SHAPE, seed=0).model.layers[0].mixer
     assert (without.lost_writes, without.lost_queries, without.lost_reads) == (0, 0, 0)
+
+
+def test_a_transformer_can_lose_queries_and_reads_too() -> None:
+    contestant = CONTESTANTS["attention-lost-reads"]
+    mixer = build(contestant, {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
+    assert isinstance(mixer, PositionedAttention) and mixer.lost_queries == 0.6
+    seen: list[torch.Tensor] = []
+    mixer.output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    angles = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    context = SequenceContext(rotary=(angles.cos(), angles.sin()))
+    x = torch.randn(4, 64, 64)
+    mixer(x, context, None)
+    mixer.eval()(x, context, None)
+    assert (seen[0] == 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert (seen[1] != 0).all()
+    without = build(contestant, SHAPE, seed=0).model.layers[0].mixer
+    assert (without.dropout, without.lost_queries, without.lost_reads) == (0, 0, 0)
 
 
 def test_one_that_keeps_its_writes_has_all_other_dropout() -> None:
