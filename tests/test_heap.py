@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from resnet_bk.environment import describe_environment
 from resnet_bk.heap import freed_memory, keep_freed_memory
 
 PROGRAM = """
-import json, resource, sys
+import json, re, resource, sys
 import psutil
 import torch
 from resnet_bk.heap import freed_memory, give_back_freed_memory, keep_freed_memory
@@ -27,11 +28,14 @@ for _ in range(50):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 held = psutil.Process().memory_info().rss
+in_large_pages = sum(map(int, re.findall("AnonHugePages: *([0-9]+) kB", open("/proc/self/smaps").read())))
 give_back_freed_memory()
 given_back = held - psutil.Process().memory_info().rss
-print(json.dumps({"faults": faults, "peak": peak, "said": freed_memory(), "given_back": given_back}))
+found = {"faults": faults, "peak": peak, "said": freed_memory(), "given_back": given_back, "large": in_large_pages}
+print(json.dumps(found))
 """
 PAGES = 2**26 // 4096
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
@@ -54,6 +58,17 @@ def test_freed_memory_is_used_again_without_the_system():
 def test_what_is_kept_can_be_given_back():
     assert ran("keep")["given_back"] > 2**26 * 0.9
     assert ran("return")["given_back"] < 2**20, "nothing was kept"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="pages are not ours to choose"
+)
+def test_what_is_kept_is_in_large_pages():
+    kept, returned = ran("keep"), ran("return")
+    assert kept["large"] > 2**16 * 0.9, "in kB, the block of each round but for its ends"
+    assert returned["large"] < 2**16 * 0.1
+    assert sum(kept["faults"]) < PAGES / 2, "a page of 2 MiB is one fault"
 
 
 def test_a_gpus_host_is_left_alone(monkeypatch):

@@ -12,13 +12,11 @@ memory is long, are carried in double precision whatever the data.
 Kernels are compiled at their first call and kept in numba's cache beside this file (or in the user's cache folder).
 """
 
-import ctypes
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnet_bk.crew import together
+from resnet_bk.heap import prefer_large_pages
 from resnet_bk.ops.bk import cpu_chunk_kernels as chunk_kernels
 from resnet_bk.ops.bk.cpu_kernels import (
     Piece,
@@ -302,21 +301,9 @@ def _new(*shape: int, dtype: torch.dtype) -> Tensor:
     Below ``HUGE_PAGES_FROM`` the C library reuses memory, which is there already.
     """
     x = torch.empty(shape, dtype=dtype)
-    advise = _madvise()
-    if advise is not None and x.nbytes >= HUGE_PAGES_FROM:
-        begin = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(begin, x.nbytes - (begin - x.data_ptr()), mmap.MADV_HUGEPAGE)  # a hint: it may be refused
+    if x.nbytes >= HUGE_PAGES_FROM:
+        prefer_large_pages(x.data_ptr(), x.nbytes)
     return x
-
-
-@lru_cache(maxsize=1)
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """The C library's, where there are large pages to ask for (Linux)."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return cast(Callable[[int, int, int], int], function)
 
 
 def _array(x: Tensor) -> Array:
