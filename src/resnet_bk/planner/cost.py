@@ -5,10 +5,10 @@
     host    = parameters / rate of the update
     link    = bytes that ranks exchange, one way / bandwidth between GPUs
 
-The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step.json and frugal.json: presets 100m and
-1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within a fifth of those of one
-micro-batch. What launches, replays and the host's update take is fitted to the capped steps of frugal.json, on hosts of
-which one is up to a third faster than another: within a third.
+The two factors were fitted to 23 steps on an H100 (benchmarks/results/gpu/step-h100.json and frugal.json: presets 100m
+and 1b, three mixers, N from 128 to 131,072, with and without recomputation); the formula is within a fifth of those of
+one micro-batch. What launches, replays and the host's update take is fitted to the capped steps of frugal.json, on
+hosts of which one is up to a third faster than another: within a third.
 What runs side by side counts as the longest, and a twentieth of the rest. Of several ranks each computes its share of
 the batch, and the bandwidth of their link is a data sheet's: of them nothing was fitted.
 """
