@@ -104,6 +104,15 @@ CONTESTANTS = {
         # Attention without positions: what the parts were tried with.
         Contestant(name="hybrid", label="hybrid without positions", fields=HYBRID, positions=NOWHERE),
         _of("resolvent", "resolvent alone"),
+        _of(
+            "ours-short-text",
+            "ours for short texts",
+            local_attention_every=2,
+            local_attention_positions="rotary",
+            conv_size=0,
+            resolvent_query_dropout=0.6,
+            resolvent_read_dropout=0.3,
+        ),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
         Contestant(

@@ -68,7 +68,7 @@ LESS_BY_HEART = (
     *("plain-ungated", "plain-mamba2", "plain-half-rotary", "plain-memory-16", "plain-memory-64"),
     *("plain-memory-64-rotary", "plain-constant-memory", "plain-constant-linear"),
     *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
-    *("ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
+    *("ours-short-text", "ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
     *("attention-lost-reads", "attention-less-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
@@ -173,7 +173,7 @@ STUDIES = {
             name="embedded-30m",
             label="Python's source, about 30M parameters",
             corpus="embedded",
-            contestants=LARGE_RIVALS,
+            contestants=(*LARGE_RIVALS, "ours-lost-reads", "ours-short-text"),
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
             weight_decays=(0.1, 0.5, 1.0),

@@ -42,6 +42,18 @@ LOCAL = [
     ("behind the window", {"local_attention_window": 16}, 4, 64),
     ("one row behind the window", {"local_attention_window": 32, "hidden_size": 64}, 1, 100),
     ("a wide window", {"local_attention_window": 64, "num_layers": 3}, 2, 256),
+    ("dropout behind the window", {"local_attention_window": 16, "dropout": 0.1}, 4, 64),
+]
+ROTARY = {"local_attention_positions": "rotary"}
+LOCAL += [
+    (f"rotary, {name}", ROTARY | fields, *rows)
+    for name, fields, *rows in [
+        *LOCAL,
+        ("short", {}, 4, 64),
+        ("no convolution", {"conv_size": 0}, 4, 64),
+        ("one token", {}, 4, 1),
+        ("some tokens left", {"local_attention_window": 24}, 4, 64),
+    ]
 ]
 # The resolvent mixer's own; the rest of the grid is for all mixers alike.
 RESOLVENT = [
@@ -57,6 +69,9 @@ RESOLVENT = [
         64,
     ),
     ("scattering", {"resolvent_regime": "scattering"}, 4, 64),
+    ("dropout of queries", {"resolvent_query_dropout": 0.6}, 4, 64),
+    ("dropout of reads", {"resolvent_read_dropout": 0.3, "resolvent_key_size": 6}, 4, 64),
+    ("all dropout", {"dropout": 0.1, "resolvent_query_dropout": 0.6, "resolvent_read_dropout": 0.3}, 4, 64),
     ("dropout, no convolution", {"dropout": 0.1, "conv_size": 0}, 4, 64),
     ("dropout, vector", {"dropout": 0.1, "resolvent_state": "vector"}, 4, 64),
     ("dropout, scattering", {"dropout": 0.1, "resolvent_regime": "scattering"}, 4, 64),
@@ -69,9 +84,17 @@ CASES = [
     if mixer in ("bk", "attention") or case[1].get("causal", True)
 ]
 CASES += [("resolvent", *case) for case in RESOLVENT] + [("local", *case) for case in LOCAL]
-CASES.append(
-    ("resolvent", "local attention in a third of the blocks", {"num_layers": 6, "local_attention_every": 3}, 4, 64)
-)
+THIRD = {"num_layers": 6, "local_attention_every": 3}
+CASES += [
+    ("resolvent", "local attention in a third of the blocks", THIRD, 4, 64),
+    (
+        "resolvent",
+        "rotary local attention in a third of the blocks",
+        THIRD | ROTARY | {"num_attention_heads": 2},
+        4,
+        64,
+    ),
+]
 IDS = [f"{mixer}, {name}" for mixer, name, *_ in CASES]
 over_the_cases = pytest.mark.parametrize(("mixer", "_name", "overrides", "batch_size", "length"), CASES, ids=IDS)
 each_mixer = pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])

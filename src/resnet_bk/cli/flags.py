@@ -81,6 +81,8 @@ class ModelFlags:
     """With the resolvent mixer every so many-th block has local attention instead; 0 for none."""
     local_attention_window: Annotated[int | None, preset("INT")] = None
     """Tokens that a token sees there."""
+    local_attention_positions: Annotated[Literal["fading", "rotary"] | None, preset("fading|rotary")] = None
+    """What it knows of them: logits that lose something for each token between, or keys that turn."""
     conv_size: Annotated[int | None, preset("INT")] = None
     """Tokens of a short causal convolution before any mixer; 0 for none."""
     num_resolvent_heads: Annotated[int | None, preset("INT")] = None
@@ -106,6 +108,10 @@ class ModelFlags:
     dropout: Annotated[float | None, preset("FLOAT")] = None
     """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights
     and the resolvent's writes."""
+    resolvent_query_dropout: Annotated[float | None, preset("FLOAT")] = None
+    """Share of the coordinates of the resolvent's queries set to 0 in training."""
+    resolvent_read_dropout: Annotated[float | None, preset("FLOAT")] = None
+    """Share of what the resolvent has read set to 0 in training."""
     token_dropout: Annotated[float | None, preset("FLOAT")] = None
     """Share of tokens that one learned embedding stands for in training; for short texts that are read many times."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None
@@ -127,7 +133,7 @@ class ModelFlags:
     bk_blend: Annotated[float | None, preset("FLOAT")] = None
     """Share of 1/G^2 in the analytic rule."""
     rope_theta: Annotated[float | None, preset("FLOAT")] = None
-    """Base of the rotary positions of the attention and resolvent mixers."""
+    """Base of all rotary positions."""
     layer_norm_eps: Annotated[float | None, preset("FLOAT")] = None
     """Epsilon of every LayerNorm."""
     initializer_range: Annotated[float | None, preset("FLOAT")] = None

@@ -14,7 +14,8 @@ MixerState = dict[str, Tensor]
 class SequenceContext:
     """Where the tokens stand in their rows: the same for all layers, and so computed once.
 
-    ``rotary`` is cos and sin of the positions' angles, ``(1 or B, N, size / 2)``, None for a mixer that does not turn.
+    ``rotary`` is cos and sin of the positions' angles, ``(1 or B, N, size / 2)``, None for a mixer that does not turn;
+    ``local_rotary`` is local attention's, beside another mixer.
     ``key_mask_BK`` is nonzero for the real ones of all tokens, past and present, None if all are. ``padding`` is the
     same for the present ones. ``document_ids_BN`` tells the documents of packed rows apart: tokens of different ones
     do not mix. ``front_starts_BN`` is where a document starts behind another, bool, with each row's real tokens in
@@ -25,6 +26,7 @@ class SequenceContext:
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
+    local_rotary: tuple[Tensor, Tensor] | None = None
     padding: Padding | None = None
     key_mask_BK: Tensor | None = None
     document_ids_BN: Tensor | None = None
@@ -35,8 +37,15 @@ class SequenceContext:
 
     def front_rotary(self) -> tuple[Tensor, Tensor] | None:
         """``rotary`` with each row's real tokens in front."""
-        if self.padding is None or self.rotary is None:
-            return self.rotary
+        return self._to_front(self.rotary)
+
+    def front_local_rotary(self) -> tuple[Tensor, Tensor] | None:
+        """``local_rotary`` with each row's real tokens in front."""
+        return self._to_front(self.local_rotary)
+
+    def _to_front(self, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        if self.padding is None or tables is None:
+            return tables
         rows = len(self.padding.order_BN)
-        cos_BNC, sin_BNC = (self.padding.to_front(table.expand(rows, -1, -1)) for table in self.rotary)
+        cos_BNC, sin_BNC = (self.padding.to_front(table.expand(rows, -1, -1)) for table in tables)
         return cos_BNC, sin_BNC

@@ -1,5 +1,7 @@
 """Attention over the last tokens only: exact recall of what is near, with a state of constant size."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -10,23 +12,38 @@ from resnet_bk.layers.memories import memories
 from resnet_bk.layers.padding import Padding
 from resnet_bk.ops import one_token
 from resnet_bk.ops.local_attention import local_attention
+from resnet_bk.ops.rotation import rotate
 
 SHORTEST_MEMORY = 4.0  # tokens, of the first head at the start
 
 
-class LocalAttention(nn.Module):
-    """Multi-head attention of each token to itself and the ``window - 1`` before it, which fades with the distance.
+LocalPositions = Literal["fading", "rotary"]
 
-    A head's logits lose exp(``log_rate``) for each token between: at the start 1 / memory, for memories spread over the
-    heads from ``SHORTEST_MEMORY`` to the window. There are no other positions, and distances that training never had
-    read as those that it had. With a ``conv_size``, queries, keys and values go through a short convolution first.
-    ``dropout`` is of the weights.
+
+class LocalAttention(nn.Module):
+    """Multi-head attention of each token to itself and the ``window - 1`` before it.
+
+    It fades with the distance: a head's logits lose exp(``log_rate``) for each token between, at the start 1 / memory,
+    for memories spread over the heads from ``SHORTEST_MEMORY`` to the window. There are no other positions, and
+    distances that training never had read as those that it had. Or ``positions`` are rotary ones of keys and queries.
+
+    With a ``conv_size``, queries, keys and values go through a short convolution first. ``dropout`` is of the weights.
     """
 
-    def __init__(self, *, hidden_size: int, num_heads: int, window: int, conv_size: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        window: int,
+        conv_size: int,
+        positions: LocalPositions = "fading",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.window, self.dropout = num_heads, window, dropout
-        self.log_rate = nn.Parameter(torch.empty(num_heads))
+        self.num_heads, self.window, self.positions, self.dropout = num_heads, window, positions, dropout
+        if positions == "fading":
+            self.log_rate = nn.Parameter(torch.empty(num_heads))
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.convolution = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.output = Linear(hidden_size, hidden_size)
@@ -51,6 +68,11 @@ class LocalAttention(nn.Module):
         if self.convolution is not None:
             qkv_BNC, after["convolved"] = self.convolution(qkv_BNC, padding, starts_BN, state.get("convolved"))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv_BNC.chunk(3, dim=-1))
+        if self.positions == "rotary":
+            rotary = context.front_local_rotary()
+            assert rotary is not None
+            cos_BN1C, sin_BN1C = (table.unsqueeze(2) for table in rotary)
+            q, k = (rotate(part, cos_BN1C, sin_BN1C) for part in (q, k))
         mixed_BNHV, k, v = self._attend(q, k, v, context, state)
         if context.remember:
             after |= self._remembered(k, v, padding, starts_BN, state)
@@ -65,21 +87,26 @@ class LocalAttention(nn.Module):
         if "keys" in state:
             keys, values = state["keys"], state["values"]
             if context.padding is None and starts_BN is None and "filled" not in state and not dropout:
-                tokens = q.shape[0] * q.shape[1]
-                if one_token.is_alone(tokens, q, k, v, keys, values, self.log_rate):
-                    return one_token.attend(q, k, v, keys, values, self.log_rate.exp())
+                tokens, rates = q.shape[0] * q.shape[1], self._rates()
+                told = (q, k, v, keys, values, q.new_zeros(self.num_heads) if rates is None else rates)
+                if one_token.is_alone(tokens, *told):
+                    return one_token.attend(*told)
             k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
         mixed_BNHV = local_attention(
             q,
             k,
             v,
             window=self.window,
-            rates=self.log_rate.exp(),
+            rates=self._rates(),
             filled=state.get("filled"),
             documents=None if starts_BN is None else starts_BN.cumsum(1),
             dropout=dropout,
         )
         return mixed_BNHV, k, v
+
+    def _rates(self) -> Tensor | None:
+        """``(H,)``, None where nothing fades."""
+        return self.log_rate.exp() if self.positions == "fading" else None
 
     def _remembered(
         self, k: Tensor, v: Tensor, padding: Padding | None, starts_BN: Tensor | None, state: MixerState

@@ -17,8 +17,9 @@ from typing import Literal
 
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig
+from resnet_bk.models.flops import extra_coordinates
 from resnet_bk.ops.carry.chunked import CHUNK
-from resnet_bk.ops.local_attention import EXTRA_COORDINATES, flash_takes
+from resnet_bk.ops.local_attention import flash_takes
 from resnet_bk.ops.loss import chunk_rows
 
 MIXTURE, GRADIENTS_AND_RESULTS, TOKENS_KEPT = "mixture of experts", "gradients and results", "tokens kept"
@@ -105,14 +106,17 @@ def _norms(config: ResNetBKConfig, shape: TrainingShape, number: int, *, half: b
 
 
 def _dropout(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
-    """Which numbers of both sums are kept, a byte each, and which of the resolvent's keys. Attention's kernels draw
-    theirs again."""
-    if not config.dropout:
-        return []
-    numbers, formula = 2 * config.hidden_size, "T 2 D"
-    if config.mixer == "resolvent":
-        numbers, formula = numbers + c * config.num_resolvent_heads, f"T (2 D + {c} H)"
-    return [Part(name="dropout", num_bytes=numbers * shape.tokens, formula=formula)]
+    """Which numbers of both sums are kept, a byte each, and which of the resolvent's keys, queries and reads.
+    Attention's kernels draw theirs again."""
+    hidden, heads, is_resolvent = config.hidden_size, config.num_resolvent_heads, config.mixer == "resolvent"
+    kept = {
+        "2 D": 2 * hidden * bool(config.dropout),
+        f"{c} H": c * heads * bool(config.dropout and is_resolvent),
+        "H K": heads * config.key_size * bool(config.resolvent_query_dropout and is_resolvent),
+        "D": hidden * bool(config.resolvent_read_dropout and is_resolvent),
+    }
+    formula = " + ".join(term for term, number in kept.items() if number)
+    return [Part(name="dropout", num_bytes=sum(kept.values()) * shape.tokens, formula=f"T ({formula})")] * bool(formula)
 
 
 def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
@@ -159,29 +163,41 @@ def _attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast
 
 
 def _local_attention(config: ResNetBKConfig, shape: TrainingShape, *, half: bool, cast: bool) -> Part:
-    """What the kernel reads and writes, wider by the coordinates for places: queries, keys, values and results; and the
-    mixed values. Rates and queries' places, once for all rows.
+    """Of what fades: what the kernel reads and writes, wider by the coordinates for places; the mixed values; rates and
+    queries' places, once for all rows. Of what turns: what it is made from, keys and queries that are turned, results.
 
-    Half types take one call. fp32 reads keys and values behind the first window twice, in blocks and what is left.
+    Half types take one call. Without, and with dropout, keys and values behind the first window are read twice, in
+    blocks and what is left.
     """
     hidden, heads, c = config.hidden_size, config.num_attention_heads, 2 if half else 4
-    rows = shape.batch_size
-    in_one_call = half and flash_takes(hidden // heads)
+    rows, extra = shape.batch_size, extra_coordinates(config)
+    fades = config.local_attention_positions == "fading"
+    in_one_call = half and not config.dropout and flash_takes(hidden // heads, fades=fades)
     calls = [(rows * shape.sequence_length, shape.sequence_length, 0)]
     if not in_one_call:
         calls = _calls_of_local_attention(config, shape)
-    wide = hidden + EXTRA_COORDINATES * heads
+    wide = hidden + extra * heads
     num_bytes = 8 * hidden * hidden if cast else 0
     for queries, length, before in calls:
         in_kernel = queries if in_one_call else queries // length * _multiple(length, 32)
-        places = 4 * (length + 3 * heads * (not before))
-        num_bytes += 2 * c * wide * (2 * queries + queries // length * before) + 4 * heads * in_kernel + places
-        num_bytes += c * length * (before + length) * bool(before)
-    formula = f"{4 * c} T (D + {EXTRA_COORDINATES} A) + 4 (T A + N + 3 A)" + (" + 8 D^2" if cast else "")
-    num_bytes += c * shape.tokens * hidden
-    formula += f" + {c} T D"
-    if len(calls) > 1:
-        formula += f" + {2 * c} B (N - w) (D + {EXTRA_COORDINATES} A) + masks"
+        num_bytes += 4 * heads * in_kernel + c * length * (before + length) * bool(before)
+        keys = queries + queries // length * before
+        if fades:
+            num_bytes += 2 * c * wide * (queries + keys) + 4 * (length + 3 * heads * (not before))
+        else:
+            # What is read in blocks is copied, queries where there are several blocks in each of several rows.
+            in_blocks = before > 0 and length == config.local_attention_window
+            of_queries = queries if rows > 1 and queries > rows * length else 0
+            num_bytes += c * hidden * (queries + in_blocks * (2 * keys + of_queries))
+    parts = len(calls) > 1
+    if fades:
+        num_bytes += c * shape.tokens * hidden
+        formula = f"{4 * c} T (D + {extra} A) + 4 (T A + N + 3 A) + {c} T D"
+        formula += f" + {2 * c} B (N - w) (D + {extra} A) + masks" if parts else ""
+    else:
+        num_bytes += c * shape.tokens * hidden * (5 + parts)
+        formula = f"{6 * c} T D + 4 T A" + (f" + {5 * c} B (N - w) D + masks" if parts else "")
+    formula += " + 8 D^2" if cast else ""
     return Part(name="attention and projections", num_bytes=num_bytes, formula=formula)
 
 
@@ -235,7 +251,7 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
     if config.mixer == "bk":
         mixer, formula = tokens * (12 * config.num_bk_heads + c * hidden), "T (12 H + c D)"
     elif config.mixer in ("attention", "local"):
-        heads, extra = config.num_attention_heads, EXTRA_COORDINATES * (config.mixer == "local")
+        heads, extra = config.num_attention_heads, extra_coordinates(config)
         mixer = tokens * (5 * c * hidden + (4 + extra * c) * heads)
         formula = f"T (5 c D + {4 + extra * c} A)"
     else:
@@ -254,7 +270,7 @@ def selected_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: 
 def outer_activations(config: ResNetBKConfig, shape: TrainingShape, *, half: bool) -> list[Part]:
     """What embedding, final norm and loss save. The loss keeps no logits but the gradients that it has computed."""
     tokens, hidden, c = shape.tokens, config.hidden_size, 2 if half else 4
-    rotary = 4 * shape.sequence_length * config.rotary_size
+    rotary = 4 * shape.sequence_length * config.rotary_numbers
     return [
         *([Part(name="rotary positions", num_bytes=rotary, formula="4 N R")] if rotary else []),
         Part(name="token ids and targets", num_bytes=16 * tokens, formula="16 T"),
@@ -458,7 +474,7 @@ def _resolvent_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) ->
 def _attention_backward(config: ResNetBKConfig, shape: TrainingShape, c: int) -> Part:
     """At the kernel. That for halves sums the queries' gradient in float32, 128 queries and 32 numbers at a time."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    extra = EXTRA_COORDINATES * (config.mixer == "local")
+    extra = extra_coordinates(config)
     per_hidden, formula = (10, "T 10 D + 4 A B N' (D' + 1)") if c == 2 else (20, "T (20 D + 4 A)")
     sums = 4 * heads * shape.tokens
     if extra:

@@ -233,7 +233,7 @@ class _Step:
             Part(name="token ids and targets", num_bytes=16 * pieces * self.shape.tokens, formula="16 M T"),
             Part(
                 name="rotary positions",
-                num_bytes=4 * tables * self.shape.sequence_length * config.rotary_size,
+                num_bytes=4 * tables * self.shape.sequence_length * config.rotary_numbers,
                 formula="4 M N R" if tables > 1 else "4 N R",
             ),
             Part(name=TOKENS_KEPT, num_bytes=kept_tokens, formula="T"),

@@ -12,11 +12,13 @@ from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.models.presets import PRESETS
 
 Mixer = Literal["resolvent", "bk", "attention", "local"]
+LocalPositions = Literal["fading", "rotary"]
 StateKind = Literal["matrix", "vector"]
 Regime = Literal["tunnelling", "scattering"]
 GradientRule = Literal["exact", "blend"]
 CHOICES = {
     "mixer": Mixer,
+    "local_attention_positions": LocalPositions,
     "resolvent_state": StateKind,
     "resolvent_regime": Regime,
     "bk_grad": GradientRule,
@@ -39,9 +41,11 @@ class ResNetBKConfig(PreTrainedConfig):
         intermediate_size: width inside an expert.
         mixer: how tokens mix: ``"resolvent"`` (keys and values carried by the resolvent), ``"bk"`` (the seed's: its
             diagonal as features), ``"attention"`` (the Transformer baseline) or ``"local"`` (attention to the last
-            tokens, which fades with the distance).
+            tokens).
         local_attention_every: with the resolvent mixer, every so many-th block has local attention instead; 0 for none.
         local_attention_window: tokens that a token sees there, itself included; up to 32,768.
+        local_attention_positions: ``"fading"`` (each head's logits lose something learned for each token between) or
+            ``"rotary"`` (keys and queries turn with their position).
         conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
         num_resolvent_heads: heads of the resolvent mixer, each with its chain; must divide hidden_size.
         resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
@@ -49,7 +53,7 @@ class ResNetBKConfig(PreTrainedConfig):
         resolvent_regime: ``"tunnelling"`` (real decays, energy below the band) or ``"scattering"`` (complex ones).
         resolvent_longest_memory: tokens that the last head remembers at the start; the first remembers two.
         num_bk_heads: independent chains of the bk mixer.
-        num_attention_heads: heads of attention, local or not; must divide hidden_size, for the attention mixer into
+        num_attention_heads: heads of attention, local or not; must divide hidden_size, where positions are rotary into
             even parts.
         causal: False lets tokens read the future: for encoders and for reproducing the seed, not for a language
             model.
@@ -58,6 +62,8 @@ class ResNetBKConfig(PreTrainedConfig):
         dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
             experts adds to the residual stream, of attention's weights, and of what tokens write into each head of the
             resolvent. Pieces of a batch draw their own.
+        resolvent_query_dropout: share of the coordinates of the resolvent's queries that are set to 0 in training.
+        resolvent_read_dropout: the same of what its heads have read and let through their gates.
         token_dropout: share of tokens that are lost as a whole in training: one learned embedding stands for all of
             them (S. Bowman et al., "Generating sentences from a continuous space", 2016). Where a short text is read
             many times over.
@@ -71,7 +77,7 @@ class ResNetBKConfig(PreTrainedConfig):
         bk_eta: initial eta > 0, the resolvent's distance from the real axis.
         bk_grad: ``"exact"``, or ``"blend"`` for the seed's analytic rule.
         bk_blend: share of 1/G^2 in that rule, from 0 to 1.
-        rope_theta: base of the rotary positions of the attention and resolvent mixers.
+        rope_theta: base of all rotary positions.
         layer_norm_eps: of every LayerNorm.
         initializer_range: standard deviation of the embeddings at the start.
         use_cache: return the recurrent state for decoding.
@@ -95,6 +101,7 @@ class ResNetBKConfig(PreTrainedConfig):
     mixer: Mixer = "resolvent"
     local_attention_every: int = 4
     local_attention_window: int = 1024
+    local_attention_positions: LocalPositions = "fading"
     conv_size: int = 4
     num_resolvent_heads: int = 4
     resolvent_key_size: int | None = None
@@ -107,6 +114,8 @@ class ResNetBKConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     dropout: float = 0.0
+    resolvent_query_dropout: float = 0.0
+    resolvent_read_dropout: float = 0.0
     token_dropout: float = 0.0
     router_temperature: float = 1.0
     router_aux_loss_coef: float = 0.01
@@ -160,7 +169,7 @@ class ResNetBKConfig(PreTrainedConfig):
         self._check_largest()
 
     def _check_shares(self) -> None:
-        for name in ("dropout", "token_dropout"):
+        for name in ("dropout", "resolvent_query_dropout", "resolvent_read_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, give a number from 0 to below 1")
         if not 0 <= self.bk_blend <= 1:
@@ -177,10 +186,11 @@ class ResNetBKConfig(PreTrainedConfig):
             raise ValueError(
                 f"local_attention_window is {self.local_attention_window}; give at most {LONGEST_WINDOW} tokens"
             )
-        if self.hidden_size % self.num_attention_heads:
+        is_rotary = self.local_attention_positions == "rotary"
+        if self.hidden_size % ((2 if is_rotary else 1) * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads; "
-                "change num_attention_heads, or local_attention_every to 0"
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads"
+                f"{' of even width' if is_rotary else ''}; change num_attention_heads, or local_attention_every to 0"
             )
 
     def _check_resolvent(self) -> None:
@@ -201,6 +211,8 @@ class ResNetBKConfig(PreTrainedConfig):
             raise ValueError(
                 f"resolvent_key_size is {self.resolvent_key_size}; give at least 1, or None for the values' width"
             )
+        if self.resolvent_query_dropout and self.resolvent_state == "vector":
+            raise ValueError("a vector state has no queries; give resolvent_query_dropout 0, or resolvent_state matrix")
         if self.resolvent_regime == "scattering":
             if self.resolvent_state == "vector":
                 raise ValueError(
@@ -268,6 +280,18 @@ class ResNetBKConfig(PreTrainedConfig):
         if self.mixer == "attention":
             return self.hidden_size // self.num_attention_heads
         return self.key_size if self.mixer == "resolvent" and self.key_size % 2 == 0 else 0
+
+    @property
+    def local_rotary_size(self) -> int:
+        """The same of a key of local attention; 0 where there is none, or where it fades."""
+        if self.local_attention_positions == "fading" or "local" not in self.mixer_numbers():
+            return 0
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_numbers(self) -> int:
+        """Of a position, cosines and sines of all mixers."""
+        return self.rotary_size + self.local_rotary_size
 
     def _check_largest(self) -> None:
         for name in field_names():

@@ -64,7 +64,7 @@ def _attention_flops(config: ResNetBKConfig, rows: int, sequence_length: int) ->
     width = hidden
     if config.mixer == "local":
         pairs = rows * windowed_pairs(sequence_length, sequence_length, config.local_attention_window)
-        width += EXTRA_COORDINATES * config.num_attention_heads
+        width += extra_coordinates(config) * config.num_attention_heads
     else:
         pairs = rows * attended_pairs(sequence_length, sequence_length, config.causal)
     return [
@@ -102,6 +102,11 @@ def _convolution(config: ResNetBKConfig, channels_of_tokens: int, *, again: bool
         return []
     forward = 2 * config.conv_size * channels_of_tokens
     return [ComponentFlops(component="short convolution", forward=forward, backward=(3 if again else 2) * forward)]
+
+
+def extra_coordinates(config: ResNetBKConfig) -> int:
+    """Of each head of local attention, beside those of its keys: the places, where it fades."""
+    return EXTRA_COORDINATES if config.mixer == "local" and config.local_attention_positions == "fading" else 0
 
 
 def attended_pairs(queries: int, keys: int, causal: bool) -> int:

@@ -27,7 +27,8 @@ def mixer_parameters(config: "ResNetBKConfig", mixer: "Mixer") -> int:
     if mixer == "bk":
         return size * hidden + 3 * hidden * config.num_bk_heads + 2 * config.num_bk_heads
     if mixer in ("attention", "local"):
-        rates = config.num_attention_heads if mixer == "local" else 0
+        fades = mixer == "local" and config.local_attention_positions == "fading"
+        rates = config.num_attention_heads if fades else 0
         return 4 * hidden * hidden + 3 * size * hidden + rates
     heads = config.num_resolvent_heads
     channels = 2 * heads * config.key_size + hidden  # of queries, keys and values

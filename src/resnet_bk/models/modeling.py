@@ -115,7 +115,7 @@ class ResNetBKPreTrainedModel(PreTrainedModel):
             init.ones_(module.skip)
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, CausalAttention | LocalAttention):
-            if isinstance(module, LocalAttention):
+            if isinstance(module, LocalAttention) and module.positions == "fading":
                 init.copy_(module.log_rate, module.initial_log_rate())
             init.normal_(module.output.weight, std=module.output.in_features**-0.5 * residual)
         elif isinstance(module, ShortConvolution):
@@ -258,7 +258,8 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
             x_BND = x_BND + self.embed_positions(position_ids)
         padding = inputs.padding(key_mask_BK, length)
         return self.dropout(x_BND), SequenceContext(
-            rotary=self._rotary(position_ids, x_BND.dtype),
+            rotary=self._rotary(position_ids, x_BND.dtype, self.config.rotary_size),
+            local_rotary=self._rotary(position_ids, x_BND.dtype, self.config.local_rotary_size),
             padding=padding,
             key_mask_BK=key_mask_BK,
             document_ids_BN=document_ids,
@@ -292,8 +293,7 @@ class ResNetBKModel(ResNetBKPreTrainedModel):
         vectors: Tensor = self.embed_tokens(input_ids)
         return vectors
 
-    def _rotary(self, position_ids_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        size = self.config.rotary_size
+    def _rotary(self, position_ids_BN: Tensor, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor] | None:
         if not size:
             return None
         return rotary_angles(position_ids_BN, size, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
@@ -515,6 +515,7 @@ def _local_attention(config: ResNetBKConfig) -> LocalAttention:
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         window=config.local_attention_window,
+        positions=config.local_attention_positions,
         conv_size=config.conv_size,
         dropout=config.dropout,
     )
@@ -531,6 +532,8 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
         conv_size=config.conv_size,
         norm_eps=config.layer_norm_eps,
         dropout=config.dropout,
+        query_dropout=config.resolvent_query_dropout,
+        read_dropout=config.resolvent_read_dropout,
     )
 
 

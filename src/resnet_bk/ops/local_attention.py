@@ -1,4 +1,4 @@
-"""Causal attention within a window that fades with the distance, in time and memory that grow as N x window.
+"""Causal attention within a window that may fade with the distance, in time and memory that grow as N x window.
 
 On a GPU half types go through torch's flash attention, which knows windows. Elsewhere queries go in blocks, each of
 which reads itself and the ``window`` tokens before it, which is all that it may see.
@@ -35,7 +35,7 @@ def local_attention(
     v: Tensor,
     *,
     window: int,
-    rates: Tensor,
+    rates: Tensor | None,
     filled: Tensor | None = None,
     documents: Tensor | None = None,
     dropout: float = 0.0,
@@ -46,7 +46,7 @@ def local_attention(
         q: ``(B, N, H, K)``.
         k, v: ``(B, P + N, H, K)``, those of the P < window tokens before in front.
         window: tokens that a query reads at most, itself included; up to 32,768.
-        rates: ``(H,)``, what logits lose for each token between.
+        rates: ``(H,)``, what logits lose for each token between; None for nothing.
         filled: ``(B,)``, how many of the tokens before each row has, the last ones; None for all.
         documents: ``(B, N)``, numbers that are the same for tokens that may read each other; with none before.
         dropout: share of weights that are lost.
@@ -56,7 +56,7 @@ def local_attention(
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
     plain = filled is None and documents is None and not dropout
-    if plain and length > 1 and (before or length > window) and _flash_serves(q):
+    if plain and length > 1 and (before or length > window) and _flash_serves(q, fades=rates is not None):
         return _by_flash(q, k, v, window, rates)
     block = _block_size(window, q.device)
     first = min(window, length)
@@ -78,42 +78,44 @@ def local_attention(
     return torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
 
 
-def _flash_serves(q: Tensor) -> bool:
+def _flash_serves(q: Tensor, *, fades: bool) -> bool:
     """Whether torch's flash attention is there for queries like these."""
     is_half = q.dtype in (torch.float16, torch.bfloat16)
-    if not is_half or not flash_takes(q.shape[-1]) or kind_of(q.device) != "cuda":
+    if not is_half or not flash_takes(q.shape[-1], fades=fades) or kind_of(q.device) != "cuda":
         return False
     return capability_of(q.device) >= FIRST_WITH_FLASH
 
 
-def flash_takes(head_size: int) -> bool:
-    """Whether it has a kernel for heads of this size and the coordinates for places."""
-    size = head_size + EXTRA_COORDINATES
+def flash_takes(head_size: int, *, fades: bool) -> bool:
+    """Whether it has a kernel for heads of this size, with the coordinates for places of what fades."""
+    size = head_size + EXTRA_COORDINATES * fades
     return size <= MOST_COORDINATES and size % COORDINATES_MULTIPLE == 0
 
 
-def _by_flash(q: Tensor, k: Tensor, v: Tensor, window: int, rates: Tensor) -> Tensor:
+def _by_flash(q: Tensor, k: Tensor, v: Tensor, window: int, rates: Tensor | None) -> Tensor:
     """In one call, whose time and memory are those of the pairs within the window."""
     rows, queries, heads, size = q.shape
     keys = k.shape[1]
     of_queries, of_keys = (
         torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
     )
-    q, k, v = (x.flatten(0, 1) for x in _with_places(q, k, v, rates))
+    if rates is not None:
+        q, k, v = _with_places(q, k, v, rates)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     mixed = varlen_attn(q, k, v, of_queries, of_keys, queries, keys, scale=size**-0.5, window_size=(window - 1, 0))
     assert isinstance(mixed, Tensor)  # with log-sums it would be a pair
     return mixed.view(rows, queries, heads, -1)[..., :size]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
     """Without a mask each query reads the keys up to its own."""
     size, causal = q.shape[-1], mask is None
     if q.shape[1] == 1 < k.shape[1]:
         # While decoding, all keys would be copied for each token: here a mask is the smaller thing.
-        causal, mask = False, _lost_to_the_last(rates, k.shape[1], mask).to(q.dtype)
+        causal, mask = False, _lost_to_the_last(rates, k, mask).to(q.dtype)
         if not dropout and _scales_all_keys(q):
             return _attend_alone(q, k, v, mask)
-    else:
+    elif rates is not None:
         q, k, v = _with_places(q, k, v, rates)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(
@@ -133,10 +135,12 @@ def _scales_all_keys(q: Tensor) -> bool:
     return kind_of(q.device) == "cpu" and q.dtype in (torch.float32, torch.float64)
 
 
-def _lost_to_the_last(rates: Tensor, length: int, mask: Tensor | None) -> Tensor:
-    """What is added to the logits of a single query behind ``length - 1`` keys and at its own ``(H, 1, length)``, or
-    ``(B, H, 1, length)`` with a mask ``(B, 1, 1, length)``."""
-    lost_H1M = rates[:, None, None] * torch.arange(1 - length, 1, device=rates.device)
+def _lost_to_the_last(rates: Tensor | None, k: Tensor, mask: Tensor | None) -> Tensor:
+    """What is added to the logits of a single query, whose own key is the last of M: ``(H, 1, M)``, or ``(B, H, 1, M)``
+    with a mask ``(B, 1, 1, M)``."""
+    length, heads = k.shape[1:3]
+    rates = torch.zeros(heads, device=k.device) if rates is None else rates
+    lost_H1M = rates[:, None, None] * torch.arange(1 - length, 1, device=k.device)
     return lost_H1M if mask is None else lost_H1M.masked_fill(~mask, -math.inf)
 
 

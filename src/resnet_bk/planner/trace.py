@@ -146,7 +146,7 @@ def _left_out(config: ResNetBKConfig, training: TrainingConfig, layers: int, pie
     of_a_piece = [*tokens, 4, 4 * config.num_layers * config.num_experts]  # loss and load
     if not training.goes_by_block:
         return of_a_piece * max(0, shape.micro_batches - pieces)
-    of_a_piece = [*tokens, 4 * shape.sequence_length * config.rotary_size]
+    of_a_piece = [*tokens, 4 * shape.sequence_length * config.rotary_numbers]
     # Of each pass through a block the experts' load, a scalar and that one's gradient.
     passes = config.num_layers * shape.micro_batches - layers * pieces
     of_a_pass = [4 * config.num_experts, 4, 4]
