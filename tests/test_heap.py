@@ -19,6 +19,8 @@ import psutil
 import torch
 from resnet_bk.heap import freed_memory, give_back_freed_memory, keep_freed_memory
 
+if sys.argv[2:]:
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
 if sys.argv[1] == "keep":
     assert keep_freed_memory(torch.device("cpu")) and keep_freed_memory(torch.device("cpu"))
 faults = []
@@ -39,8 +41,8 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
-def ran(mode):
-    result = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+def ran(*mode):
+    result = subprocess.run([sys.executable, "-c", PROGRAM, *mode], capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
 
 
@@ -69,6 +71,13 @@ def test_what_is_kept_is_in_large_pages():
     assert kept["large"] > 2**16 * 0.9, "in kB, the block of each round but for its ends"
     assert returned["large"] < 2**16 * 0.1
     assert sum(kept["faults"]) < PAGES / 2, "a page of 2 MiB is one fault"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+def test_where_addresses_are_limited_none_are_taken_in_advance():
+    limited = ran("keep", str(2**34))
+    assert (limited["said"], limited["large"]) == ("kept", 0)
+    assert sum(limited["faults"][2:]) < len(limited["faults"][2:]) * PAGES / 20
 
 
 def test_a_gpus_host_is_left_alone(monkeypatch):

@@ -5,7 +5,7 @@ taken page by page anew, whatever the model. Kept, a block is used again at once
 both). The process holds its peak until it ends, and now and then a large block more, where one that is kept is too
 small by a cutting: with ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0`` in its environment no cuttings are set aside.
 
-On Linux the heap takes addresses for half of the machine's memory at once, none of it touched, and asks the system for
+On Linux the heap takes addresses for most of the machine's memory at once, none of it touched, and asks the system for
 pages of 2 MiB there: whoever reads a tensor then waits less to learn where its next page is.
 """
 
@@ -99,9 +99,19 @@ def _fill_small_places(library: ctypes.CDLL) -> None:
 
 def _ask_for_large_pages(library: ctypes.CDLL) -> None:
     """For what the heap takes next: it grows once by as much as it may well come to need, for a hint is of addresses
-    that it has. Where the system refuses either, pages are small and all else is the same."""
+    that it has. Where the system refuses either, or a limit counts addresses, pages are small and all else is the same.
+    """
+    import resource  # not everywhere is there one
+
+    if any(
+        resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    ):
+        return
+    size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 8 * 7
+    while not _is_promised(size + 2 * GROWTH):
+        size //= 2
     malloc, free = _malloc_and_free(library)
-    block = malloc(os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
+    block = malloc(size)
     if block is None:
         return
     free(block)  # to the heap's end, where it came from
@@ -109,6 +119,15 @@ def _ask_for_large_pages(library: ctypes.CDLL) -> None:
     end: int = library.sbrk(0)
     if block < end:  # else it came from elsewhere
         prefer_large_pages(block, end - block)
+
+
+def _is_promised(num_bytes: int) -> bool:
+    """Whether the system would give so many addresses. Asked of malloc, a refusal would have it leave its heap."""
+    try:
+        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return num_bytes <= 2 * GROWTH  # as little as that is malloc's own business
+    return True
 
 
 def _malloc_and_free(library: ctypes.CDLL) -> tuple[Callable[[int], int | None], Callable[[int | None], None]]:
