@@ -250,6 +250,13 @@ CONTESTANTS = {
             change=Change(gate="sigmoid", lost_writes=0.4, lost_queries=0.6, lost_reads=0.3),
             rotary=True,
         ),
+        _plain(
+            "mamba2-lost-reads",
+            "rotary attention in every second block, Mamba-2's decays and writes, drops queries and reads",
+            every=2,
+            change=Change(lost_queries=0.6, lost_reads=0.3, **MAMBA2),
+            rotary=True,
+        ),
         _plain("ungated", "no output gate", change=Change(gate="none")),
         _plain("mamba2", "no attention, with Mamba-2's decays and writes", every=0, change=Change(**MAMBA2)),
         # The seed's mixer and its gradient rules.

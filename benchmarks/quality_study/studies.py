@@ -69,7 +69,7 @@ LESS_BY_HEART = (
     *("plain-memory-64-rotary", "plain-constant-memory", "plain-constant-linear"),
     *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
     *("ours-short-text", "ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
-    *("attention-lost-reads", "attention-less-lost-reads"),
+    *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.
@@ -187,6 +187,7 @@ STUDIES = {
             dropouts=(0.3, 0.4, 0.5),
             weight_decays=(1.0, 2.0, 4.0),
             token_dropouts=(*LOST_TOKENS, 0.2),
+            seeds=SIX_SEEDS,
         ),
         _small(
             name="ablations",
