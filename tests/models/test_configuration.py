@@ -23,7 +23,13 @@ def test_the_formula_counts_what_the_model_has(name, mixer):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"token_dropout": 0.1}, {"max_position_embeddings": 64}, {"tie_word_embeddings": False}, {"conv_size": 0}],
+    [
+        {"token_dropout": 0.1},
+        {"max_position_embeddings": 64},
+        {"tie_word_embeddings": False},
+        {"conv_size": 0},
+        {"local_attention_positions": "rotary", "resolvent_query_dropout": 0.1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mixer", ["resolvent", "bk", "attention", "local"])

@@ -15,6 +15,12 @@ KINDS = {
     "local": {"mixer": "local", "local_attention_window": 16},
     "local-wide": {"mixer": "local"},
     "hybrid": {"mixer": "resolvent", "local_attention_every": 2, "local_attention_window": 32},
+    "rotary-hybrid": {
+        "mixer": "resolvent",
+        "local_attention_every": 2,
+        "local_attention_window": 32,
+        "local_attention_positions": "rotary",
+    },
     "position-table": {"mixer": "attention", "max_position_embeddings": 400},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,12 @@ KINDS = {
     "scattering": {"resolvent_regime": "scattering"},
     "hybrid": {"num_layers": 3, "local_attention_every": 2, "local_attention_window": 16},
     "hybrid with a wide window": {"num_layers": 3, "local_attention_every": 2},
+    "rotary hybrid": {
+        "num_layers": 3,
+        "local_attention_every": 2,
+        "local_attention_window": 16,
+        "local_attention_positions": "rotary",
+    },
 }
 PATTERN = "to be or not to be that is the question whether tis nobler in the mind to suffer "
 

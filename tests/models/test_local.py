@@ -14,6 +14,17 @@ KINDS = {
     "own token only": {"local_attention_window": 1},
     "no convolution": {"local_attention_window": 16, "conv_size": 0},
     "hybrid": {"mixer": "resolvent", "num_layers": 3, "local_attention_every": 2, "local_attention_window": 16},
+    "rotary": {"local_attention_window": 16, "local_attention_positions": "rotary"},
+    # Keys of two widths, and so two tables of positions.
+    "rotary hybrid": {
+        "mixer": "resolvent",
+        "num_layers": 3,
+        "local_attention_every": 2,
+        "local_attention_window": 16,
+        "local_attention_positions": "rotary",
+        "num_attention_heads": 4,
+        "resolvent_key_size": 6,
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,6 +118,37 @@ def test_memories_at_the_start_go_from_four_tokens_to_the_window(window, shortes
 def test_windows_out_of_range_are_refused_by_name():
     with pytest.raises(ValueError, match=f"local_attention_window is .*{LONGEST_WINDOW}"):
         ResNetBKConfig(mixer="local", local_attention_window=LONGEST_WINDOW + 1)
+
+
+# Rotary positions
+
+
+def test_rotary_positions_are_those_of_the_transformer_and_nothing_fades():
+    ours = tiny("rotary", local_attention_window=1024).eval().double()
+    (first, second), names = local_layers(ours), {name for name, _ in ours.named_parameters()}
+    assert not hasattr(first, "log_rate") and not any("log_rate" in name for name in names)
+    transformer = ResNetBKForCausalLM(ours.config.of_mixer("attention")).eval().double()
+    transformer.load_state_dict(ours.state_dict())
+    row = tokens(length=40)
+    torch.testing.assert_close(ours(row).logits, transformer(row).logits, rtol=0, atol=1e-12)
+    assert second.positions == "rotary"
+
+
+def test_what_turns_depends_on_distances_alone():
+    model, row = exact("rotary"), tokens(1, 40)
+    near = torch.arange(40).unsqueeze(0)
+    torch.testing.assert_close(
+        model(row, position_ids=near).logits, model(row, position_ids=near + 1000).logits, rtol=0, atol=1e-9
+    )
+    assert (model(row).logits - model(row, position_ids=2 * near).logits).abs().max() > 1e-3
+
+
+def test_heads_of_odd_width_do_not_turn():
+    with pytest.raises(ValueError, match="does not split into 2 heads of even width"):
+        ResNetBKConfig(hidden_size=6, num_attention_heads=2, num_resolvent_heads=2, local_attention_positions="rotary")
+    ResNetBKConfig(hidden_size=6, num_attention_heads=2, num_resolvent_heads=2)
+    with pytest.raises(ValueError, match="local_attention_positions is 'none'; choose one of fading, rotary"):
+        ResNetBKConfig(local_attention_positions="none")
 
 
 # Gradients and precision

@@ -45,33 +45,40 @@ def short_blocks():
     length=st.integers(1, 70),
     window=st.integers(1, 40),
     documents=st.booleans(),
+    fades=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_it_is_attention_within_the_window(rows, length, window, documents, seed):
+def test_it_is_attention_within_the_window(rows, length, window, documents, fades, seed):
     q, k, v = tokens(rows, length, seed)
     ids = None
     if documents:
         ids = (torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.2).long().cumsum(1)
-    torch.testing.assert_close(
-        local_attention(q, k, v, window=window, rates=RATES, documents=ids), all_pairs(q, k, v, window, ids)
-    )
+    rates = RATES if fades else None
+    found = local_attention(q, k, v, window=window, rates=rates, documents=ids)
+    torch.testing.assert_close(found, all_pairs(q, k, v, window, ids, RATES * fades))
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.integers(2, 40), window=st.integers(1, 20), data=st.data())
-def test_it_goes_on_behind_what_came_before(length, window, data):
+@given(length=st.integers(2, 40), window=st.integers(1, 20), fades=st.booleans(), data=st.data())
+def test_it_goes_on_behind_what_came_before(length, window, fades, data):
     cut = data.draw(st.integers(1, length - 1))
     q, k, v = tokens(2, length)
     kept = min(cut, window - 1)
-    rest = local_attention(q[:, cut:], k[:, cut - kept :], v[:, cut - kept :], window=window, rates=RATES)
-    torch.testing.assert_close(rest, all_pairs(q, k, v, window)[:, cut:])
+    rates = RATES if fades else None
+    rest = local_attention(q[:, cut:], k[:, cut - kept :], v[:, cut - kept :], window=window, rates=rates)
+    torch.testing.assert_close(rest, all_pairs(q, k, v, window, rates=RATES * fades)[:, cut:])
 
 
-def test_of_the_past_a_row_reads_what_is_filled():
+@pytest.mark.parametrize("rates", [RATES, None])
+def test_of_the_past_a_row_reads_what_is_filled(rates):
     q, k, v = tokens(2, 9)
-    found = local_attention(q[:, 6:], k, v, window=8, rates=RATES, filled=torch.tensor([6, 2]))
-    torch.testing.assert_close(found[:1], all_pairs(q, k, v, 8)[:1, 6:])
-    torch.testing.assert_close(found[1:], all_pairs(q[:, 4:], k[:, 4:], v[:, 4:], 8)[1:, 2:])
+    fading = RATES * (rates is not None)
+    for first in (6, 8):  # three queries, and one
+        filled = torch.tensor([first, 2])
+        found = local_attention(q[:, first:], k, v, window=9, rates=rates, filled=filled)
+        torch.testing.assert_close(found[:1], all_pairs(q, k, v, 9, rates=fading)[:1, first:])
+        kept = [x[:, first - 2 :] for x in (q, k, v)]
+        torch.testing.assert_close(found[1:], all_pairs(*kept, 9, rates=fading)[1:, 2:])
 
 
 def by_definition(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
@@ -87,35 +94,38 @@ def by_definition(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, windo
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("fades", [True, False])
 @pytest.mark.parametrize(("length", "before", "window"), [(21, 0, 8), (2, 7, 8), (16, 3, 8), (30, 7, 64)])
-def test_by_the_kernel_for_windows_it_is_the_same(monkeypatch, length, before, window):
+def test_by_the_kernel_for_windows_it_is_the_same(monkeypatch, length, before, window, fades):
     """That kernel is torch's and a GPU's, and is held against this below."""
     monkeypatch.setattr(module, "varlen_attn", by_definition)
-    q, k, v, rates = (x.requires_grad_() for x in (*tokens(3, before + length), RATES.clone()))
+    inputs = [x.requires_grad_() for x in (*tokens(3, before + length), *([RATES.clone()] if fades else []))]
 
     def outcome():
-        mixed = local_attention(q[:, before:], k, v, window=window, rates=rates)
-        return mixed, *torch.autograd.grad(mixed.sin().sum(), (q, k, v, rates))
+        q, k, v, *rates = inputs
+        mixed = local_attention(q[:, before:], k, v, window=window, rates=rates[0] if fades else None)
+        return mixed, *torch.autograd.grad(mixed.sin().sum(), inputs)
 
     wanted = outcome()
-    monkeypatch.setattr(module, "_flash_serves", lambda q: True)
+    monkeypatch.setattr(module, "_flash_serves", lambda q, *, fades: True)
     for mine, other in zip(outcome(), wanted, strict=True):
         torch.testing.assert_close(mine, other)
 
 
 @needs_cuda
+@pytest.mark.parametrize("fades", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "before", "window"), [(3000, 0, 1024), (700, 300, 512), (130, 0, 128), (17, 5, 8)])
-def test_the_gpus_kernel_for_windows_is_as_exact_as_its_types(length, before, window, dtype):
+def test_the_gpus_kernel_for_windows_is_as_exact_as_its_types(length, before, window, dtype, fades):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, before + length, 4, 64, generator=generator).cuda().to(dtype) for _ in range(3))
     rates = torch.tensor([0.25, 0.1, 0.01, 0.001], device="cuda")
     weight = torch.randn(2, length, 4, 64, generator=generator).cuda().to(dtype)
-    assert module._flash_serves(q)
+    assert module._flash_serves(q, fades=fades)
 
     def outcome(kind, rates):
-        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)] + [rates.requires_grad_()]
-        mixed = local_attention(inputs[0][:, before:], *inputs[1:3], window=window, rates=inputs[3])
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)] + [rates.requires_grad_()] * fades
+        mixed = local_attention(inputs[0][:, before:], *inputs[1:3], window=window, rates=rates if fades else None)
         return mixed, *torch.autograd.grad(mixed, inputs, weight.to(kind))
 
     wanted, found = outcome(torch.float64, rates.double()), outcome(dtype, rates)
@@ -127,7 +137,7 @@ def test_the_gpus_kernel_for_windows_is_as_exact_as_its_types(length, before, wi
 @needs_cuda
 def test_the_gpus_kernel_for_windows_reads_neither_ahead_nor_behind():
     q, k, v = (x.cuda().bfloat16() for x in tokens(1, 300))
-    assert module._flash_serves(F.pad(q, (0, 4)))
+    assert module._flash_serves(F.pad(q, (0, 4)), fades=True)
     q, k, v = (F.pad(x, (0, 4)) for x in (q, k, v))
     before = local_attention(q, k, v, window=64, rates=RATES.cuda())
     k[:, 120], v[:, 120] = k[:, 120] + 1, v[:, 120] - 1

@@ -318,9 +318,11 @@ def decoded(model, tokens):
 
 
 @torch.no_grad()
-def test_a_model_decodes_by_kernels_what_it_decodes_by_torch(called, monkeypatch):
+@pytest.mark.parametrize("positions", ["fading", "rotary"])
+def test_a_model_decodes_by_kernels_what_it_decodes_by_torch(called, monkeypatch, positions):
     torch.manual_seed(0)
-    config = ResNetBKConfig.from_preset("tiny", vocab_size=100, local_attention_every=2, local_attention_window=6)
+    local = {"local_attention_every": 2, "local_attention_window": 6, "local_attention_positions": positions}
+    config = ResNetBKConfig.from_preset("tiny", vocab_size=100, **local)
     model = ResNetBKForCausalLM(config).eval()
     tokens = torch.randint(100, (1, 12))
     ours = decoded(model, tokens)
