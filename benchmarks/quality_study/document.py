@@ -26,6 +26,9 @@ FAMILIES = {
     "the best of the Mamba family": ("gated", "mamba2", "gated-delta", "deltanet"),
     "the best of it in a hybrid": ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2"),
 }
+# Ours as the library can be set, and the Transformers that had the same tried.
+SETTINGS = ("ours-short-text", "ours-lost-reads")
+TRANSFORMERS = (BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads")
 BY_POSITION = "quality-by-position.svg"
 SHOWN = ("ours", "attention", "resolvent")
 FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")
@@ -80,7 +83,7 @@ def findings(edition: Edition) -> str:
         found = {(row.contestant, row.share != 1): row for row in rows(edition.results, study)}
         # Ablations are of a study that is here already.
         if study.corpus is not None and study.base == BASELINE and (OURS, False) in found:
-            said = [*_against_baseline(found), *_against_families(edition, found)]
+            said = [*_against_baseline(found), *_against_families(edition, found), *_in_other_settings(edition, found)]
             sentences += [f"- {study.label}: {' '.join(said)}"] if said else []
         if study.name == RECALL and {(OURS_OF_TWO_BLOCKS, False), (BASELINE, False)} <= set(found):
             recalled = _recalled(found[OURS_OF_TWO_BLOCKS, False], found[BASELINE, False])
@@ -148,6 +151,24 @@ def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> l
         else:
             verdict = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {_signed(gap)}"
         said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {verdict}.")
+    return said
+
+
+def _in_other_settings(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
+    """Against the Transformer, and against the one of them with the lowest test loss, which flatters that one."""
+    said = []
+    transformers = [found[name, False] for name in TRANSFORMERS if (name, False) in found]
+    for ours in [found[name, False] for name in SETTINGS if (name, False) in found]:
+        best = min(transformers, key=_mean)
+        words = (
+            f"{edition.labels[ours.contestant].capitalize()} ({_mean(ours):.3f}): {_verdict(ours, transformers[0])}."
+        )
+        gap = difference(ours.losses, best.losses)
+        if best is not transformers[0] and gap is not None:
+            name = f"{edition.labels[best.contestant]}, {_mean(best):.3f}"
+            words += f" Against the best Transformer ({name}) the difference is {_signed(gap)}"
+            words += f", {abs(gap.errors):.1f} standard errors."
+        said.append(words)
     return said
 
 

@@ -383,13 +383,13 @@ def test_results_of_machines_side_by_side_are_put_together(tmp_path: Path, said:
     assert merge(merged, json.loads(paths[1].read_text())) == [] and merged == json.loads(paths[0].read_text())
 
 
-def _edition(**tests: dict[float, list[float]]) -> Edition:
-    """embedded-1m by contestant and rate, with a test loss for each seed; what chooses is the same loss."""
+def _edition(study: str = "embedded-1m", **tests: dict[float, list[float]]) -> Edition:
+    """A study by contestant and rate, with a test loss for each seed; what chooses is the same loss."""
     results = nothing()
     for contestant, by_rate in tests.items():
         for rate, losses in by_rate.items():
             for seed, loss in enumerate(losses):
-                cell = Cell(study="embedded-1m", contestant=contestant.replace("_", "-"), rate=rate, seed=seed)
+                cell = Cell(study=study, contestant=contestant.replace("_", "-"), rate=rate, seed=seed)
                 found = {"choosing": loss, "test": loss, "parameters": 1000, "by_position": [loss] * 16}
                 keep(results, "cells", cell.name, found, {"machine": "a"})
     return of_files({"quality.json": results})
@@ -409,6 +409,17 @@ def test_findings_are_those_of_the_losses() -> None:
     said = findings(_edition(ours={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good}))
     assert "ours **loses**" in said and "ours is **above** it by" in said
     assert "carries no claim" in findings(_edition(ours={8e-3: good[:1]}, attention={8e-3: bad}))
+
+
+def test_findings_say_what_ours_comes_to_in_other_settings_and_against_the_best_transformer() -> None:
+    worst, bad, good, best = ([loss, loss + 0.01, loss + 0.02] for loss in (4.0, 3.0, 2.5, 2.0))
+    losses = {"ours": {4e-3: worst}, "attention": {4e-3: bad}, "ours_short_text": {4e-3: good}}
+    said = findings(_edition("shakespeare-30m", **losses, attention_plain={4e-3: best}))
+    assert "Ours for short texts (2.510): our test loss is **below** the Transformer's by 0.500" in said
+    assert "Against the best Transformer (Transformer, no convolution, 2.010) the difference is +0.500" in said
+    assert "61.2 standard errors" in said
+    said = findings(_edition("shakespeare-30m", **losses, attention_plain={4e-3: worst}))
+    assert "Ours for short texts (2.510)" in said and "the best Transformer" not in said
 
 
 def _recall(**shares: dict[float, list[float]]) -> Edition:

@@ -11,4 +11,5 @@ def local_attention_in_words(config: "ResNetBKConfig") -> str:
     local = config.mixer_numbers().get("local", 0)
     if config.mixer == "local" or not local:
         return ""
-    return f", local attention over {config.local_attention_window:,} tokens in {local} of {config.num_layers} blocks"
+    kind = "rotary local attention" if config.local_attention_positions == "rotary" else "local attention"
+    return f", {kind} over {config.local_attention_window:,} tokens in {local} of {config.num_layers} blocks"

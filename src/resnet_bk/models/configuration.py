@@ -275,6 +275,12 @@ class ResNetBKConfig(PreTrainedConfig):
         return self.resolvent_key_size or self.hidden_size // self.num_resolvent_heads
 
     @property
+    def drops_in_blocks(self) -> bool:
+        """Whether each pass through a block draws in training what it drops."""
+        of_resolvents = self.resolvent_query_dropout or self.resolvent_read_dropout
+        return bool(self.dropout or (of_resolvents and "resolvent" in self.mixer_numbers()))
+
+    @property
     def rotary_size(self) -> int:
         """Coordinates of a key that turn with its position; 0 for a mixer whose keys do not."""
         if self.mixer == "attention":

@@ -85,8 +85,15 @@ def mixer_in_words(contestant: Contestant) -> str:
     every = contestant.config.get("local_attention_every", 0) if mixer == "resolvent" else 0
     # In the middle of so many blocks: a shallow model has none.
     has_local = every and contestant.config.get("num_layers", 0) > every // 2
-    hybrid = f", {MIXERS['local']} in one block of {every}" if has_local else ""
-    return MIXERS[mixer] + hybrid + (f", behind a short convolution over {size} tokens" if size else "")
+    # Reports of before there was a choice do not say.
+    turns = contestant.config.get("local_attention_positions") == "rotary"
+    local = MIXERS["local"] + (" with rotary positions" if turns else "")
+    hybrid = f", {local} in one block of {every}" if has_local else ""
+    return (
+        (local if mixer == "local" else MIXERS[mixer])
+        + hybrid
+        + (f", behind a short convolution over {size} tokens" if size else "")
+    )
 
 
 def listing(names: list[str]) -> str:
