@@ -9,9 +9,9 @@ bytes read plus bytes written. On the CPU the yardstick beside it is the loop ov
 slices unbound once, results written in place, and the adjoint by hand; beside how many times faster we are stands how
 many times faster anything could be that moves those bytes at the bandwidth of that copy.
 
-Growth over lengths is fair only where every length is in the same memory. At 1 head, or in 1 row, the short ones lie in
-the caches, and at 1 head most of their time is the call. At 8 x 64 heads forward and backward in turns, as in training,
-go through 64 MB at the shortest length, which no cache of this machine holds, and 17 GB at the longest.
+Growth over lengths is fair only where every length is in the same memory. So forward and backward take turns, as in
+training, and each call has tensors of its own, as layers have, until 512 MB are gone through: of one problem alone the
+short ones would lie in the caches. At 8 x 1 heads most of their time is the call. The longest takes 17 GB.
 
 Memory that is freed stays with the process, as in training: large results are not taken page by page anew. Growth is
 measured in a process of its own that keeps no cuttings of large blocks aside (glibc's tcache): with them, a block that
@@ -19,6 +19,7 @@ is kept is now and then too small by a few bytes for the next result of its size
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -26,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ LOOP_ROUNDS = 27
 SCALING_CHAINS = [(8, 64), (8, 1), (1, 64)]
 SCALING_LENGTHS = [4096, 16_384, 65_536, 262_144, 1_048_576]
 SCALING_ROUNDS = 7
+SCALING_BYTES, HELD_BYTES = 1 << 29, 20  # of different problems, and of a site of one: v, l and a gradient
 GRAPH_SHAPE, GRAPH_LAUNCHES = (16, 4096, 1), 20
 
 
@@ -263,11 +264,8 @@ def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.
     samples: dict[int, list[float]] = {length: [] for length in SCALING_LENGTHS}
     for _ in range(SCALING_ROUNDS):
         for length in reversed(SCALING_LENGTHS):
-            work = phases(backend, inputs((batch_size, length, heads), device))
-            repeats = 3 if length > 65_536 else 12
-            samples[length] += timed(partial(forward_and_backward, work), device, repeats)
+            samples[length] += time_layers(backend, (batch_size, length, heads), device)
             # Else what the next length leaves of this one's blocks is kept beside the longer ones of the next round.
-            del work
             give_back_freed_memory()
     rows = [
         {"sequence_length": length, "samples": found, "seconds": statistics.median(found)}
@@ -284,10 +282,17 @@ def measure_scaling(backend: Sweeps, batch_size: int, heads: int, device: torch.
     }
 
 
-def forward_and_backward(work: dict[str, Callable[[], Any]]) -> None:
-    """In turns, without what comes of it."""
-    work["forward"]()
-    work["backward"]()
+def time_layers(backend: Sweeps, shape: tuple[int, int, int], device: torch.device) -> list[float]:
+    """Seconds of forward and backward of one problem after the other."""
+    number = max(1, SCALING_BYTES // (HELD_BYTES * int(np.prod(shape))))
+    layers = itertools.cycle([phases(backend, inputs(shape, device)) for _ in range(number)])
+
+    def forward_and_backward() -> None:
+        work = next(layers)
+        work["forward"]()
+        work["backward"]()
+
+    return timed(forward_and_backward, device, 3 if shape[1] > 65_536 else 12)
 
 
 def time_under_a_graph(backend: Sweeps, device: torch.device) -> dict[str, Any]:

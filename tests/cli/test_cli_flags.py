@@ -19,6 +19,7 @@ TRAINING = {field.name: field.default for field in fields(TrainingConfig)}
 DATA = {field.name: field.default for field in fields(DataConfig)}
 WORDS = {
     "mixer": "attention",
+    "local_attention_positions": "rotary",
     "resolvent_state": "vector",
     "resolvent_regime": "scattering",
     "bk_grad": "blend",
