@@ -22,6 +22,8 @@ EVERY = ResNetBKConfig.local_attention_every
 HYBRID = {"local_attention_every": EVERY}
 NOWHERE = Positions()
 MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
+LOST = {"resolvent_query_dropout": 0.6, "resolvent_read_dropout": 0.3}
+LESS_LOST = {"resolvent_query_dropout": 0.2, "resolvent_read_dropout": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,15 @@ CONTESTANTS = {
             local_attention_every=2,
             local_attention_positions="rotary",
             conv_size=0,
-            resolvent_query_dropout=0.6,
-            resolvent_read_dropout=0.3,
+            **LOST,
+        ),
+        _of(
+            "ours-short-text-less",
+            "ours for short texts, drops fewer queries and reads",
+            local_attention_every=2,
+            local_attention_positions="rotary",
+            conv_size=0,
+            **LESS_LOST,
         ),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
@@ -125,6 +134,12 @@ CONTESTANTS = {
             name="attention-less-lost-reads",
             label="Transformer, no convolution, drops fewer queries and reads",
             fields={"mixer": "attention", "conv_size": 0},
+            positions=Positions(pairs=1, lost_queries=0.2, lost_reads=0.2),
+        ),
+        Contestant(
+            name="attention-conv-less-lost-reads",
+            label="Transformer, drops fewer queries and reads",
+            fields={"mixer": "attention"},
             positions=Positions(pairs=1, lost_queries=0.2, lost_reads=0.2),
         ),
         # The Mamba family, alone and in our hybrid's place for the resolvent.
@@ -221,6 +236,34 @@ CONTESTANTS = {
             rotary=True,
         ),
         _ours("ours-lost-reads", "ours, drops queries and reads", lost_queries=0.6, lost_reads=0.3),
+        _of("ours-less-lost-reads", "ours, drops fewer queries and reads", **HYBRID, **LESS_LOST),
+        _of(
+            "ours-half-lost-reads",
+            "ours, attention in every second block, drops queries and reads",
+            local_attention_every=2,
+            **LOST,
+        ),
+        _of(
+            "ours-half-rotary-lost-reads",
+            "ours, rotary attention in every second block, drops queries and reads",
+            local_attention_every=2,
+            local_attention_positions="rotary",
+            **LOST,
+        ),
+        _ours(
+            "ours-mamba2-lost-reads",
+            "ours with Mamba-2's decays and writes, drops queries and reads",
+            lost_queries=0.6,
+            lost_reads=0.3,
+            **MAMBA2,
+        ),
+        _changed_hybrid(
+            "mamba2-lost-reads",
+            "without positions, with Mamba-2's decays and writes, drops queries and reads",
+            lost_queries=0.6,
+            lost_reads=0.3,
+            **MAMBA2,
+        ),
         _plain("all-lost-reads", "drops queries and reads", change=Change(lost_queries=0.6, lost_reads=0.3)),
         _plain(
             "half-lost-reads",
@@ -248,6 +291,20 @@ CONTESTANTS = {
             "rotary attention in every second block, drops queries, reads and more writes, a sigmoid as gate",
             every=2,
             change=Change(gate="sigmoid", lost_writes=0.4, lost_queries=0.6, lost_reads=0.3),
+            rotary=True,
+        ),
+        _plain(
+            "lost-memories",
+            "rotary attention in every second block, drops queries, reads and memories",
+            every=2,
+            change=Change(lost_queries=0.6, lost_reads=0.3, lost_memories=1 / 64),
+            rotary=True,
+        ),
+        _plain(
+            "lost-coordinates",
+            "rotary attention in every second block, drops reads, and queries' coordinates of whole rows",
+            every=2,
+            change=Change(lost_queries=0.6, lost_reads=0.3, of_whole_rows=True),
             rotary=True,
         ),
         _plain(

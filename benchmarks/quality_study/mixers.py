@@ -26,6 +26,7 @@ Rotation = Literal["positions", "none", "constant", "tokens"]
 Write = Literal["all", "gate", "gap"]
 Features = Literal["silu", "linear", "taylor"]
 Gate = Literal["silu", "sigmoid", "none"]
+ALL_FORGOTTEN = -30.0  # as log(l)
 TEMPERATURE = 8.0  # of the Taylor features at the start: exp(8 s) to second order, s from -1 to 1
 
 
@@ -43,7 +44,9 @@ class Change:
     exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``gate``: what is read is
     multiplied by silu(W_g x), by sigmoid(W_g x), or not. Of the writes a share ``lost_writes`` is dropped in training,
     None for the dropout of all else; of the queries' coordinates ``lost_queries``, and of what the gate lets through
-    ``lost_reads``; each of them is 0 where that dropout is. ``diagonal``: the seed's features, Re G and Im G, are added
+    ``lost_reads``; each of them is 0 where that dropout is. Queries' coordinates are dropped token by token, or the same
+    ones in all of a row where it is ``of_whole_rows``. A share ``lost_memories`` of the tokens lets a head forget all
+    that was before. ``diagonal``: the seed's features, Re G and Im G, are added
     to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
     """
 
@@ -57,6 +60,8 @@ class Change:
     lost_writes: float | None = None
     lost_queries: float = 0.0
     lost_reads: float = 0.0
+    of_whole_rows: bool = False
+    lost_memories: float = 0.0
     diagonal: bool = False
     shortest_memory: float = SHORTEST_MEMORY
 
@@ -73,6 +78,7 @@ class ChangedResolvent(nn.Module):
         self.lost_queries, self.lost_reads = change.lost_queries, change.lost_reads
         if not config.dropout:
             self.lost_writes = self.lost_queries = self.lost_reads = 0.0
+        self.lost_memories = change.lost_memories if config.dropout else 0.0
         channels = heads * (2 * self.key_size + hidden // heads)
         self.qkv = nn.Linear(hidden, channels, bias=False)
         self.convolution = ShortConvolution(channels, config.conv_size) if config.conv_size else None
@@ -122,7 +128,8 @@ class ChangedResolvent(nn.Module):
         device = x_BND.device.type
         rounded_BND = x_BND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BND
         q, k, v = self._queries_keys_values(self.qkv(rounded_BND), context)
-        q = F.dropout(q, self.lost_queries, self.training)
+        kept = torch.ones_like(q[:, :1] if self.change.of_whole_rows else q)
+        q = q * F.dropout(kept, self.lost_queries, self.training)
         with torch.autocast(device, enabled=False):
             o_BNHV = self._carried(q, k, v, x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
         mixed_BND = self.output(F.dropout(self._normed(o_BNHV, rounded_BND), self.lost_reads, self.training))
@@ -191,10 +198,15 @@ class ChangedResolvent(nn.Module):
 
     def _log_l(self, rate_BNH: Tensor) -> Tensor:
         if self.change.decay in ("own gap", "gated"):
-            return -rate_BNH
+            return self._lost(-rate_BNH)
         log_l_BNH = bk_tunnel(rate_BNH if self.change.decay == "gap" else gap_of_rate(rate_BNH))
         assert isinstance(log_l_BNH, Tensor)
-        return log_l_BNH
+        return self._lost(log_l_BNH)
+
+    def _lost(self, log_l_BNH: Tensor) -> Tensor:
+        if not (self.training and self.lost_memories):
+            return log_l_BNH
+        return log_l_BNH.masked_fill(torch.rand_like(log_l_BNH) < self.lost_memories, ALL_FORGOTTEN)
 
     def _angle(self, x_BND: Tensor) -> Tensor | None:
         if self.change.rotation == "constant":

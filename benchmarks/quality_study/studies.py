@@ -70,6 +70,12 @@ LESS_BY_HEART = (
     *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
     *("ours-short-text", "ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
     *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
+    *("ours-less-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-less"),
+    *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
+)
+LOST_READS = (
+    *("ours-lost-reads", "ours-less-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads"),
+    *("ours-short-text", "ours-mamba2-lost-reads", "hybrid-mamba2-lost-reads", "attention-conv-less-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 # Where a text is read many times over.
@@ -173,7 +179,7 @@ STUDIES = {
             name="embedded-30m",
             label="Python's source, about 30M parameters",
             corpus="embedded",
-            contestants=(*LARGE_RIVALS, "ours-lost-reads", "ours-short-text"),
+            contestants=(*LARGE_RIVALS, *LOST_READS),
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
             weight_decays=(0.1, 0.5, 1.0),
