@@ -22,8 +22,11 @@ EVERY = ResNetBKConfig.local_attention_every
 HYBRID = {"local_attention_every": EVERY}
 NOWHERE = Positions()
 MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
-LOST = {"resolvent_query_dropout": 0.6, "resolvent_read_dropout": 0.3}
-LESS_LOST = {"resolvent_query_dropout": 0.2, "resolvent_read_dropout": 0.2}
+# Dropout as it is in the library, of queries and reads as of all else; without that; and of more of them.
+DROPS_READS: dict[str, Any] = {"lost_queries": None, "lost_reads": None}
+KEEPS_READS = Change()
+LOST: dict[str, Any] = {"lost_queries": 0.6, "lost_reads": 0.3}
+SHORT_TEXT: dict[str, Any] = {"local_attention_every": 2, "local_attention_positions": "rotary", "conv_size": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,8 @@ def _ours(name: str, label: str, every: int = EVERY, **change: Any) -> Contestan
     )
 
 
-def _hybrid(name: str, label: str, **fields: Any) -> Contestant:
-    return Contestant(name=f"hybrid-{name}", label=label, fields={**HYBRID, **fields}, positions=NOWHERE)
+def _hybrid(name: str, label: str, change: Change | None = KEEPS_READS, **fields: Any) -> Contestant:
+    return Contestant(name=f"hybrid-{name}", label=label, fields={**HYBRID, **fields}, change=change, positions=NOWHERE)
 
 
 def _changed_hybrid(name: str, label: str, **change: Any) -> Contestant:
@@ -77,12 +80,19 @@ def _positioned(name: str, label: str, every: int = EVERY, **positions: Any) -> 
         name=f"hybrid-{name}",
         label=label,
         fields={"local_attention_every": every},
+        change=KEEPS_READS,
         positions=Positions(**positions),
     )
 
 
 def _plain(
-    name: str, label: str, *, every: int = EVERY, change: Change | None = None, rotary: bool = False, **fields: Any
+    name: str,
+    label: str,
+    *,
+    every: int = EVERY,
+    change: Change | None = KEEPS_READS,
+    rotary: bool = False,
+    **fields: Any,
 ) -> Contestant:
     """The library's hybrid without convolution, and something else changed."""
     return Contestant(
@@ -98,29 +108,39 @@ CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         _ours("ours", "ResNet-BK (ours)"),
+        Contestant(
+            name="ours-keeps-reads",
+            label="ours, dropout leaves queries and reads alone",
+            fields=HYBRID,
+            change=KEEPS_READS,
+        ),
         _ours("ours-half", "ours, attention in every second block", every=2),
+        Contestant(
+            name="ours-half-keeps-reads",
+            label="ours, attention in every second block, leaves queries and reads alone",
+            fields={"local_attention_every": 2},
+            change=KEEPS_READS,
+        ),
         _ours("ours-memory-64", "ours, memories from 64 tokens on", shortest_memory=64.0),
-        _of("ours-no-convolution", "ours, no convolution", conv_size=0, **HYBRID),
+        Contestant(
+            name="ours-no-convolution",
+            label="ours, no convolution",
+            fields={"conv_size": 0, **HYBRID},
+            change=KEEPS_READS,
+        ),
         _ours("ours-gated", "ours with real-gated linear attention", decay="gated"),
         _ours("ours-mamba2", "ours with Mamba-2's decays and writes", **MAMBA2),
         # Attention without positions: what the parts were tried with.
-        Contestant(name="hybrid", label="hybrid without positions", fields=HYBRID, positions=NOWHERE),
-        _of("resolvent", "resolvent alone"),
-        _of(
-            "ours-short-text",
-            "ours for short texts",
-            local_attention_every=2,
-            local_attention_positions="rotary",
-            conv_size=0,
-            **LOST,
+        Contestant(
+            name="hybrid", label="hybrid without positions", fields=HYBRID, change=KEEPS_READS, positions=NOWHERE
         ),
-        _of(
-            "ours-short-text-less",
-            "ours for short texts, drops fewer queries and reads",
-            local_attention_every=2,
-            local_attention_positions="rotary",
-            conv_size=0,
-            **LESS_LOST,
+        Contestant(name="resolvent", label="resolvent alone", change=KEEPS_READS),
+        _of("ours-short-text", "ours for short texts", **SHORT_TEXT),
+        Contestant(
+            name="ours-short-text-lost-reads",
+            label="ours for short texts, drops more queries and reads",
+            fields=SHORT_TEXT,
+            change=Change(**LOST),
         ),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
@@ -145,6 +165,19 @@ CONTESTANTS = {
         # The Mamba family, alone and in our hybrid's place for the resolvent.
         _changed("gated", "real-gated linear attention (Mamba-2's kind)", decay="gated"),
         _changed("mamba2", "Mamba-2's decays and writes, no rotation", **MAMBA2),
+        _changed("mamba2-drops-reads", "Mamba-2's decays and writes, drops queries and reads", **DROPS_READS, **MAMBA2),
+        _ours(
+            "ours-mamba2-drops-reads",
+            "ours with Mamba-2's decays and writes, drops queries and reads",
+            **DROPS_READS,
+            **MAMBA2,
+        ),
+        _changed_hybrid(
+            "mamba2-drops-reads",
+            "without positions, with Mamba-2's decays and writes, drops queries and reads",
+            **DROPS_READS,
+            **MAMBA2,
+        ),
         _changed(
             "gated-delta", "Gated DeltaNet's recurrence (our torch form)", decay="gated", delta=True, rotation="none"
         ),
@@ -172,7 +205,7 @@ CONTESTANTS = {
         _changed_hybrid("gap", "gap softplus(.) times a learned one", decay="gap"),
         _changed_hybrid("constant-gap", "gap does not depend on tokens", constant_gap=True),
         _changed_hybrid("own-gap", "l = exp(-r): no memory of earlier gaps", decay="own gap"),
-        _hybrid("scattering", "scattering regime", resolvent_regime="scattering"),
+        _hybrid("scattering", "scattering regime", change=None, resolvent_regime="scattering"),
         # writes,
         _changed_hybrid("keeps-writes", "dropout drops no writes", lost_writes=0.0),
         _changed_hybrid("input-gate", "with an input gate", write="gate"),
@@ -192,7 +225,7 @@ CONTESTANTS = {
         _changed_hybrid("token-rotation", "angles chosen by tokens", rotation="tokens"),
         _hybrid("half-state", "keys half as wide", resolvent_key_size="half"),
         _hybrid("double-state", "keys twice as wide", resolvent_key_size="double"),
-        _hybrid("vector", "vector state", resolvent_state="vector"),
+        _hybrid("vector", "vector state", change=None, resolvent_state="vector"),
         # and what is around them.
         _hybrid("no-convolution", "no convolution", conv_size=0),
         _changed_hybrid("diagonal", "with the seed's diagonal features", diagonal=True),
@@ -205,7 +238,7 @@ CONTESTANTS = {
         _plain("half-rotary", "rotary attention in every second block", every=2, rotary=True),
         _plain("half-state", "keys half as wide", resolvent_key_size="half"),
         _plain("quarter-state", "keys a quarter as wide", resolvent_key_size="quarter"),
-        _plain("vector", "vector state", resolvent_state="vector"),
+        _plain("vector", "vector state", change=None, resolvent_state="vector"),
         _plain(
             "half-half-state",
             "attention in every second block, keys half as wide",
@@ -235,83 +268,69 @@ CONTESTANTS = {
             change=Change(shortest_memory=64, constant_gap=True, features="linear"),
             rotary=True,
         ),
-        _ours("ours-lost-reads", "ours, drops queries and reads", lost_queries=0.6, lost_reads=0.3),
-        _of("ours-less-lost-reads", "ours, drops fewer queries and reads", **HYBRID, **LESS_LOST),
-        _of(
-            "ours-half-lost-reads",
-            "ours, attention in every second block, drops queries and reads",
-            local_attention_every=2,
-            **LOST,
+        _ours("ours-lost-reads", "ours, drops more queries and reads", **LOST),
+        _ours("ours-half-lost-reads", "ours, attention in every second block, drops more of both", every=2, **LOST),
+        Contestant(
+            name="ours-half-rotary-lost-reads",
+            label="ours, rotary attention in every second block, drops more of both",
+            fields={**SHORT_TEXT, "conv_size": 4},
+            change=Change(**LOST),
         ),
-        _of(
-            "ours-half-rotary-lost-reads",
-            "ours, rotary attention in every second block, drops queries and reads",
-            local_attention_every=2,
-            local_attention_positions="rotary",
-            **LOST,
-        ),
-        _ours(
-            "ours-mamba2-lost-reads",
-            "ours with Mamba-2's decays and writes, drops queries and reads",
-            lost_queries=0.6,
-            lost_reads=0.3,
-            **MAMBA2,
-        ),
+        _ours("ours-mamba2-lost-reads", "ours with Mamba-2's decays and writes, drops more of both", **LOST, **MAMBA2),
         _changed_hybrid(
             "mamba2-lost-reads",
-            "without positions, with Mamba-2's decays and writes, drops queries and reads",
-            lost_queries=0.6,
-            lost_reads=0.3,
+            "without positions, with Mamba-2's decays and writes, drops more of both",
+            **LOST,
             **MAMBA2,
         ),
-        _plain("all-lost-reads", "drops queries and reads", change=Change(lost_queries=0.6, lost_reads=0.3)),
+        _plain("all-lost-reads", "drops queries and reads", change=Change(**LOST)),
         _plain(
             "half-lost-reads",
             "attention in every second block, drops queries and reads",
             every=2,
-            change=Change(lost_queries=0.6, lost_reads=0.3),
+            change=Change(**LOST),
         ),
         # What helps it there: attention's positions, a gate that opens and closes, and more that is dropped.
         _plain(
             "lost-reads",
             "rotary attention in every second block, drops queries and reads",
             every=2,
-            change=Change(lost_queries=0.6, lost_reads=0.3),
+            change=Change(**LOST),
             rotary=True,
         ),
         _plain(
             "sigmoid",
             "rotary attention in every second block, drops queries and reads, a sigmoid as gate",
             every=2,
-            change=Change(gate="sigmoid", lost_queries=0.6, lost_reads=0.3),
+            change=Change(gate="sigmoid", **LOST),
             rotary=True,
         ),
         _plain(
             "sigmoid-lost-writes",
             "rotary attention in every second block, drops queries, reads and more writes, a sigmoid as gate",
             every=2,
-            change=Change(gate="sigmoid", lost_writes=0.4, lost_queries=0.6, lost_reads=0.3),
+            change=Change(gate="sigmoid", lost_writes=0.4, **LOST),
             rotary=True,
         ),
         _plain(
             "lost-memories",
             "rotary attention in every second block, drops queries, reads and memories",
             every=2,
-            change=Change(lost_queries=0.6, lost_reads=0.3, lost_memories=1 / 64),
+            change=Change(**LOST, lost_memories=1 / 64),
             rotary=True,
         ),
         _plain(
             "lost-coordinates",
             "rotary attention in every second block, drops reads, and queries' coordinates of whole rows",
             every=2,
-            change=Change(lost_queries=0.6, lost_reads=0.3, of_whole_rows=True),
+            change=Change(**LOST, of_whole_rows=True),
             rotary=True,
         ),
         _plain(
             "mamba2-lost-reads",
             "rotary attention in every second block, Mamba-2's decays and writes, drops queries and reads",
             every=2,
-            change=Change(lost_queries=0.6, lost_reads=0.3, **MAMBA2),
+            change=Change(**LOST, **MAMBA2),
             rotary=True,
         ),
         _plain("ungated", "no output gate", change=Change(gate="none")),

@@ -23,12 +23,18 @@ CALLED = {
     "resolvent": "the resolvent as it is",
 }
 FAMILIES = {
-    "the best of the Mamba family": ("gated", "mamba2", "gated-delta", "deltanet"),
-    "the best of it in a hybrid": ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2"),
+    "the best of the Mamba family": ("gated", "mamba2", "mamba2-drops-reads", "gated-delta", "deltanet"),
+    "the best of it in a hybrid": (
+        *("ours-gated", "ours-mamba2", "ours-mamba2-drops-reads", "ours-mamba2-lost-reads"),
+        *("hybrid-gated", "hybrid-mamba2", "hybrid-mamba2-drops-reads", "hybrid-mamba2-lost-reads"),
+    ),
 }
 # Ours as the library can be set, and the Transformers that had the same tried.
-SETTINGS = ("ours-short-text", "ours-lost-reads")
-TRANSFORMERS = (BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads")
+SETTINGS = ("ours-short-text",)
+TRANSFORMERS = (
+    *(BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads"),
+    "attention-conv-less-lost-reads",
+)
 BY_POSITION = "quality-by-position.svg"
 SHOWN = ("ours", "attention", "resolvent")
 FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")

@@ -43,10 +43,10 @@ class Change:
     takes away what is read under its key. ``features`` of queries and keys: silu; nothing; or those whose products are
     exp(a s) to second order, s their cosine and a learned (S. Arora et al., "Based", 2024). ``gate``: what is read is
     multiplied by silu(W_g x), by sigmoid(W_g x), or not. Of the writes a share ``lost_writes`` is dropped in training,
-    None for the dropout of all else; of the queries' coordinates ``lost_queries``, and of what the gate lets through
-    ``lost_reads``; each of them is 0 where that dropout is. Queries' coordinates are dropped token by token, or the same
-    ones in all of a row where it is ``of_whole_rows``. A share ``lost_memories`` of the tokens lets a head forget all
-    that was before. ``diagonal``: the seed's features, Re G and Im G, are added
+    of the queries' coordinates ``lost_queries``, and of what the gate lets through ``lost_reads``: None is the dropout
+    of all else, and each is 0 where that is. Queries' coordinates are dropped token by token, or the same ones in all
+    of a row where it is ``of_whole_rows``. A share ``lost_memories`` of the tokens lets a head forget all that was
+    before. ``diagonal``: the seed's features, Re G and Im G, are added
     to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
     """
 
@@ -58,8 +58,8 @@ class Change:
     features: Features = "silu"
     gate: Gate = "silu"
     lost_writes: float | None = None
-    lost_queries: float = 0.0
-    lost_reads: float = 0.0
+    lost_queries: float | None = 0.0
+    lost_reads: float | None = 0.0
     of_whole_rows: bool = False
     lost_memories: float = 0.0
     diagonal: bool = False
@@ -74,11 +74,10 @@ class ChangedResolvent(nn.Module):
         hidden, heads = config.hidden_size, config.num_resolvent_heads
         self.change, self.num_heads, self.key_size = change, heads, config.key_size
         self.longest_memory, self.residual = config.resolvent_longest_memory, 1 / math.sqrt(2 * config.num_layers)
-        self.lost_writes = config.dropout if change.lost_writes is None else change.lost_writes
-        self.lost_queries, self.lost_reads = change.lost_queries, change.lost_reads
-        if not config.dropout:
-            self.lost_writes = self.lost_queries = self.lost_reads = 0.0
-        self.lost_memories = change.lost_memories if config.dropout else 0.0
+        self.lost_writes, self.lost_queries, self.lost_reads, self.lost_memories = (
+            (config.dropout if share is None else share) if config.dropout else 0.0
+            for share in (change.lost_writes, change.lost_queries, change.lost_reads, change.lost_memories)
+        )
         channels = heads * (2 * self.key_size + hidden // heads)
         self.qkv = nn.Linear(hidden, channels, bias=False)
         self.convolution = ShortConvolution(channels, config.conv_size) if config.conv_size else None

@@ -57,10 +57,14 @@ POSITIONS = (
 MORE_POSITIONS = ("hybrid-quarter-rotary", "hybrid-slopes")
 MAIN = ("ours", "attention", "resolvent", "hybrid")
 RIVALS = ("ours-gated", "ours-mamba2", "hybrid-gated", "hybrid-mamba2")
-LARGE_RIVALS = ("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-input-gate", *POSITIONS)
+DROPS_READS = ("ours-mamba2-drops-reads", "hybrid-mamba2-drops-reads", "mamba2-drops-reads")
+LARGE_RIVALS = (
+    *("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", *DROPS_READS, "ours-keeps-reads"),
+    *("hybrid-input-gate", *POSITIONS),
+)
 # What might learn less by heart.
 LESS_BY_HEART = (
-    *("ours-no-convolution", "ours-half", "ours-memory-64"),
+    *("ours-no-convolution", "ours-half-keeps-reads", "ours-memory-64"),
     *("hybrid-keeps-weights", "hybrid-keeps-writes", "hybrid-no-convolution", "hybrid-half-state", "hybrid-half"),
     *("hybrid-third", "hybrid-vector", "attention-plain"),
     *("plain-half", "plain-whole", "plain-resolvent", "plain-rotary", "plain-half-state", "plain-quarter-state"),
@@ -70,11 +74,11 @@ LESS_BY_HEART = (
     *("plain-lost-reads", "plain-sigmoid", "plain-sigmoid-lost-writes"),
     *("ours-short-text", "ours-lost-reads", "plain-all-lost-reads", "plain-half-lost-reads"),
     *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
-    *("ours-less-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-less"),
+    *("ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
 )
 LOST_READS = (
-    *("ours-lost-reads", "ours-less-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads"),
+    *("ours-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("ours-short-text", "ours-mamba2-lost-reads", "hybrid-mamba2-lost-reads", "attention-conv-less-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
@@ -155,12 +159,12 @@ STUDIES = {
         _nanogpt(
             "nanogpt",
             2000,
-            ("ours", "attention", "resolvent", "mamba2", "hybrid", "hybrid-mamba2", "hybrid-keeps-writes"),
+            (*MAIN, "mamba2", "hybrid-mamba2", *DROPS_READS, "ours-keeps-reads", "hybrid-keeps-writes"),
         ),
         _nanogpt(
             "nanogpt-small",
             2000,
-            ("ours", "attention", "hybrid", *POSITIONS),
+            ("ours", "attention", "hybrid", "ours-keeps-reads", *POSITIONS),
             label="Tiny Shakespeare by characters, nanoGPT's setting with models of width 256, 2,000 steps",
             shape=HALF_NANOGPT,
             rates=(1e-3, 2e-3, 4e-3),

@@ -20,7 +20,6 @@ SCATTERING, VECTOR = {"resolvent_regime": "scattering"}, {"resolvent_state": "ve
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 DROPOUT = {"dropout": 0.1}
 ROTARY = {"local_attention_positions": "rotary"}
-LOST_READS = {"resolvent_query_dropout": 0.6, "resolvent_read_dropout": 0.3}
 
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
 IN_SINGLE = {
@@ -56,8 +55,8 @@ CASES = [
         for name in ("mixed precision", "offloaded activations")
     ),
     *(("tiny", "local", ROTARY, 16, 128, 16, name) for name in BY_NAME),
-    *(("tiny", "resolvent", HYBRID | ROTARY | LOST_READS, 16, 128, 8, name) for name in ALL),
-    *(("tiny", "resolvent", DROPOUT | LOST_READS, 16, 128, 16, name) for name in BY_NAME),
+    *(("tiny", "resolvent", HYBRID | ROTARY, 16, 128, 8, name) for name in ALL),
+    *(("tiny", "resolvent", HYBRID | ROTARY | DROPOUT, 16, 128, 8, name) for name in BY_NAME),
     *(("tiny", mixer, {"token_dropout": 0.1}, 16, 128, 8, name) for mixer in MIXERS for name in BY_NAME),
     *(
         ("tiny", "bk", DROPOUT | {"vocab_size": 64}, 16, 128, 16, name)
@@ -81,7 +80,7 @@ LARGE_CASES = [
     *(("100m", "local", WIDE | {"local_attention_window": 256}, 8, 1024, 8, name) for name in BY_NAME),
     *(("1b", "resolvent", {"num_layers": 6}, 16, 1024, 16, name) for name in ("mixed precision", "full checkpointing")),
     *(("100m", "resolvent", HYBRID | DROPOUT, 8, 1024, 8, name) for name in BY_NAME),
-    *(("100m", "resolvent", HYBRID | DROPOUT | ROTARY | LOST_READS, 8, 1024, 8, name) for name in BY_NAME),
+    *(("100m", "resolvent", HYBRID | DROPOUT | ROTARY, 8, 1024, 8, name) for name in BY_NAME),
 ]
 
 

@@ -28,7 +28,7 @@ def test_the_formula_counts_what_the_model_has(name, mixer):
         {"max_position_embeddings": 64},
         {"tie_word_embeddings": False},
         {"conv_size": 0},
-        {"local_attention_positions": "rotary", "resolvent_query_dropout": 0.1},
+        {"local_attention_positions": "rotary", "dropout": 0.1},
     ],
     ids=str,
 )

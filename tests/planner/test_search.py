@@ -196,8 +196,7 @@ def test_passes_are_replayed_only_where_they_can_be_recorded():
     assert all(training.stream_weights and training.goes_by_block for training in replayed())
     rows = {training.micro_batch_size for training in replayed(batch_size=7)}
     assert rows == {None, 1}, "and not 4 and 3"
-    for name in ("dropout", "resolvent_query_dropout", "resolvent_read_dropout"):
-        assert not replayed(model=ResNetBKConfig(**{**MODEL.own_fields(), name: 0.1}))
+    assert not replayed(model=ResNetBKConfig(**{**MODEL.own_fields(), "dropout": 0.1}))
     assert not [way for way in candidates(MODEL, TRAINING, this_cpu()) if way.training.cuda_graphs]
 
 

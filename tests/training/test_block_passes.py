@@ -78,8 +78,6 @@ def test_all_passes_but_the_first_steps_are_replayed(runs):
     [
         ({"batch_size": 7}, "micro-batches are of two sizes"),
         ({"model": {"dropout": 0.1}}, "each pass has a dropout of its own"),
-        ({"model": {"resolvent_query_dropout": 0.1}}, "each pass has a dropout of its own"),
-        ({"model": {"resolvent_read_dropout": 0.1}}, "each pass has a dropout of its own"),
     ],
 )
 def test_passes_that_are_not_alike_are_computed_one_by_one(runs, options, said):

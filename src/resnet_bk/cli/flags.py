@@ -107,11 +107,7 @@ class ModelFlags:
     """The head reuses the embedding."""
     dropout: Annotated[float | None, preset("FLOAT")] = None
     """Share of numbers set to 0 in training: of embeddings, of what mixers and experts add, of attention's weights
-    and the resolvent's writes."""
-    resolvent_query_dropout: Annotated[float | None, preset("FLOAT")] = None
-    """Share of the coordinates of the resolvent's queries set to 0 in training."""
-    resolvent_read_dropout: Annotated[float | None, preset("FLOAT")] = None
-    """Share of what the resolvent has read set to 0 in training."""
+    and of what the resolvent writes, asks and reads."""
     token_dropout: Annotated[float | None, preset("FLOAT")] = None
     """Share of tokens that one learned embedding stands for in training; for short texts that are read many times."""
     router_temperature: Annotated[float | None, preset("FLOAT")] = None

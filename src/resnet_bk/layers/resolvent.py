@@ -38,8 +38,8 @@ class ResolventMixer(nn.Module):
     their logarithm over the heads, from two tokens to ``longest_memory``.
 
     With a vector as state there are no keys and queries: S is v's carried sum. State, gap and norm are in float32.
-    In training each head does not write a share ``dropout`` of the tokens, as attention loses weights; of the queries'
-    coordinates ``query_dropout`` are 0, and of what comes out of the gates ``read_dropout``.
+    In training each head does not write a share ``dropout`` of the tokens, as attention loses weights, and as large a
+    share is 0 of the queries' coordinates and of what comes out of the gates.
     """
 
     def __init__(
@@ -54,12 +54,9 @@ class ResolventMixer(nn.Module):
         conv_size: int,
         norm_eps: float,
         dropout: float = 0.0,
-        query_dropout: float = 0.0,
-        read_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_heads, self.regime, self.longest_memory = num_heads, regime, longest_memory
-        self.dropout, self.query_dropout, self.read_dropout = dropout, query_dropout, read_dropout
+        self.num_heads, self.regime, self.longest_memory, self.dropout = num_heads, regime, longest_memory, dropout
         self.key_size = key_size if state == "matrix" else 0
         value_size = hidden_size // num_heads
         channels = num_heads * (2 * self.key_size + value_size)
@@ -109,12 +106,13 @@ class ResolventMixer(nn.Module):
         q, k, v, window_BWC = self._queries_keys_values(self.qkv(x_BND), context, state.get("window"))
         if window_BWC is not None:
             after["window"] = window_BWC
-        q = F.dropout(q, self.query_dropout, self.training) if self.query_dropout else q
+        dropout = self.dropout if self.training else 0.0
+        q = F.dropout(q, dropout) if dropout and self.key_size else q
         log_l_BNH, angle_BNH, after["chain"] = self._chains(x_BND, padding, starts_BN, state.get("chain"))
         o_BNHV, after["carried"] = self._carry(q, k, v, log_l_BNH, angle_BNH, padding, starts_BN, state.get("carried"))
         assert self.norm.eps is not None
         mixed_BND = gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
-        mixed_BND = F.dropout(mixed_BND, self.read_dropout, self.training) if self.read_dropout else mixed_BND
+        mixed_BND = F.dropout(mixed_BND, dropout) if dropout else mixed_BND
         if padding is not None:
             mixed_BND = padding.restore(mixed_BND)
         return self.output(mixed_BND), after

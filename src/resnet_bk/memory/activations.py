@@ -106,17 +106,16 @@ def _norms(config: ResNetBKConfig, shape: TrainingShape, number: int, *, half: b
 
 
 def _dropout(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:
-    """Which numbers of both sums are kept, a byte each, and which of the resolvent's keys, queries and reads.
+    """Which numbers of both sums are kept, a byte each, and which of what the resolvent reads, asks and writes.
     Attention's kernels draw theirs again."""
-    hidden, heads, is_resolvent = config.hidden_size, config.num_resolvent_heads, config.mixer == "resolvent"
-    kept = {
-        "2 D": 2 * hidden * bool(config.dropout),
-        f"{c} H": c * heads * bool(config.dropout and is_resolvent),
-        "H K": heads * config.key_size * bool(config.resolvent_query_dropout and is_resolvent),
-        "D": hidden * bool(config.resolvent_read_dropout and is_resolvent),
-    }
+    if not config.dropout:
+        return []
+    hidden, heads = config.hidden_size, config.num_resolvent_heads
+    kept = {"2 D": 2 * hidden}
+    if config.mixer == "resolvent":
+        kept = {"3 D": 3 * hidden, "H K": heads * config.key_size, f"{c} H": c * heads}
     formula = " + ".join(term for term, number in kept.items() if number)
-    return [Part(name="dropout", num_bytes=sum(kept.values()) * shape.tokens, formula=f"T ({formula})")] * bool(formula)
+    return [Part(name="dropout", num_bytes=sum(kept.values()) * shape.tokens, formula=f"T ({formula})")]
 
 
 def _convolution(config: ResNetBKConfig, shape: TrainingShape, c: int) -> list[Part]:

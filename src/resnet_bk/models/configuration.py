@@ -60,10 +60,8 @@ class ResNetBKConfig(PreTrainedConfig):
         max_position_embeddings: length of a learned position table; None for no table and no limit.
         tie_word_embeddings: the head reuses the embedding.
         dropout: share of numbers set to 0 in training: of the embeddings, of what each mixer and each mixture of
-            experts adds to the residual stream, of attention's weights, and of what tokens write into each head of the
-            resolvent. Pieces of a batch draw their own.
-        resolvent_query_dropout: share of the coordinates of the resolvent's queries that are set to 0 in training.
-        resolvent_read_dropout: the same of what its heads have read and let through their gates.
+            experts adds to the residual stream, of attention's weights, and in the resolvent of what tokens write into
+            each head, of the queries' coordinates and of what is read. Pieces of a batch draw their own.
         token_dropout: share of tokens that are lost as a whole in training: one learned embedding stands for all of
             them (S. Bowman et al., "Generating sentences from a continuous space", 2016). Where a short text is read
             many times over.
@@ -114,8 +112,6 @@ class ResNetBKConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     dropout: float = 0.0
-    resolvent_query_dropout: float = 0.0
-    resolvent_read_dropout: float = 0.0
     token_dropout: float = 0.0
     router_temperature: float = 1.0
     router_aux_loss_coef: float = 0.01
@@ -169,7 +165,7 @@ class ResNetBKConfig(PreTrainedConfig):
         self._check_largest()
 
     def _check_shares(self) -> None:
-        for name in ("dropout", "resolvent_query_dropout", "resolvent_read_dropout", "token_dropout"):
+        for name in ("dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, give a number from 0 to below 1")
         if not 0 <= self.bk_blend <= 1:
@@ -211,8 +207,6 @@ class ResNetBKConfig(PreTrainedConfig):
             raise ValueError(
                 f"resolvent_key_size is {self.resolvent_key_size}; give at least 1, or None for the values' width"
             )
-        if self.resolvent_query_dropout and self.resolvent_state == "vector":
-            raise ValueError("a vector state has no queries; give resolvent_query_dropout 0, or resolvent_state matrix")
         if self.resolvent_regime == "scattering":
             if self.resolvent_state == "vector":
                 raise ValueError(
@@ -273,12 +267,6 @@ class ResNetBKConfig(PreTrainedConfig):
         if self.resolvent_state == "vector":
             return 0
         return self.resolvent_key_size or self.hidden_size // self.num_resolvent_heads
-
-    @property
-    def drops_in_blocks(self) -> bool:
-        """Whether each pass through a block draws in training what it drops."""
-        of_resolvents = self.resolvent_query_dropout or self.resolvent_read_dropout
-        return bool(self.dropout or (of_resolvents and "resolvent" in self.mixer_numbers()))
 
     @property
     def rotary_size(self) -> int:

@@ -532,8 +532,6 @@ def _resolvent_mixer(config: ResNetBKConfig) -> ResolventMixer:
         conv_size=config.conv_size,
         norm_eps=config.layer_norm_eps,
         dropout=config.dropout,
-        query_dropout=config.resolvent_query_dropout,
-        read_dropout=config.resolvent_read_dropout,
     )
 
 

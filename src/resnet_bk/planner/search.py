@@ -96,7 +96,7 @@ def candidates(
     found = [
         _candidate(config, chunked, tensor_bytes, device, counts, ranks)
         for ways in _ways(training, device, fixed, ranks)
-        if not (ways.cuda_graphs and config.drops_in_blocks)
+        if not (ways.cuda_graphs and config.dropout)
         for chunked, tensor_bytes in _chunks(config, ways, counts, ranks, fixed)
         if all(getattr(ways, name) == getattr(training, name) for name in fixed if name != "micro_batch_size")
     ]

@@ -48,7 +48,7 @@ class LanguageModel:
 
     def not_recordable(self) -> str | None:
         """Why passes are not alike, if not: of as many rows each, with nothing random but the router's noise."""
-        if self.model.config.drops_in_blocks:
+        if self.model.config.dropout:
             return "each pass has a dropout of its own"
         if len({stop - start for _, (start, stop) in self.pieces}) > 1:
             return "micro-batches are of two sizes"
