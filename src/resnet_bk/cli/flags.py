@@ -82,7 +82,8 @@ class ModelFlags:
     local_attention_window: Annotated[int | None, preset("INT")] = None
     """Tokens that a token sees there."""
     local_attention_positions: Annotated[Literal["fading", "rotary"] | None, preset("fading|rotary")] = None
-    """What it knows of them: logits that lose something for each token between, or keys that turn."""
+    """What it knows of them: logits that lose something for each token between, or keys that turn, which fails on
+    longer texts than those of training."""
     conv_size: Annotated[int | None, preset("INT")] = None
     """Tokens of a short causal convolution before any mixer; 0 for none."""
     num_resolvent_heads: Annotated[int | None, preset("INT")] = None
