@@ -173,6 +173,28 @@ def test_queries_and_reads_are_lost_in_training_by_their_own_shares() -> None:
     assert (without.lost_writes, without.lost_queries, without.lost_reads) == (0, 0, 0)
 
 
+def test_coordinates_are_lost_in_whole_rows_where_that_is_asked_for() -> None:
+    mixer = (
+        build(CONTESTANTS["plain-lost-coordinates"], {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
+    )
+    seen: list[torch.Tensor] = []
+    carried = mixer._carried
+    mixer._carried = lambda q, *rest: carried(seen.append(q) or q, *rest)
+    mixer(torch.randn(32, 16, 64), SequenceContext(rotary=None), None)
+    is_lost = seen[0] == 0
+    assert torch.equal(is_lost, is_lost[:, :1].expand_as(is_lost))
+    assert is_lost.double().mean().item() == pytest.approx(0.6, abs=0.05)
+
+
+def test_memories_are_lost_in_training_alone() -> None:
+    mixer = build(CONTESTANTS["plain-lost-memories"], {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
+    log_l = torch.full((64, 128, 4), -0.1)
+    assert (mixer._lost(log_l) < -20).double().mean().item() == pytest.approx(1 / 64, abs=0.004)
+    assert torch.equal(mixer.eval()._lost(log_l), log_l)
+    without = build(CONTESTANTS["plain-lost-memories"], SHAPE, seed=0).train().model.layers[0].mixer
+    assert torch.equal(without._lost(log_l), log_l)
+
+
 def test_a_transformer_can_lose_queries_and_reads_too() -> None:
     contestant = CONTESTANTS["attention-lost-reads"]
     mixer = build(contestant, {**SHAPE, "dropout": 0.3}, seed=0).train().model.layers[0].mixer
