@@ -142,6 +142,19 @@ CONTESTANTS = {
             fields=SHORT_TEXT,
             change=Change(**LOST),
         ),
+        # What its attention blocks might still want: what the best Transformer's have, and what ours have by default.
+        Contestant(
+            name="ours-short-text-drops-reads",
+            label="ours for short texts, attention drops queries and reads too",
+            fields=SHORT_TEXT,
+            positions=Positions(pairs=1, lost_queries=0.2, lost_reads=0.2),
+        ),
+        Contestant(
+            name="ours-short-text-fading",
+            label="ours for short texts, attention fades with the distance too",
+            fields=SHORT_TEXT,
+            positions=Positions(pairs=1, lose="by the distance"),
+        ),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),
         Contestant(

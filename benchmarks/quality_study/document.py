@@ -6,9 +6,11 @@ from pathlib import Path
 
 from markers import between_markers
 from quality_study.cells import Cell, Results
+from quality_study.document_reading import by_kind, by_window
 from quality_study.editions import Edition, current, first
 from quality_study.studies import Study
-from quality_study.summary import Difference, Row, difference, rows, standard_error
+from quality_study.summary import Row, difference, rows
+from quality_study.words import markdown, signed, verdict, with_error, without_claim
 from resnet_bk.environment import summary_line
 from resnet_bk.files import write_text
 
@@ -63,6 +65,8 @@ def contents(edition: Edition) -> dict[str, str]:
         "findings": findings(edition),
         "sources": sources(edition),
         "by-position": by_position(edition),
+        "by-window": by_window(edition),
+        "by-kind": by_kind(edition),
         **tables(edition),
     }
 
@@ -102,26 +106,13 @@ def _against_baseline(found: dict[tuple[str, bool], Row]) -> list[str]:
     if (BASELINE, False) not in found:
         return []
     ours, theirs = found[OURS, False], found[BASELINE, False]
-    said = [f"{_verdict(ours, theirs)}."]
+    said = [f"{verdict(ours.losses, theirs.losses)}."]
     longer = [row for (name, is_longer), row in found.items() if is_longer and name in (OURS, BASELINE)]
     for row in longer:
         who, pair = ("ours", (row, theirs)) if row.contestant == OURS else ("the Transformer", (ours, row))
-        said.append(f"At equal time, which is {row.share:.2f} times the steps for {who}: {_verdict(*pair)}.")
+        compared = verdict(*(one.losses for one in pair))
+        said.append(f"At equal time, which is {row.share:.2f} times the steps for {who}: {compared}.")
     return said
-
-
-def _verdict(ours: Row, theirs: Row) -> str:
-    gap = difference(ours.losses, theirs.losses)
-    if gap is None:
-        return (
-            f"test loss {_mean(ours):.3f} against the Transformer's {_mean(theirs):.3f}, {_without_claim(ours, theirs)}"
-        )
-    if gap.low <= 0 <= gap.high:
-        return f"no difference is shown; ours minus the Transformer's is {_signed(gap)}"
-    near, far = sorted((abs(gap.low), abs(gap.high)))
-    where, verdict = ("below", "wins") if gap.value < 0 else ("above", "loses")
-    interval = f"{abs(gap.value):.3f} (95%: {near:.3f} to {far:.3f})"
-    return f"our test loss is **{where}** the Transformer's by {interval}: ours **{verdict}**"
 
 
 def _recalled(ours: Row, theirs: Row) -> str:
@@ -151,11 +142,11 @@ def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> l
         ours, best = found[OURS, False], min(rivals, key=_mean)
         gap = difference(ours.losses, best.losses)
         if gap is None:
-            verdict = f"ours is at {_mean(ours):.3f}, {_without_claim(ours, best)}"
+            verdict = f"ours is at {_mean(ours):.3f}, {without_claim(ours.losses, best.losses)}"
         elif gap.errors <= 1:
-            verdict = f"ours is not above it by more than one standard error; the difference is {_signed(gap)}"
+            verdict = f"ours is not above it by more than one standard error; the difference is {signed(gap)}"
         else:
-            verdict = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {_signed(gap)}"
+            verdict = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {signed(gap)}"
         said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {verdict}.")
     return said
 
@@ -166,13 +157,12 @@ def _in_other_settings(edition: Edition, found: dict[tuple[str, bool], Row]) -> 
     transformers = [found[name, False] for name in TRANSFORMERS if (name, False) in found]
     for ours in [found[name, False] for name in SETTINGS if (name, False) in found]:
         best = min(transformers, key=_mean)
-        words = (
-            f"{edition.labels[ours.contestant].capitalize()} ({_mean(ours):.3f}): {_verdict(ours, transformers[0])}."
-        )
+        compared = verdict(ours.losses, transformers[0].losses)
+        words = f"{edition.labels[ours.contestant].capitalize()} ({_mean(ours):.3f}): {compared}."
         gap = difference(ours.losses, best.losses)
         if best is not transformers[0] and gap is not None:
             name = f"{edition.labels[best.contestant]}, {_mean(best):.3f}"
-            words += f" Against the best Transformer ({name}) the difference is {_signed(gap)}"
+            words += f" Against the best Transformer ({name}) the difference is {signed(gap)}"
             words += f", {abs(gap.errors):.1f} standard errors."
         said.append(words)
     return said
@@ -180,14 +170,6 @@ def _in_other_settings(edition: Edition, found: dict[tuple[str, bool], Row]) -> 
 
 def _mean(row: Row) -> float:
     return statistics.mean(row.losses)
-
-
-def _without_claim(ours: Row, theirs: Row) -> str:
-    return f"with {len(ours.losses)} and {len(theirs.losses)} seeds, which carries no claim"
-
-
-def _signed(gap: Difference) -> str:
-    return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
 
 
 def table(edition: Edition, study: Study) -> str:
@@ -226,19 +208,20 @@ def _losses(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     swept = [knob for knob, is_shown in settings.items() if is_shown]
     columns = ["contestant", "parameters", *(knob.replace("_", " ") for knob in swept)]
     columns += ["test loss ± standard error", "seeds", f"minus {CALLED[study.base]} (95%)"]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    body = []
     for row in found:
         gap = None if reference is None or row == reference else difference(row.losses, reference.losses)
-        error = f" ± {standard_error(row.losses):.3f}" if len(row.losses) > 1 else ""
-        cells = [
-            _who(edition, row),
-            f"{row.parameters:,}",
-            *_settings(row, swept),
-            f"{_mean(row):.3f}{error}",
-            str(len(row.losses)),
-            "" if gap is None else _signed(gap),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        body.append(
+            [
+                _who(edition, row),
+                f"{row.parameters:,}",
+                *_settings(row, swept),
+                with_error(row.losses),
+                str(len(row.losses)),
+                "" if gap is None else signed(gap),
+            ]
+        )
+    lines = markdown(columns, body)
     if study.published_loss:
         held_out = "; ".join(
             f"{_who(edition, row)} {statistics.mean(cell['held_out'] for cell in row.cells):.4f}" for row in found
@@ -264,16 +247,18 @@ def _reference(edition: Edition, study: Study) -> Row | None:
 
 
 def _answers(edition: Edition, study: Study, found: list[Row]) -> list[str]:
-    lines = [
-        f"| contestant | rate | seeds | {' | '.join(study.tests)} |",
-        f"| --- | --- | --- |{' --- |' * len(study.tests)}",
-    ]
-    for row in found:
-        said = [_mean_share(_shares(row, test)) for test in study.tests]
-        lines.append(
-            f"| {edition.labels[row.contestant]} | {row.best.rate:g} | {len(row.cells)} | {' | '.join(said)} |"
-        )
-    return lines
+    return markdown(
+        ["contestant", "rate", "seeds", *study.tests],
+        [
+            [
+                edition.labels[row.contestant],
+                f"{row.best.rate:g}",
+                str(len(row.cells)),
+                *(_mean_share(_shares(row, test)) for test in study.tests),
+            ]
+            for row in found
+        ],
+    )
 
 
 def _mean_share(shares: list[float]) -> str:

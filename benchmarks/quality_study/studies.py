@@ -76,6 +76,7 @@ LESS_BY_HEART = (
     *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
     *("ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
+    *("ours-short-text-drops-reads", "ours-short-text-fading"),
 )
 LOST_READS = (
     *("ours-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
@@ -187,6 +188,7 @@ STUDIES = {
             rates=(5e-4, 1e-3, 2e-3, 4e-3),
             dropouts=(0.1, 0.0, 0.2),
             weight_decays=(0.1, 0.5, 1.0),
+            seeds=SIX_SEEDS,
         ),
         _large(
             name="shakespeare-30m",
@@ -197,7 +199,7 @@ STUDIES = {
             dropouts=(0.3, 0.4, 0.5),
             weight_decays=(1.0, 2.0, 4.0),
             token_dropouts=(*LOST_TOKENS, 0.2),
-            seeds=SIX_SEEDS,
+            seeds=(*SIX_SEEDS, 6, 7, 8),
         ),
         _small(
             name="ablations",

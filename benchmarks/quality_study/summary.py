@@ -1,9 +1,10 @@
 """What the cells of a study come to: each contestant at its best rate and dropout, over its seeds."""
 
+import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from msgspec.structs import replace
 
@@ -40,6 +41,10 @@ class Row:
     @property
     def parameters(self) -> int:
         return int(self.cells[0]["parameters"])
+
+    def only(self, what: str) -> Self:
+        """With those seeds alone that measured it."""
+        return dataclasses.replace(self, cells=tuple(cell for cell in self.cells if what in cell))
 
     def is_at_edge(self, knob: str) -> bool:
         """Whether a value of the knob beyond those that were tried might have done better. There is none below 0."""

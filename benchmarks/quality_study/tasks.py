@@ -20,9 +20,10 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Token ids: what is trained on, what chooses, and what claims are made by."""
+    """Token ids: what is trained on, what chooses, and what claims are made by. So many tokens are a ``phrase``."""
 
     vocab_size: int
+    phrase: int
     train: NDArray[np.int64]
     choosing: NDArray[np.int64]
     test: NDArray[np.int64]
@@ -35,7 +36,8 @@ def characters(path: Path) -> Text:
     tokens = numbers.astype(np.int64)
     cut = len(tokens) * 9 // 10
     half = cut + (len(tokens) - cut) // 2
-    return Text(vocab_size=len(alphabet), train=tokens[:cut], choosing=tokens[cut:half], test=tokens[half:])
+    parts = {"train": tokens[:cut], "choosing": tokens[cut:half], "test": tokens[half:]}
+    return Text(vocab_size=len(alphabet), phrase=5, **parts)
 
 
 @lru_cache(maxsize=1)
@@ -46,6 +48,7 @@ def embedded() -> Text:
     half = len(held_out) // 2
     return Text(
         vocab_size=dataset.tokenizer.vocab_size,
+        phrase=3,
         train=dataset.train.tokens.astype(np.int64),
         choosing=held_out[:half],
         test=held_out[half:],
@@ -147,25 +150,3 @@ def accuracy(
         right += int((said == answers).sum())
         count += len(answers)
     return right / count
-
-
-@torch.no_grad()
-def loss_by_position(
-    model: ResNetBKForCausalLM, tokens: NDArray[np.int64], *, length: int, buckets: int, rows: int, precision: Precision
-) -> list[float]:
-    """Mean loss of equally many positions each, over all whole windows of ``length`` tokens."""
-    model.eval()
-    windows = (len(tokens) - 1) // length
-    starts = np.arange(windows) * length
-    sums, count = torch.zeros(length, dtype=torch.float64), 0
-    for begin in range(0, windows, rows):
-        chosen = starts[begin : begin + rows]
-        ids = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in chosen]))
-        with autocast(model.device, precision):
-            logits = model(ids[:, :-1].to(model.device), use_cache=False).logits
-        nats = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), ids[:, 1:].flatten().to(model.device), reduction="none"
-        )
-        sums += nats.view(len(chosen), length).double().sum(0).cpu()
-        count += len(chosen)
-    return (sums / count).view(buckets, -1).mean(1).tolist()

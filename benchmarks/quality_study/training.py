@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from quality_study.cells import Cell
 from quality_study.contestants import CONTESTANTS, build
+from quality_study.reading import loss_by_kind, loss_by_position, losses_by_window
 from quality_study.studies import STUDIES, Study
-from quality_study.tasks import Batch, Text, accuracy, characters, embedded, loss_by_position
+from quality_study.tasks import Batch, Text, accuracy, characters, embedded
 from resnet_bk.bench.cells import NotANumberError
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.training.config import TrainingConfig
@@ -75,6 +77,7 @@ def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | No
     # Every loss that is asked for is of weights at that step; the best of them by what chooses is the model's.
     marks = {max(1, round(steps * (number + 1) / study.evaluations)) for number in range(study.evaluations)}
     curve: list[dict[str, float]] = []
+    weights: dict[str, Tensor] = {}
     seconds, losses = 0.0, []
     model.train()
     began = time.perf_counter()
@@ -88,20 +91,15 @@ def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | No
                 raise NotANumberError(f"the training loss is {nats} at step {step + 1}")
             curve.append({"step": step + 1, "seconds": seconds, "training": nats, **_losses(model, study, text)})
             losses.clear()
+            if text is not None and curve[-1] is _best(curve):
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
             began = time.perf_counter()
     found: dict[str, Any] = {"steps": steps, "training_seconds": seconds, "curve": curve}
     if text is not None:
-        best = min(curve, key=lambda point: point["choosing"])
-        long = LONGER * study.length
-        found |= {
-            "choosing": best["choosing"],
-            "test": best["test"],
-            "held_out": best["held_out"],
-            "best_step": best["step"],
-        }
-        found["by_position"] = loss_by_position(
-            model, text.test[: study.evaluated_tokens], length=long, buckets=BUCKETS, rows=16, precision=study.precision
-        )
+        model.load_state_dict(weights)
+        best = _best(curve)
+        found |= {name: best[name] for name in ("choosing", "test", "held_out")}
+        found |= {"best_step": best["step"], **_read(model, study, text)}
     else:
         assert study.task is not None
         # The lower the better, as a loss.
@@ -112,6 +110,23 @@ def _train(model: ResNetBKForCausalLM, study: Study, cell: Cell, text: Text | No
             for rows, batches in [_amount(task)]
         }
     return found
+
+
+def _best(curve: list[dict[str, float]]) -> dict[str, float]:
+    """Where the model is taken: the earliest of the lowest losses that choose."""
+    return min(curve, key=lambda point: point["choosing"])
+
+
+def _read(model: ResNetBKForCausalLM, study: Study, text: Text) -> dict[str, Any]:
+    """Beyond the mean loss in windows as training's."""
+    test = text.test[: study.evaluated_tokens]
+    parts = {"choosing": text.choosing[: study.evaluated_tokens], "test": test}
+    long, precision = LONGER * study.length, study.precision
+    return {
+        "by_position": loss_by_position(model, test, length=long, buckets=BUCKETS, rows=16, precision=precision),
+        "by_window": {name: losses_by_window(model, part, study.length, precision) for name, part in parts.items()},
+        "by_kind": loss_by_kind(model, test, text, study.length, precision),
+    }
 
 
 def _amount(task: Any) -> tuple[int, int]:

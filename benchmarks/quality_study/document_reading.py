@@ -1,0 +1,107 @@
+"""How held-out text was read, as docs/quality.md has it: in which windows, and where the difference lies."""
+
+import statistics
+
+from quality_study.editions import Edition
+from quality_study.reading import KINDS, OVERLAPPING, SLIDING
+from quality_study.studies import Study
+from quality_study.summary import Row, difference, rows
+from quality_study.words import markdown, signed, verdict, with_error
+
+OURS, BASELINE = "ours", "attention"
+MISSING = "Not measured yet."
+
+
+def by_window(edition: Edition) -> str:
+    """A table for each study, and who is ahead where each reads in one pass as it does best."""
+    parts = []
+    for study, found in _measured(edition, "by_window"):
+        names = [name for name in found[0].cells[0]["by_window"]["test"] if name != SLIDING]
+        columns = ["contestant", "seeds", *(f"{int(name):,} tokens" for name in names)]
+        columns.append(f"{study.length:,} tokens, {OVERLAPPING} times over")
+        lines = [
+            [
+                edition.labels[row.contestant],
+                str(len(row.cells)),
+                *(f"**{loss}**" if name == _chosen(row) else loss for name in names for loss in [_loss(row, name)]),
+                _loss(row, SLIDING),
+            ]
+            for row in found
+        ]
+        parts += [f"{study.label}:", "", *markdown(columns, lines), "", *_in_one_pass(found)]
+    return "\n".join(parts).strip() or MISSING
+
+
+def by_kind(edition: Edition) -> str:
+    """What each kind of token adds to the difference of ours and the Transformer's loss."""
+    parts = []
+    for study, found in _measured(edition, "by_kind"):
+        mine = {row.contestant: row for row in found}
+        if not {OURS, BASELINE} <= set(mine):
+            continue
+        lines = []
+        for kind in KINDS:
+            ours, theirs = (_of_kind(mine[name], kind) for name in (OURS, BASELINE))
+            if not ours or not theirs:
+                continue
+            gap, share = difference(ours, theirs), mine[OURS].cells[0]["by_kind"][kind]["share"]
+            adds = share * (statistics.mean(ours) - statistics.mean(theirs))
+            lines.append(
+                [
+                    kind,
+                    f"{share:.1%}",
+                    with_error(ours),
+                    with_error(theirs),
+                    "" if gap is None else signed(gap),
+                    f"{adds:+.4f}",
+                ]
+            )
+        columns = ["its phrase was read", "tokens", edition.labels[OURS], edition.labels[BASELINE]]
+        columns += ["minus the Transformer's (95%)", "adds to the mean's"]
+        parts += [f"{study.label}:", "", *markdown(columns, lines), ""]
+    return "\n".join(parts).strip() or MISSING
+
+
+def _measured(edition: Edition, what: str) -> list[tuple[Study, list[Row]]]:
+    """The studies and contestants that have it, at the study's own steps, with the seeds that do."""
+    found = []
+    for study in edition.studies.values():
+        # Ablations are of a study that is here already.
+        if study.corpus is None or study.base != BASELINE:
+            continue
+        mine = [row.only(what) for row in rows(edition.results, study) if row.share == 1]
+        mine = [row for row in mine if row.cells]
+        found += [(study, mine)] if mine else []
+    return found
+
+
+def _chosen(row: Row) -> str:
+    """The window that the half which chooses prefers, of those that take one pass."""
+    names = [name for name in row.cells[0]["by_window"]["choosing"] if name != SLIDING]
+    return min(names, key=lambda name: statistics.mean(_losses(row, name, "choosing")))
+
+
+def _losses(row: Row, window: str, part: str = "test") -> list[float]:
+    return [cell["by_window"][part][window] for cell in row.cells]
+
+
+def _loss(row: Row, window: str) -> str:
+    return with_error(_losses(row, window))
+
+
+def _of_kind(row: Row, kind: str) -> list[float]:
+    return [cell["by_kind"][kind]["loss"] for cell in row.cells if kind in cell["by_kind"]]
+
+
+def _in_one_pass(found: list[Row]) -> list[str]:
+    mine = {row.contestant: row for row in found}
+    if not {OURS, BASELINE} <= set(mine):
+        return []
+    windows = {name: _chosen(mine[name]) for name in (OURS, BASELINE)}
+    ours, theirs = (_losses(mine[name], windows[name]) for name in (OURS, BASELINE))
+    lengths = f"ours {int(windows[OURS]):,} tokens, the Transformer {int(windows[BASELINE]):,}"
+    said = f"In one pass, each in the windows that the choosing half prefers ({lengths}): {verdict(ours, theirs)}."
+    gap = difference(ours, _losses(mine[BASELINE], SLIDING))
+    if gap is not None:
+        said += f" Ours in one pass minus the Transformer with {OVERLAPPING} times the work: {signed(gap)}."
+    return [said, ""]
