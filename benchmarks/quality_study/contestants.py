@@ -26,7 +26,8 @@ MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
 DROPS_READS: dict[str, Any] = {"lost_queries": None, "lost_reads": None}
 KEEPS_READS = Change()
 LOST: dict[str, Any] = {"lost_queries": 0.6, "lost_reads": 0.3}
-SHORT_TEXT: dict[str, Any] = {"local_attention_every": 2, "local_attention_positions": "rotary", "conv_size": 0}
+SHORT_TEXT_FADING: dict[str, Any] = {"local_attention_every": 2, "conv_size": 0}
+SHORT_TEXT: dict[str, Any] = {**SHORT_TEXT_FADING, "local_attention_positions": "rotary"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,18 +143,13 @@ CONTESTANTS = {
             fields=SHORT_TEXT,
             change=Change(**LOST),
         ),
-        # What its attention blocks might still want: what the best Transformer's have, and what ours have by default.
+        # The same but for the positions, which go on behind the training length.
+        _of("ours-short-text-fading", "ours for short texts, fading", **SHORT_TEXT_FADING),
         Contestant(
-            name="ours-short-text-drops-reads",
-            label="ours for short texts, attention drops queries and reads too",
-            fields=SHORT_TEXT,
-            positions=Positions(pairs=1, lost_queries=0.2, lost_reads=0.2),
-        ),
-        Contestant(
-            name="ours-short-text-fading",
-            label="ours for short texts, attention fades with the distance too",
-            fields=SHORT_TEXT,
-            positions=Positions(pairs=1, lose="by the distance"),
+            name="ours-short-text-fading-mamba2",
+            label="ours for short texts, fading, with Mamba-2's decays and writes",
+            fields=SHORT_TEXT_FADING,
+            change=Change(**DROPS_READS, **MAMBA2),
         ),
         _of("attention", "Transformer", mixer="attention"),
         _of("attention-plain", "Transformer, no convolution", mixer="attention", conv_size=0),

@@ -32,7 +32,7 @@ FAMILIES = {
     ),
 }
 # Ours as the library can be set, and the Transformers that had the same tried.
-SETTINGS = ("ours-short-text",)
+SETTINGS = ("ours-short-text", "ours-short-text-fading")
 TRANSFORMERS = (
     *(BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads"),
     "attention-conv-less-lost-reads",

@@ -76,7 +76,7 @@ LESS_BY_HEART = (
     *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
     *("ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
-    *("ours-short-text-drops-reads", "ours-short-text-fading"),
+    *("ours-short-text-fading", "ours-short-text-fading-mamba2"),
 )
 LOST_READS = (
     *("ours-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
