@@ -372,6 +372,28 @@ def test_a_foreign_model_learns_by_the_same_rules(setup):
     assert found.largest_jump is not None
 
 
+def test_every_window_reads_the_same_tokens_once(setup):
+    """To a model that sees one token the length of the window is all the same; to ours it is not."""
+    longer = replace(setup, profile=replace(setup.profile, evaluated_tokens=600))
+    changed = foreign(longer, Bigrams)
+    cell = next(cell for cell in convergence.cells(changed, {}) if "transformer" in cell.name)
+    found = convergence.measure(changed, cell).by_window
+    assert [point.length for point in found] == [32, 128, 512]
+    assert [point.loss for point in found] == pytest.approx([found[0].loss] * 3, abs=1e-5)
+    ours = convergence.measure(longer, convergence.cells(longer, {})[0])
+    assert len({point.loss for point in ours.by_window}) == 3
+
+
+@pytest.mark.parametrize(("limit", "lengths"), [(None, [32, 128]), (127, [32]), (32, [32])])
+def test_windows_are_no_longer_than_a_model_and_the_text_take(setup, limit, lengths):
+    changed = replace(setup, overrides={**setup.overrides, "max_position_embeddings": limit})
+    cells = convergence.cells(changed, {})
+    found = convergence.measure(changed, cells[0])
+    assert [point.length for point in found.by_window] == lengths
+    leak = next(cell for cell in cells if "bidirectional" in cell.name)
+    assert convergence.measure(changed, leak).by_window == []
+
+
 def test_a_foreign_loop_equals_ours(setup):
     """Ours behind a wrapper is a foreign model: the two loops must then do the same."""
     without_balancing = replace(setup, overrides={**setup.overrides, "router_aux_loss_coef": 0.0})

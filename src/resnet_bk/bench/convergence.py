@@ -25,11 +25,11 @@ from resnet_bk.bench.contestants import BASELINE, bk_contestant, build_model
 from resnet_bk.bench.profiles import rate_of, rates_to_try, rounded_rate
 from resnet_bk.bench.seeds import compare
 from resnet_bk.bench.setup import Setup
-from resnet_bk.bench.subject import language_model_loss, synchronizer
+from resnet_bk.bench.subject import language_model_loss, position_limit, synchronizer
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
-from resnet_bk.schema import Arm, Comparison, ConvergenceResult, CurvePoint, LossDifference, SweepPoint
+from resnet_bk.schema import Arm, Comparison, ConvergenceResult, CurvePoint, LossDifference, SweepPoint, WindowLoss
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.data import TokenDataset, evaluation_batches, training_batch, unigram_entropy
 from resnet_bk.training.data.dataset import Tokens
@@ -41,6 +41,8 @@ NAME = "convergence"
 RESULT = Arm
 BLEND, BIDIRECTIONAL = "blend", "bidirectional"
 TRAIN_POINTS = 50
+WINDOW_TIMES = (1, 4, 16)  # the training length: windows in which the test text is read
+LONGEST_WINDOW = 8192  # tokens; what needs memory by the square of the length still has it there
 SPIKE_WINDOW = 20  # steps whose median a jump of the training loss is told from
 DOCUMENT_SEARCH = 0.1  # of the held-out tokens, around their middle
 STEP_SECONDS = {"resolvent": 0.17, "attention": 0.12, "bk": 0.07, BLEND: 0.07, BIDIRECTIONAL: 0.07}
@@ -231,7 +233,8 @@ def _cell(entrant: _Entrant, rate: float, seed: int | None, setup: Setup) -> Cel
     """A run of the sweep if ``seed`` is None."""
     profile, training = setup.profile, setup.training
     step = STEP_SECONDS[entrant.kind or "attention"] * training.batch_size * training.sequence_length / STEP_TOKENS
-    evaluated = (profile.evaluations + 2) * profile.evaluated_tokens / STEP_TOKENS / 3  # a third of a step's work
+    passes = profile.evaluations + 2 + len(WINDOW_TIMES)
+    evaluated = passes * profile.evaluated_tokens / STEP_TOKENS / 3  # a third of a step's work
     return Cell(
         section=NAME,
         name=_sweep_name(entrant, rate) if seed is None else _run_name(entrant, rate, seed),
@@ -372,6 +375,7 @@ class _Run:
             train=train,
             validation=validation,
             test_loss=_finite(self._evaluate(self._test)) if ended_well else None,
+            by_window=self._by_window() if ended_well and not self._entrant.leaks else [],
             largest_jump=largest_jump([loss for loss in self._losses if math.isfinite(loss)]),
             largest_gradient_norm=max(self._norms) if all(map(math.isfinite, self._norms)) else None,
         )
@@ -411,6 +415,23 @@ class _Run:
 
     def _evaluate(self, tokens: Tokens) -> float:
         return mean_loss(self._model, tokens, self._training, self._profile.evaluated_tokens, self._device)
+
+    def _by_window(self) -> list[WindowLoss]:
+        """One stretch of the test text, so that all windows read the same tokens."""
+        stretch = self._test[: self._profile.evaluated_tokens + 1]
+        trained = self._training.sequence_length
+        longest = min(len(stretch) - 1, LONGEST_WINDOW, position_limit(self._model) or LONGEST_WINDOW)
+        return [
+            WindowLoss(length=length, loss=_finite(self._loss_in(stretch, length)))
+            for length in (times * trained for times in WINDOW_TIMES)
+            if length == trained or length <= longest
+        ]
+
+    def _loss_in(self, stretch: Tokens, length: int) -> float:
+        """As many tokens at once as in training."""
+        rows = max(1, self._training.batch_size * self._training.sequence_length // length)
+        windows = replace(self._training, batch_size=rows, sequence_length=length)
+        return mean_loss(self._model, stretch, windows, len(stretch), self._device)
 
     def _point(self, step: int, loss: float, gradient_norm: float | None = None) -> CurvePoint:
         return CurvePoint(

@@ -15,7 +15,7 @@ from resnet_bk.bench.contestants import Contender, bk_contestant, build_model
 from resnet_bk.bench.convergence import learn
 from resnet_bk.bench.profiles import rate_of
 from resnet_bk.bench.setup import Setup
-from resnet_bk.bench.subject import Subject, language_model_loss, logits_of, random_tokens
+from resnet_bk.bench.subject import Subject, language_model_loss, logits_of, position_limit, random_tokens
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.ops import bk_core, bk_tunnel
@@ -264,8 +264,7 @@ def _draws_nothing(model: nn.Module, vocab_size: int, length: int, device: torch
 
 def _short_length(model: nn.Module, config: ResNetBKConfig | None = None) -> int:
     """No more than the model's position table has."""
-    limit = getattr(config or getattr(model, "config", None), "max_position_embeddings", None)
-    return min(CAUSALITY_LENGTH, limit) if isinstance(limit, int) else CAUSALITY_LENGTH
+    return min(CAUSALITY_LENGTH, position_limit(model, config) or CAUSALITY_LENGTH)
 
 
 def extremes(device: torch.device) -> list[Check]:

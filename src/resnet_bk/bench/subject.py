@@ -43,6 +43,12 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return logits
 
 
+def position_limit(model: nn.Module, config: ResNetBKConfig | None = None) -> int | None:
+    """Tokens of the longest text that a model takes, None where its configuration, its own or this, sets no limit."""
+    limit = getattr(config or getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 @dataclass(kw_only=True)
 class Subject:
     """``inputs`` and ``targets`` are what ``loss`` takes; of a language model token ids ``(B, N)``."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 
-from resnet_bk.report.sections.convergence import final_loss
+from resnet_bk.report.sections.convergence import final_loss, losses_by_window
 from resnet_bk.report.sections.memory import LEAK
 from resnet_bk.report.sections.scaling import crossover_sentence
 from resnet_bk.report.sections.stability import worst
@@ -60,6 +61,7 @@ def findings_of(report: Report) -> list[Finding]:
         _foreign_load,
         _broken_checks,
         _learning,
+        _reading,
         _speed,
         _memory,
         _flops,
@@ -168,6 +170,27 @@ def _learning(report: Report) -> Iterator[Finding]:
         seeds = f"{len(result.seeds)} seeds" if whole else "the seeds that have one"
         said = f"{lead}, means of {seeds}: {claim}. {unigram}"
     yield Finding(rank=10, text=said)
+
+
+def _reading(report: Report) -> Iterator[Finding]:
+    """What longer windows than training's do to both models' losses."""
+    result = report.results.convergence
+    if result is None:
+        return
+    losses = {model.label: losses_by_window(result, model.key) for model in (report.ours, report.baseline)}
+    shared = sorted(set.intersection(*(set(found) for found in losses.values())))
+    if len(shared) < 2:
+        return
+    trained, longest = shared[0], shared[-1]
+    told = listing(
+        [
+            f"that of {label} {'falls' if after < before else 'rises'} from {before:.3f} to {after:.3f}"
+            for label, found in losses.items()
+            for before, after in [(fmean(found[trained]), fmean(found[longest]))]
+        ]
+    )
+    text = f"In windows of {longest:,} tokens instead of training's {trained:,}, which read a text in one pass with "
+    yield Finding(rank=12, text=f"{text}more before each token, the test loss changes: {told}.")
 
 
 def _compared(figure: Comparison, ours: str, theirs: str) -> str:

@@ -50,6 +50,7 @@ from resnet_bk.schema.sections import (
     SweepPoint,
     TimingResult,
     Utilisation,
+    WindowLoss,
 )
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "SweepPoint",
     "TimingResult",
     "Utilisation",
+    "WindowLoss",
     "Workload",
     "json_schema",
     "read_report",

@@ -196,11 +196,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowLoss:
+    """Loss of a stretch of the test text that is read in windows of ``length`` tokens, None if it is no number."""
+
+    length: Count
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One training run. ``leaks`` if the model reads its own targets: its loss is then no measure of anything.
 
-    ``validation`` is what rates are chosen on, ``test_loss`` what claims are made on. ``largest_jump`` is the largest
-    rise of the training loss over the median of the steps before.
+    ``validation`` is what rates are chosen on, ``test_loss`` what claims are made on; ``by_window`` is of the same
+    tokens in windows of the training length, which come first, and in longer ones, where the model takes them.
+    ``largest_jump`` is the largest rise of the training loss over the median of the steps before.
     """
 
     key: str
@@ -212,6 +221,7 @@ class Arm:
     train: list[CurvePoint]
     validation: Filled[CurvePoint]
     test_loss: float | None
+    by_window: list[WindowLoss] = field(default_factory=list)
     largest_jump: float | None = None
     largest_gradient_norm: float | None = None
 

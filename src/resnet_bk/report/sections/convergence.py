@@ -1,7 +1,8 @@
 """What was learned from the same tokens."""
 
 from collections.abc import Callable
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
 from typing import TypeVar
 
 from resnet_bk.report.blocks import Block, Note, Paragraph, Plot, Section, Table
@@ -18,7 +19,7 @@ def build(report: Report, result: ConvergenceResult) -> Section:
     """Losses, what may be said of them, curves over tokens and time, the sweep, gradients and spikes."""
     blocks: list[Block] = [_method(report, result)]
     if result.arms:
-        blocks += [_table(result), *_claims(report, result), _losses_plot(result)]
+        blocks += [_table(result), *_claims(report, result), _losses_plot(result), *_windows(report, result)]
     blocks += _grave_notes(result)
     if result.arms:
         blocks += [_spikes(result), _gradients_plot(result)]
@@ -126,6 +127,55 @@ def _verdict(difference: Comparison, label: str, other: str) -> str:
 
 def _figures(difference: Comparison) -> list[str]:
     return [signed_interval(difference), "< 0.0001" if difference.p < 1e-4 else f"{difference.p:.4f}"]
+
+
+def losses_by_window(result: ConvergenceResult, key: str) -> dict[int, list[float]]:
+    """Of each length of windows what a model's runs came to there, shortest first; nothing if one has no number."""
+    arms = [arm for arm in result.arms if arm.key == key and not arm.leaks]
+    lengths = dict.fromkeys(point.length for arm in arms for point in arm.by_window)
+    found = {length: [_in_window(arm, length) for arm in arms] for length in lengths}
+    return {
+        length: numbers
+        for length, losses in found.items()
+        if len(numbers := [loss for loss in losses if loss is not None]) == len(losses)
+    }
+
+
+def _in_window(arm: Arm, length: int) -> float | None:
+    return next((point.loss for point in arm.by_window if point.length == length), None)
+
+
+def _windows(report: Report, result: ConvergenceResult) -> list[Block]:
+    """What becomes of the loss where a text is read in longer windows; nothing where no model could be."""
+    labels = {arm.key: arm.label for arm in result.arms}
+    found = {key: losses for key in labels if (losses := losses_by_window(result, key))}
+    lengths = sorted({length for losses in found.values() for length in losses})
+    if len(lengths) < 2:
+        return []
+    rows = [
+        [labels[key], *(_mean(losses[length]) if length in losses else "" for length in lengths)]
+        for key, losses in found.items()
+    ]
+    error = ", mean of the seeds ± standard error" if len(result.seeds) > 1 else ""
+    return [
+        Table(
+            caption=f"The same test tokens in longer windows: loss in nats per token{error}",
+            header=["model", *(f"{length:,} tokens" for length in lengths)],
+            rows=rows,
+        ),
+        Note(
+            text=f"Training's windows have {report.workload.sequence_length:,} tokens. Each column reads a stretch of "
+            "the test text once, whole windows one after another: the longer they are, the more stands before most "
+            "tokens. Where the loss goes on falling, a text of any length can be read in one pass; where it rises, "
+            "the model is of use in windows as long as training's alone. An empty place is beyond what the model "
+            "takes. Nothing is claimed from these figures."
+        ),
+    ]
+
+
+def _mean(losses: list[float]) -> str:
+    error = f" ± {stdev(losses) / sqrt(len(losses)):.3f}" if len(losses) > 1 else ""
+    return f"{fmean(losses):.3f}{error}"
 
 
 def _grave_notes(result: ConvergenceResult) -> list[Block]:
