@@ -53,6 +53,11 @@ def main() -> int:
         ),
         ("How good is it on text that it has not seen?", "eval.json", ["eval", relative(run), "--json"]),
         (
+            "And if it reads that in one pass, in windows sixteen times as long as training's?",
+            "eval-long.json",
+            ["eval", relative(run), "--sequence-length", "2048", "--batch-size", "1", "--json"],
+        ),
+        (
             "Let it write",
             "sample.txt",
             ["generate", relative(run), "--prompt", "import os\n\ndef main(", "--max-new-tokens", "100"],

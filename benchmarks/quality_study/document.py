@@ -6,7 +6,7 @@ from pathlib import Path
 
 from markers import between_markers
 from quality_study.cells import Cell, Results
-from quality_study.document_reading import by_kind, by_window
+from quality_study.document_reading import BASELINE, OURS, TRANSFORMERS, by_kind, by_window
 from quality_study.editions import Edition, current, first
 from quality_study.studies import Study
 from quality_study.summary import Row, difference, rows
@@ -16,7 +16,7 @@ from resnet_bk.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, IMAGES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
-OURS, OURS_OF_TWO_BLOCKS, BASELINE = "ours", "ours-half", "attention"
+OURS_OF_TWO_BLOCKS = "ours-half"
 RECALL, NEAR, FAR = "recall", "1x the length", "4x the length"
 NOTEWORTHY = 0.05  # of right answers
 CALLED = {
@@ -31,12 +31,8 @@ FAMILIES = {
         *("hybrid-gated", "hybrid-mamba2", "hybrid-mamba2-drops-reads", "hybrid-mamba2-lost-reads"),
     ),
 }
-# Ours as the library can be set, and the Transformers that had the same tried.
+# Ours as the library can be set.
 SETTINGS = ("ours-short-text", "ours-short-text-fading")
-TRANSFORMERS = (
-    *(BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads"),
-    "attention-conv-less-lost-reads",
-)
 BY_POSITION = "quality-by-position.svg"
 SHOWN = ("ours", "attention", "resolvent")
 FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")
