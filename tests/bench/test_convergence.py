@@ -374,8 +374,12 @@ def test_a_foreign_model_learns_by_the_same_rules(setup):
 
 def test_every_window_reads_the_same_tokens_once(setup):
     """To a model that sees one token the length of the window is all the same; to ours it is not."""
+
+    class Told(Bigrams):
+        config = SimpleNamespace(max_position_embeddings=512)
+
     longer = replace(setup, profile=replace(setup.profile, evaluated_tokens=600))
-    changed = foreign(longer, Bigrams)
+    changed = foreign(longer, Told)
     cell = next(cell for cell in convergence.cells(changed, {}) if "transformer" in cell.name)
     found = convergence.measure(changed, cell).by_window
     assert [point.length for point in found] == [32, 128, 512]
@@ -392,6 +396,17 @@ def test_windows_are_no_longer_than_a_model_and_the_text_take(setup, limit, leng
     assert [point.length for point in found.by_window] == lengths
     leak = next(cell for cell in cells if "bidirectional" in cell.name)
     assert convergence.measure(changed, leak).by_window == []
+
+
+def test_a_foreign_module_that_says_no_limit_reads_what_it_was_trained_on(setup):
+    class Short(Bigrams):
+        def forward(self, ids):
+            assert ids.shape[1] <= 32, "behind its table"
+            return super().forward(ids)
+
+    changed = foreign(setup, Short)
+    cell = next(cell for cell in convergence.cells(changed, {}) if "transformer" in cell.name)
+    assert [point.length for point in convergence.measure(changed, cell).by_window] == [32]
 
 
 def test_a_foreign_loop_equals_ours(setup):
