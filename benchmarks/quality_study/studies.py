@@ -161,7 +161,7 @@ STUDIES = {
         # was best above.
         _small(
             name="embedded-1m-cpu",
-            label="another Python's source, about 1.1M parameters, on a CPU",
+            label="Python's source on a CPU, about 1.1M parameters",
             corpus="embedded",
             contestants=("ours", "attention"),
             rates=(4e-3, 8e-3),
