@@ -184,13 +184,13 @@ def _reading(report: Report) -> Iterator[Finding]:
     trained, longest = shared[0], shared[-1]
     told = listing(
         [
-            f"that of {label} {'falls' if after < before else 'rises'} from {before:.3f} to {after:.3f}"
+            f"the loss of {label} {'falls' if after < before else 'rises'} from {before:.3f} to {after:.3f}"
             for label, found in losses.items()
             for before, after in [(fmean(found[trained]), fmean(found[longest]))]
         ]
     )
-    text = f"In windows of {longest:,} tokens instead of training's {trained:,}, which read a text in one pass with "
-    yield Finding(rank=12, text=f"{text}more before each token, the test loss changes: {told}.")
+    text = f"One stretch of the test text in windows of {longest:,} tokens instead of training's {trained:,}"
+    yield Finding(rank=12, text=f"{text}: {told}.")
 
 
 def _compared(figure: Comparison, ours: str, theirs: str) -> str:
