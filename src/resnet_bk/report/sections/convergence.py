@@ -167,8 +167,8 @@ def _windows(report: Report, result: ConvergenceResult) -> list[Block]:
             text=f"Training's windows have {report.workload.sequence_length:,} tokens. Each column reads a stretch of "
             "the test text once, whole windows one after another: the longer they are, the more stands before most "
             "tokens. Where the loss goes on falling, a text of any length can be read in one pass; where it rises, "
-            "the model is of use in windows as long as training's alone. An empty place is beyond what the model "
-            "takes. Nothing is claimed from these figures."
+            "windows as long as training's have to overlap instead, which is more work. An empty place is beyond what "
+            "the model takes. Nothing is claimed from these figures."
         ),
     ]
 
