@@ -138,12 +138,12 @@ def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> l
         ours, best = found[OURS, False], min(rivals, key=_mean)
         gap = difference(ours.losses, best.losses)
         if gap is None:
-            verdict = f"ours is at {_mean(ours):.3f}, {without_claim(ours.losses, best.losses)}"
+            compared = f"ours is at {_mean(ours):.3f}, {without_claim(ours.losses, best.losses)}"
         elif gap.errors <= 1:
-            verdict = f"ours is not above it by more than one standard error; the difference is {signed(gap)}"
+            compared = f"ours is not above it by more than one standard error; the difference is {signed(gap)}"
         else:
-            verdict = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {signed(gap)}"
-        said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {verdict}.")
+            compared = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {signed(gap)}"
+        said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {compared}.")
     return said
 
 

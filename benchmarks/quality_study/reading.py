@@ -1,5 +1,6 @@
 """How a trained model reads held-out text: in windows of several lengths, and what of it is new to it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,28 +24,15 @@ TOKENS_AT_ONCE = 16_384
 KINDS = ("in both", "in the training text", "in the window", "in neither")
 
 
-@torch.no_grad()
-def token_losses(model: ResNetBKForCausalLM, ids: Tensor, precision: Precision) -> Tensor:
-    """Nats of each token of ``ids`` (B, N + 1) but the first of a row: (B, N), float64, on the CPU."""
-    model.eval()
-    with autocast(model.device, precision):
-        logits = model(ids[:, :-1].to(model.device), use_cache=False).logits
-    nats = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), ids[:, 1:].flatten().to(model.device), reduction="none"
-    )
-    return nats.view(len(ids), -1).double().cpu()
-
-
 def loss_by_position(
-    model: ResNetBKForCausalLM, tokens: Tokens, *, length: int, buckets: int, rows: int, precision: Precision
+    model: ResNetBKForCausalLM, tokens: Tokens, *, length: int, buckets: int, precision: Precision
 ) -> list[float]:
     """Mean loss of equally many positions each, over all whole windows of ``length`` tokens."""
-    windows = (len(tokens) - 1) // length
-    starts = np.arange(windows) * length
+    starts = _whole_windows(tokens, length)
     sums = torch.zeros(length, dtype=torch.float64)
-    for begin in range(0, windows, rows):
-        sums += token_losses(model, _windows(tokens, starts[begin : begin + rows], length), precision).sum(0)
-    return (sums / windows).view(buckets, -1).mean(1).tolist()
+    for nats in _read(model, tokens, starts, length, precision):
+        sums += nats
+    return (sums / len(starts)).view(buckets, -1).mean(1).tolist()
 
 
 def losses_by_window(model: ResNetBKForCausalLM, tokens: Tokens, length: int, precision: Precision) -> dict[str, float]:
@@ -66,12 +54,9 @@ def loss_in_windows(
     length = min(length, predicted)
     starts = np.minimum(np.arange(0, predicted - length + stride, stride), predicted - length)
     total, done = 0.0, 0
-    rows = max(1, TOKENS_AT_ONCE // length)
-    for begin in range(0, len(starts), rows):
-        some = starts[begin : begin + rows]
-        for start, nats in zip(some, token_losses(model, _windows(tokens, some, length), precision), strict=True):
-            total += float(nats[done - start :].sum())
-            done = int(start) + length
+    for start, nats in zip(starts, _read(model, tokens, starts, length, precision), strict=True):
+        total += float(nats[done - start :].sum())
+        done = int(start) + length
     return total / predicted
 
 
@@ -80,15 +65,9 @@ def loss_by_kind(
 ) -> dict[str, Any]:
     """Of each of :data:`KINDS` its share of the tokens that end a phrase of one window, and their mean loss; over whole
     windows of ``length`` of the ``tokens``, which were held out from the ``text``'s training part."""
-    starts = np.arange((len(tokens) - 1) // length) * length
+    starts = _whole_windows(tokens, length)
     kinds = torch.from_numpy(kinds_of(tokens, starts, length, text))
-    rows = max(1, TOKENS_AT_ONCE // length)
-    nats = torch.cat(
-        [
-            token_losses(model, _windows(tokens, starts[begin : begin + rows], length), precision)
-            for begin in range(0, len(starts), rows)
-        ]
-    )
+    nats = torch.stack(list(_read(model, tokens, starts, length, precision)))
     count = int((kinds != IGNORE_INDEX).sum())
     return {
         name: {"share": int(mine.sum()) / count, "loss": float(nats[mine].mean())}
@@ -121,6 +100,25 @@ def _phrases(tokens: Tokens, text: Text) -> Tokens:
     return numbers
 
 
-def _windows(tokens: Tokens, starts: Tokens, length: int) -> Tensor:
-    """Windows with the token behind them: (W, ``length`` + 1)."""
-    return torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]))
+def _whole_windows(tokens: Tokens, length: int) -> Tokens:
+    """Where windows of ``length`` begin that lie one after another, each with a token behind it."""
+    starts: Tokens = np.arange((len(tokens) - 1) // length) * length
+    return starts
+
+
+@torch.no_grad()
+def _read(
+    model: ResNetBKForCausalLM, tokens: Tokens, starts: Tokens, length: int, precision: Precision
+) -> Iterator[Tensor]:
+    """Nats of the ``length`` tokens behind the first of each window, (N,), float64, on the CPU."""
+    model.eval()
+    rows = max(1, TOKENS_AT_ONCE // length)
+    for begin in range(0, len(starts), rows):
+        windows = [tokens[start : start + length + 1] for start in starts[begin : begin + rows]]
+        ids = torch.from_numpy(np.stack(windows))
+        with autocast(model.device, precision):
+            logits = model(ids[:, :-1].to(model.device), use_cache=False).logits
+        nats = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten().to(model.device), reduction="none"
+        )
+        yield from nats.view(len(ids), -1).double().cpu()

@@ -123,7 +123,7 @@ def _read(model: ResNetBKForCausalLM, study: Study, text: Text) -> dict[str, Any
     parts = {"choosing": text.choosing[: study.evaluated_tokens], "test": test}
     long, precision = LONGER * study.length, study.precision
     return {
-        "by_position": loss_by_position(model, test, length=long, buckets=BUCKETS, rows=16, precision=precision),
+        "by_position": loss_by_position(model, test, length=long, buckets=BUCKETS, precision=precision),
         "by_window": {name: losses_by_window(model, part, study.length, precision) for name, part in parts.items()},
         "by_kind": loss_by_kind(model, test, text, study.length, precision),
     }

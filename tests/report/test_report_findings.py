@@ -219,5 +219,7 @@ def test_of_longer_windows_that_one_model_does_not_take_nothing_is_said(report):
     short = [replace(arm, by_window=arm.by_window[:1]) if arm.key == "transformer" else arm for arm in arms]
     said = page(with_result(report, "convergence", arms=short))
     assert "in windows of" not in said
+    one_not_a_number = [replace(arm, by_window=arm.by_window[1:]) for arm in arms]
+    assert "in windows of" not in page(with_result(report, "convergence", arms=one_not_a_number))
     lost = [replace(arm, by_window=[]) for arm in arms]
     assert "in windows of" not in page(with_result(report, "convergence", arms=lost))

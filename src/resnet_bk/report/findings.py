@@ -178,10 +178,10 @@ def _reading(report: Report) -> Iterator[Finding]:
     if result is None:
         return
     losses = {model.label: losses_by_window(result, model.key) for model in (report.ours, report.baseline)}
-    shared = sorted(set.intersection(*(set(found) for found in losses.values())))
-    if len(shared) < 2:
+    trained = report.workload.sequence_length
+    longest = max(set.intersection(*(set(found) for found in losses.values())), default=trained)
+    if longest == trained or any(trained not in found for found in losses.values()):
         return
-    trained, longest = shared[0], shared[-1]
     told = listing(
         [
             f"the loss of {label} {'falls' if after < before else 'rises'} from {before:.3f} to {after:.3f}"

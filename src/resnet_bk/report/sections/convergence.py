@@ -131,18 +131,15 @@ def _figures(difference: Comparison) -> list[str]:
 
 def losses_by_window(result: ConvergenceResult, key: str) -> dict[int, list[float]]:
     """Of each length of windows what a model's runs came to there, shortest first; nothing if one has no number."""
-    arms = [arm for arm in result.arms if arm.key == key and not arm.leaks]
-    lengths = dict.fromkeys(point.length for arm in arms for point in arm.by_window)
-    found = {length: [_in_window(arm, length) for arm in arms] for length in lengths}
+    runs = [
+        {point.length: point.loss for point in arm.by_window} for arm in result.arms if arm.key == key and not arm.leaks
+    ]
+    found = {length: [run.get(length) for run in runs] for run in runs for length in run}
     return {
         length: numbers
         for length, losses in found.items()
         if len(numbers := [loss for loss in losses if loss is not None]) == len(losses)
     }
-
-
-def _in_window(arm: Arm, length: int) -> float | None:
-    return next((point.loss for point in arm.by_window if point.length == length), None)
 
 
 def _windows(report: Report, result: ConvergenceResult) -> list[Block]:
