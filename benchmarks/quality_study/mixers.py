@@ -242,6 +242,11 @@ class Positions:
     lost_queries: float = 0.0
     lost_reads: float = 0.0
 
+    @property
+    def are_rotary_alone(self) -> bool:
+        """Whether all coordinates of all heads turn, and nothing else tells the positions."""
+        return self.heads == self.pairs == 1 and self.lose == "nothing"
+
 
 class PositionedAttention(nn.Module):
     """Causal attention of whole rows, without padding, documents and decoding, with :class:`Positions`."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quality_study.tasks import Text
+from quality_study.windowed import can_be_windowed, windowed
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.training.config import Precision
@@ -19,6 +20,7 @@ Tokens = NDArray[np.int64]
 TIMES = (1, 4, 16)  # the training length
 OVERLAPPING = 8  # windows that each token is in, where they overlap
 SLIDING = "sliding"
+WINDOWED = "windowed"
 TOKENS_AT_ONCE = 16_384
 # By whether the phrase that a token ends is in the training text, and whether it was read before in the window.
 KINDS = ("in both", "in the training text", "in the window", "in neither")
@@ -37,12 +39,18 @@ def loss_by_position(
 
 def losses_by_window(model: ResNetBKForCausalLM, tokens: Tokens, length: int, precision: Precision) -> dict[str, float]:
     """Loss of a text that is read in windows of :data:`TIMES` the training ``length``, by their length, and in windows
-    of the training length that overlap, each beginning an eighth of it further (:data:`SLIDING`)."""
+    of the training length that overlap, each beginning an eighth of it further (:data:`SLIDING`). And in the longest of
+    the others, while attention sees the last ``length`` tokens alone (:data:`WINDOWED`), if it can."""
     found = {
         str(times * length): loss_in_windows(model, tokens, times * length, times * length, precision)
         for times in TIMES
     }
-    return {**found, SLIDING: loss_in_windows(model, tokens, length, max(1, length // OVERLAPPING), precision)}
+    found[SLIDING] = loss_in_windows(model, tokens, length, max(1, length // OVERLAPPING), precision)
+    if can_be_windowed(model):
+        longest = max(TIMES) * length
+        with windowed(model, length):
+            found[WINDOWED] = loss_in_windows(model, tokens, longest, longest, precision)
+    return found
 
 
 def loss_in_windows(

@@ -83,7 +83,7 @@ LOST_READS = (
     *("ours-short-text", "ours-mamba2-lost-reads", "hybrid-mamba2-lost-reads", "attention-conv-less-lost-reads"),
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
-NINE_SEEDS = (*SIX_SEEDS, 6, 7, 8)
+FIFTEEN_SEEDS = tuple(range(15))
 # Where a text is read many times over.
 LOST_TOKENS = (0.0, 0.05, 0.1)
 # Two blocks: one in every fourth would be none.
@@ -210,7 +210,7 @@ STUDIES = {
             dropouts=(0.3, 0.4, 0.5),
             weight_decays=(1.0, 2.0, 4.0),
             token_dropouts=(*LOST_TOKENS, 0.2),
-            seeds=NINE_SEEDS,
+            seeds=FIFTEEN_SEEDS,
         ),
         _small(
             name="ablations",

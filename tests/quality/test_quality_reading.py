@@ -1,6 +1,7 @@
 """How held-out text is read: each token once, with what stands before it in its window, and of the right kind."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from quality_study import training  # noqa: E402
 from quality_study.cells import Cell, keep, nothing  # noqa: E402
+from quality_study.contestants import CONTESTANTS, build  # noqa: E402
 from quality_study.document_reading import by_kind, by_window  # noqa: E402
 from quality_study.editions import Edition, of_files  # noqa: E402
 from quality_study.reading import KINDS, kinds_of, loss_by_kind, loss_in_windows, losses_by_window  # noqa: E402
 from quality_study.tasks import Text  # noqa: E402
+from quality_study.windowed import windowed  # noqa: E402
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 from resnet_bk.training.evaluate import evaluate  # noqa: E402
@@ -33,7 +36,7 @@ LENGTH = 16
 def model() -> ResNetBKForCausalLM:
     torch.manual_seed(0)
     return ResNetBKForCausalLM(
-        ResNetBKConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_attention_heads=2, num_experts=1)
+        ResNetBKConfig(vocab_size=VOCAB, hidden_size=16, num_layers=3, num_attention_heads=2, num_experts=1)
     ).eval()
 
 
@@ -60,9 +63,47 @@ def test_each_token_is_said_once_in_the_first_window_that_has_it(
 def test_windows_as_long_as_trainings_are_those_of_evaluation(model: ResNetBKForCausalLM) -> None:
     tokens = _tokens(8 * LENGTH + 1)
     found = losses_by_window(model, tokens, LENGTH, "fp32")
-    assert list(found) == ["16", "64", "256", "sliding"] and len(set(found.values())) == 4
+    assert list(found) == ["16", "64", "256", "sliding", "windowed"] and len(set(found.values())) == 5
     wanted = evaluate(model, tokens, batch_size=3, sequence_length=LENGTH).loss
     assert found["16"] == pytest.approx(wanted, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["attention", "attention-plain", "attention-less-lost-reads", "ours", "ours-short-text"]
+)
+def test_a_window_of_attention_hides_what_is_before_it(name: str) -> None:
+    """Through one block of attention a token feels itself and ``window - 1`` more; within a window nothing changes."""
+    window, every = 5, {"local_attention_every": 1} if name.startswith("ours") else {}
+    contestant = replace(CONTESTANTS[name], fields={**CONTESTANTS[name].fields, "conv_size": 0, **every})
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    mine = build(contestant, shape, 0).eval()
+    ids = torch.from_numpy(_tokens(24))[None]
+    before = mine(ids, use_cache=False).logits
+    with windowed(mine, window):
+        found = mine(ids, use_cache=False).logits
+        for place in range(24):
+            alone = mine(ids[:, max(0, place - window + 1) : place + 1], use_cache=False).logits[:, -1]
+            torch.testing.assert_close(found[:, place], alone)
+    torch.testing.assert_close(found[:, :window], before[:, :window])
+    assert not torch.allclose(found[:, window:], before[:, window:])
+    torch.testing.assert_close(mine(ids, use_cache=False).logits, before, rtol=0, atol=0)
+
+
+def test_a_convolution_stays_where_attention_gets_a_window() -> None:
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2}
+    for name in ("attention", "ours", "attention-conv-less-lost-reads"):
+        mine = build(CONTESTANTS[name], shape, 0).eval()
+        ids = torch.from_numpy(_tokens(24))[None]
+        with torch.no_grad(), windowed(mine, 24):
+            found = mine(ids, use_cache=False).logits
+        torch.testing.assert_close(found, mine(ids, use_cache=False).logits)
+
+
+def test_attention_with_other_positions_gets_no_window() -> None:
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2}
+    mine = build(CONTESTANTS["hybrid-forgetting"], shape, 0).eval()
+    assert "windowed" not in losses_by_window(mine, _tokens(40), LENGTH, "fp32")
 
 
 @settings(deadline=None)
