@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {
 EVERY = ResNetBKConfig.local_attention_every
 HYBRID = {"local_attention_every": EVERY}
 NOWHERE = Positions()
+BOTH = Positions(pairs=1, lose="by the distance")
 MAMBA2: dict[str, Any] = {"decay": "gated", "write": "gap", "rotation": "none"}
 # Dropout as it is in the library, of queries and reads as of all else; without that; and of more of them.
 DROPS_READS: dict[str, Any] = {"lost_queries": None, "lost_reads": None}
@@ -142,6 +143,15 @@ CONTESTANTS = {
             label="ours for short texts, drops more queries and reads",
             fields=SHORT_TEXT,
             change=Change(**LOST),
+        ),
+        _of("ours-half-rotary", "ours, rotary attention in every second block", **{**SHORT_TEXT, "conv_size": 4}),
+        # Attention that turns with the position and fades with the distance.
+        Contestant(name="ours-both", label="ours, rotary attention that fades", fields=HYBRID, positions=BOTH),
+        Contestant(
+            name="ours-half-both",
+            label="ours, rotary attention that fades in every second block",
+            fields={"local_attention_every": 2},
+            positions=BOTH,
         ),
         # The same but for the positions, which go on behind the training length.
         _of("ours-short-text-fading", "ours for short texts, fading", **SHORT_TEXT_FADING),

@@ -62,6 +62,7 @@ LARGE_RIVALS = (
     *("ours", "attention", "mamba2", "hybrid", "hybrid-mamba2", *DROPS_READS, "ours-keeps-reads"),
     *("hybrid-input-gate", *POSITIONS),
 )
+TURNS = ("ours-half-rotary", "ours-both", "ours-half-both")
 # What might learn less by heart.
 LESS_BY_HEART = (
     *("ours-no-convolution", "ours-half-keeps-reads", "ours-memory-64"),
@@ -76,13 +77,15 @@ LESS_BY_HEART = (
     *("attention-lost-reads", "attention-less-lost-reads", "plain-mamba2-lost-reads"),
     *("ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
-    *("ours-short-text-fading", "ours-short-text-fading-mamba2"),
+    *("ours-short-text-fading", "ours-short-text-fading-mamba2", *TURNS),
 )
 LOST_READS = (
     *("ours-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("ours-short-text", "ours-mamba2-lost-reads", "hybrid-mamba2-lost-reads", "attention-conv-less-lost-reads"),
+    *TURNS,
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
+NINE_SEEDS = (*SIX_SEEDS, 6, 7, 8)
 FIFTEEN_SEEDS = tuple(range(15))
 # Where a text is read many times over.
 LOST_TOKENS = (0.0, 0.05, 0.1)
@@ -155,7 +158,7 @@ STUDIES = {
             corpus="embedded",
             contestants=(*MAIN, "gated", "mamba2", "gated-delta", "deltanet", *RIVALS),
             rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-            seeds=SIX_SEEDS,
+            seeds=NINE_SEEDS,
         ),
         # The source is that of the Python that runs, and another one's losses are another text's. Each at the rate that
         # was best above.
