@@ -8,8 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quality_study.mixers import PositionedAttention
 from quality_study.tasks import Text
-from quality_study.windowed import can_be_windowed, windowed
+from resnet_bk.bench.windowed_attention import windowed
+from resnet_bk.layers.attention import CausalAttention
 from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.training.config import Precision
@@ -46,11 +48,17 @@ def losses_by_window(model: ResNetBKForCausalLM, tokens: Tokens, length: int, pr
         for times in TIMES
     }
     found[SLIDING] = loss_in_windows(model, tokens, length, max(1, length // OVERLAPPING), precision)
-    if can_be_windowed(model):
+    if _can_be_windowed(model):
         longest = max(TIMES) * length
-        with windowed(model, length):
+        with windowed(model, length, (CausalAttention, PositionedAttention)):
             found[WINDOWED] = loss_in_windows(model, tokens, longest, longest, precision)
     return found
+
+
+def _can_be_windowed(model: ResNetBKForCausalLM) -> bool:
+    """Whether local attention can do what all of its attention does."""
+    mixers = [block.mixer for block in model.model.layers]
+    return all(mixer.positions.are_rotary_alone for mixer in mixers if isinstance(mixer, PositionedAttention))
 
 
 def loss_in_windows(

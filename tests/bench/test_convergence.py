@@ -16,6 +16,7 @@ from resnet_bk.bench import convergence
 from resnet_bk.bench.cells import Outcome
 from resnet_bk.bench.contestants import Contender
 from resnet_bk.bench.profiles import PROFILES, fixed_rate, rates_to_try
+from resnet_bk.bench.reading import losses_by_window
 from resnet_bk.bench.seeds import compare
 from resnet_bk.bench.setup import Setup
 from resnet_bk.chance import incomplete_beta, t_probability, t_quantile
@@ -373,7 +374,8 @@ def test_a_foreign_model_learns_by_the_same_rules(setup):
 
 
 def test_every_window_reads_the_same_tokens_once(setup):
-    """To a model that sees one token the length of the window is all the same; to ours it is not."""
+    """To a model that sees one token the length of the window is all the same; to ours it is not. They are of pieces
+    from all over the text."""
 
     class Told(Bigrams):
         config = SimpleNamespace(max_position_embeddings=512)
@@ -384,11 +386,36 @@ def test_every_window_reads_the_same_tokens_once(setup):
     found = convergence.measure(changed, cell).by_window
     assert [point.length for point in found] == [32, 128, 512]
     assert [point.loss for point in found] == pytest.approx([found[0].loss] * 3, abs=1e-5)
-    ours = convergence.measure(longer, convergence.cells(longer, {})[0])
-    assert len({point.loss for point in ours.by_window}) == 3
+    ours, transformer = (
+        convergence.measure(longer, next(cell for cell in convergence.cells(longer, {}) if name in cell.name)).by_window
+        for name in ("resnet-bk", "transformer")
+    )
+    assert len({point.loss for point in ours}) == len(ours) == 3
+    # It alone has attention, which can be given a window.
+    assert len({point.loss for point in transformer}) == len(transformer) == 4
+    assert (transformer[-1].length, transformer[-1].attention_window) == (512, 32)
 
 
-@pytest.mark.parametrize(("limit", "lengths"), [(None, [32, 128]), (127, [32]), (32, [32])])
+def test_every_window_reads_the_same_pieces_from_all_over_the_text(setup):
+    """Tokens are their places: three of six pieces are read, every second one."""
+    seen = {}
+
+    class Told(nn.Module):
+        config = SimpleNamespace(max_position_embeddings=64)
+
+        def forward(self, ids):
+            seen.setdefault(ids.shape[1], []).extend(ids.flatten().tolist())
+            return torch.zeros(*ids.shape, 6 * 64 + 1)
+
+    training = replace(setup.training, batch_size=2, sequence_length=4)
+    losses = losses_by_window(Told(), np.arange(6 * 64 + 1), training, 3 * 64 - 1, torch.device("cpu"))
+    assert [(point.length, point.attention_window) for point in losses] == [(4, None), (16, None), (64, None)]
+    pieces = [place for piece in (0, 2, 4) for place in range(64 * piece, 64 * piece + 64)]
+    assert seen == {4: pieces, 16: pieces, 64: pieces}
+    assert [point.loss for point in losses] == pytest.approx([math.log(6 * 64 + 1)] * 3)
+
+
+@pytest.mark.parametrize(("limit", "lengths"), [(None, [32, 128, 512]), (127, [32]), (32, [32])])
 def test_windows_are_no_longer_than_a_model_and_the_text_take(setup, limit, lengths):
     changed = replace(setup, overrides={**setup.overrides, "max_position_embeddings": limit})
     cells = convergence.cells(changed, {})

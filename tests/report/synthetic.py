@@ -352,9 +352,12 @@ def _curve(final, scale, diverged=False):
 
 
 def _by_window(key, final):
-    """Ours reads on, the Transformer does not."""
+    """Ours reads on, the Transformer with a window alone; others have no attention."""
     change = {OURS: -0.05, BASELINE: 0.6}.get(key, 0.0)
-    return [WindowLoss(length=length, loss=final + times * change) for times, length in enumerate((128, 512, 2048))]
+    found = [WindowLoss(length=length, loss=final + times * change) for times, length in enumerate((128, 512, 2048))]
+    if key in (OURS, BASELINE):
+        found.append(WindowLoss(length=2048, attention_window=128, loss=final - 0.07))
+    return found
 
 
 def _arm(key, label, seed, final, *, leaks=False, diverged=False):

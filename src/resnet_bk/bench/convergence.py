@@ -19,20 +19,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from resnet_bk.bench.cells import Cell, Outcomes, result_of
 from resnet_bk.bench.contestants import BASELINE, bk_contestant, build_model
 from resnet_bk.bench.profiles import rate_of, rates_to_try, rounded_rate
+from resnet_bk.bench.reading import WINDOW_TIMES, finite, losses_by_window, mean_loss, windows_of
 from resnet_bk.bench.seeds import compare
 from resnet_bk.bench.setup import Setup
-from resnet_bk.bench.subject import language_model_loss, position_limit, synchronizer
+from resnet_bk.bench.subject import language_model_loss, synchronizer
 from resnet_bk.errors import UserError
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.schema import Arm, Comparison, ConvergenceResult, CurvePoint, LossDifference, SweepPoint, WindowLoss
 from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.data import TokenDataset, evaluation_batches, training_batch, unigram_entropy
+from resnet_bk.training.data import TokenDataset, training_batch, unigram_entropy
 from resnet_bk.training.data.dataset import Tokens
 from resnet_bk.training.micro_step import autocast, moved, seed_micro_step
 from resnet_bk.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -42,8 +42,6 @@ NAME = "convergence"
 RESULT = Arm
 BLEND, BIDIRECTIONAL = "blend", "bidirectional"
 TRAIN_POINTS = 50
-WINDOW_TIMES = (1, 4, 16)  # the training length: windows in which the test text is read
-LONGEST_WINDOW = 8192  # tokens; what needs memory by the square of the length still has it there
 SPIKE_WINDOW = 20  # steps whose median a jump of the training loss is told from
 DOCUMENT_SEARCH = 0.1  # of the held-out tokens, around their middle
 STEP_SECONDS = {"resolvent": 0.17, "attention": 0.12, "bk": 0.07, BLEND: 0.07, BIDIRECTIONAL: 0.07}
@@ -234,7 +232,7 @@ def _cell(entrant: _Entrant, rate: float, seed: int | None, setup: Setup) -> Cel
     """A run of the sweep if ``seed`` is None."""
     profile, training = setup.profile, setup.training
     step = STEP_SECONDS[entrant.kind or "attention"] * training.batch_size * training.sequence_length / STEP_TOKENS
-    passes = profile.evaluations + 2 + len(WINDOW_TIMES)
+    passes = profile.evaluations + 3 + len(WINDOW_TIMES)
     evaluated = passes * profile.evaluated_tokens / STEP_TOKENS / 3  # a third of a step's work
     return Cell(
         section=NAME,
@@ -375,7 +373,7 @@ class _Run:
             parameters=sum(parameter.numel() for parameter in self._model.parameters()),
             train=train,
             validation=validation,
-            test_loss=_finite(self._evaluate(self._test)) if ended_well else None,
+            test_loss=finite(self._evaluate(self._test)) if ended_well else None,
             by_window=self._by_window() if ended_well and not self._entrant.leaks else [],
             largest_jump=largest_jump([loss for loss in self._losses if math.isfinite(loss)]),
             largest_gradient_norm=max(self._norms) if all(map(math.isfinite, self._norms)) else None,
@@ -415,63 +413,26 @@ class _Run:
         return learn(self._model, self._optimizer, self._scaler, batch, training, step, self._device)
 
     def _evaluate(self, tokens: Tokens) -> float:
-        return mean_loss(self._model, tokens, self._training, self._profile.evaluated_tokens, self._device)
+        windows = windows_of(tokens, self._training, self._profile.evaluated_tokens)
+        return mean_loss(self._model, windows, self._training, self._device)
 
     def _by_window(self) -> list[WindowLoss]:
-        """One stretch of the test text, so that all windows read the same tokens."""
-        stretch = self._test[: self._profile.evaluated_tokens + 1]
-        trained = self._training.sequence_length
-        # A module from elsewhere may have a table that it tells nobody of, and a GPU's process ends behind it.
-        unsaid = LONGEST_WINDOW if isinstance(self._model, PreTrainedModel) else trained
-        longest = min(len(stretch) - 1, LONGEST_WINDOW, position_limit(self._model) or unsaid)
-        return [
-            WindowLoss(length=length, loss=_finite(self._loss_in(stretch, length)))
-            for length in (times * trained for times in WINDOW_TIMES)
-            if length == trained or length <= longest
-        ]
-
-    def _loss_in(self, stretch: Tokens, length: int) -> float:
-        """As many tokens at once as in training."""
-        rows = max(1, self._training.batch_size * self._training.sequence_length // length)
-        windows = replace(self._training, batch_size=rows, sequence_length=length)
-        return mean_loss(self._model, stretch, windows, len(stretch), self._device)
+        evaluated = self._profile.evaluated_tokens
+        return losses_by_window(self._model, self._test, self._training, evaluated, self._device)
 
     def _point(self, step: int, loss: float, gradient_norm: float | None = None) -> CurvePoint:
         return CurvePoint(
             step=step,
             tokens=step * self._training.tokens_per_step,
             seconds=self._seconds,
-            loss=_finite(loss),
-            gradient_norm=None if gradient_norm is None else _finite(gradient_norm),
+            loss=finite(loss),
+            gradient_norm=None if gradient_norm is None else finite(gradient_norm),
         )
 
 
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, tokens: Tokens, training: TrainingConfig, max_tokens: int, device: torch.device
-) -> float:
-    """Nats a token of any language model in evaluation mode, over windows that are spread over ``tokens``."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for input_ids, targets in _windows(tokens, training, max_tokens):
-        predicted = int((targets != IGNORE_INDEX).sum())
-        with autocast(device, training.precision):
-            loss = language_model_loss(model, moved(input_ids, device), moved(targets, device))
-        total, count = total + float(loss) * predicted, count + predicted
-    model.train(was_training)
-    return total / count
-
-
-def _windows(tokens: Tokens, training: TrainingConfig, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return evaluation_batches(
-        tokens, batch_size=training.batch_size, sequence_length=training.sequence_length, max_tokens=max_tokens
-    )
-
-
 def _evaluated(tokens: Tokens, training: TrainingConfig, max_tokens: int) -> NDArray[np.int64]:
-    """The targets of :func:`mean_loss`, so that the unigram entropy is that of the same tokens."""
-    targets = torch.cat([targets.flatten() for _, targets in _windows(tokens, training, max_tokens)])
+    """The targets of the evaluation, so that the unigram entropy is that of the same tokens."""
+    targets = torch.cat([targets.flatten() for _, targets in windows_of(tokens, training, max_tokens)])
     return np.asarray(targets[targets != IGNORE_INDEX], dtype=np.int64)
 
 
@@ -481,7 +442,3 @@ def _document_border(tokens: Tokens, end_of_text: int | None) -> int:
         return middle
     borders = np.flatnonzero(np.asarray(tokens[middle - reach : middle + reach]) == end_of_text) + middle - reach + 1
     return int(borders[np.abs(borders - middle).argmin()]) if borders.size else middle
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

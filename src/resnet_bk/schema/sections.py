@@ -197,18 +197,23 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLoss:
-    """Loss of a stretch of the test text that is read in windows of ``length`` tokens, None if it is no number."""
+    """Loss of pieces of the test text that are read in windows of ``length`` tokens, None if it is no number.
+
+    With an ``attention_window`` attention sees so many tokens alone, as rotary attention has to behind what it was
+    trained on; without, it sees as far as in training.
+    """
 
     length: Count
     loss: float | None
+    attention_window: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One training run. ``leaks`` if the model reads its own targets: its loss is then no measure of anything.
 
-    ``validation`` is what rates are chosen on, ``test_loss`` what claims are made on; ``by_window`` is of the same
-    tokens in windows of the training length, which come first, and in longer ones, where the model takes them.
+    ``validation`` is what rates are chosen on, ``test_loss`` what claims are made on; ``by_window`` is of pieces of the
+    same text in windows of the training length, which come first, and in longer ones, where the model takes them.
     ``largest_jump`` is the largest rise of the training loss over the median of the steps before.
     """
 

@@ -13,6 +13,7 @@ from resnet_bk.schema import Arm, Comparison, ConvergenceResult, CurvePoint, Rep
 BAND = 0.18
 LEGIBLE = 1e5
 T = TypeVar("T")
+Windows = tuple[int, int | None]  # their length, and how many tokens attention sees there if fewer than in training
 
 
 def build(report: Report, result: ConvergenceResult) -> Section:
@@ -129,15 +130,17 @@ def _figures(difference: Comparison) -> list[str]:
     return [signed_interval(difference), "< 0.0001" if difference.p < 1e-4 else f"{difference.p:.4f}"]
 
 
-def losses_by_window(result: ConvergenceResult, key: str) -> dict[int, list[float]]:
-    """Of each length of windows what a model's runs came to there, shortest first; nothing if one has no number."""
+def losses_by_window(result: ConvergenceResult, key: str) -> dict[Windows, list[float]]:
+    """What a model's runs came to in each kind of windows; nothing if one has no number."""
     runs = [
-        {point.length: point.loss for point in arm.by_window} for arm in result.arms if arm.key == key and not arm.leaks
+        {(point.length, point.attention_window): point.loss for point in arm.by_window}
+        for arm in result.arms
+        if arm.key == key and not arm.leaks
     ]
-    found = {length: [run.get(length) for run in runs] for run in runs for length in run}
+    found = {windows: [run.get(windows) for run in runs] for run in runs for windows in run}
     return {
-        length: numbers
-        for length, losses in found.items()
+        windows: numbers
+        for windows, losses in found.items()
         if len(numbers := [loss for loss in losses if loss is not None]) == len(losses)
     }
 
@@ -146,28 +149,37 @@ def _windows(report: Report, result: ConvergenceResult) -> list[Block]:
     """What becomes of the loss where a text is read in longer windows; nothing where no model could be."""
     labels = {arm.key: arm.label for arm in result.arms}
     found = {key: losses for key in labels if (losses := losses_by_window(result, key))}
-    lengths = sorted({length for losses in found.values() for length in losses})
-    if len(lengths) < 2:
+    # Those with all of their attention first.
+    columns = sorted(
+        {windows for losses in found.values() for windows in losses}, key=lambda one: (one[1] or 0, one[0])
+    )
+    if len(columns) < 2:
         return []
     rows = [
-        [labels[key], *(_mean(losses[length]) if length in losses else "" for length in lengths)]
+        [labels[key], *(_mean(losses[windows]) if windows in losses else "" for windows in columns)]
         for key, losses in found.items()
     ]
     error = ", mean of the seeds ± standard error" if len(result.seeds) > 1 else ""
     return [
         Table(
             caption=f"The same test tokens in longer windows: loss in nats per token{error}",
-            header=["model", *(f"{length:,} tokens" for length in lengths)],
+            header=["model", *(_named(*windows) for windows in columns)],
             rows=rows,
         ),
         Note(
-            text=f"Training's windows have {report.workload.sequence_length:,} tokens. Each column reads a stretch of "
-            "the test text once, whole windows one after another: the longer they are, the more stands before most "
-            "tokens. Where the loss goes on falling, a text of any length can be read in one pass; where it rises, "
-            "windows as long as training's have to overlap instead, which is more work. An empty place is beyond what "
-            "the model takes. Nothing is claimed from these figures."
+            text=f"Training's windows have {report.workload.sequence_length:,} tokens. Each column reads the same "
+            "pieces of the test text once, from all over it: the longer the windows are, the more stands before most "
+            "tokens. Where the loss goes on falling, a text of any length can be read in one pass, and is read the "
+            "better for it. Where it rises, attention meets distances that it was not trained on; in the last column "
+            "it never does, as it sees the last tokens alone: that is one pass too, in time that grows as O(N). An "
+            "empty place is beyond what the model takes, or it has no attention. Nothing is claimed from these figures."
         ),
     ]
+
+
+def _named(length: int, attention_window: int | None) -> str:
+    attention = "" if attention_window is None else f", attention to the last {attention_window:,}"
+    return f"{length:,} tokens{attention}"
 
 
 def _mean(losses: list[float]) -> str:
