@@ -215,8 +215,8 @@ STUDIES = {
             token_dropouts=(*LOST_TOKENS, 0.2),
             seeds=FIFTEEN_SEEDS,
         ),
-        # At what each is best at with 1,000 steps, but for the token dropout, which is what all are best at in nanoGPT's
-        # setting with 2,000.
+        # At what each is best at with 1,000 steps, but for the token dropout: what all are best at in nanoGPT's setting
+        # with 2,000.
         _large(
             name="shakespeare-30m-long",
             label="Tiny Shakespeare by characters, about 30M parameters, 2,500 steps",
