@@ -3,7 +3,7 @@
 import statistics
 
 from quality_study.editions import Edition
-from quality_study.reading import KINDS, OVERLAPPING, SLIDING
+from quality_study.reading import KINDS, OVERLAPPING, SLIDING, TIMES, WINDOWED
 from quality_study.studies import Study
 from quality_study.summary import Row, difference, rows
 from quality_study.words import markdown, signed, verdict, with_error
@@ -21,8 +21,8 @@ def by_window(edition: Edition) -> str:
     """A table for each study, and who is ahead where each reads in one pass as it does best."""
     parts = []
     for study, found in _measured(edition, "by_window"):
-        names = [name for name in found[0].cells[0]["by_window"]["test"] if name != SLIDING]
-        columns = ["contestant", "seeds", *(f"{int(name):,} tokens" for name in names)]
+        names = [name for name in _one_pass(study) if any(_losses(row, name) for row in found)]
+        columns = ["contestant", "seeds", *(_named(name, study) for name in names)]
         columns.append(f"{study.length:,} tokens, {OVERLAPPING} times over")
         lines = [
             [
@@ -33,7 +33,7 @@ def by_window(edition: Edition) -> str:
             ]
             for row in found
         ]
-        parts += [f"{study.label}:", "", *markdown(columns, lines), "", *_in_one_pass(edition, found)]
+        parts += [f"{study.label}:", "", *markdown(columns, lines), "", *_in_one_pass(edition, study, found)]
     return "\n".join(parts).strip() or MISSING
 
 
@@ -80,32 +80,48 @@ def _measured(edition: Edition, what: str) -> list[tuple[Study, list[Row]]]:
     return found
 
 
+def _one_pass(study: Study) -> list[str]:
+    """The windows in which each token is read once."""
+    return [*(str(times * study.length) for times in TIMES), WINDOWED]
+
+
+def _named(window: str, study: Study) -> str:
+    if window != WINDOWED:
+        return f"{int(window):,} tokens"
+    return f"{max(TIMES) * study.length:,} tokens, attention to the last {study.length:,}"
+
+
 def _chosen(row: Row) -> str:
-    """The window that the half which chooses prefers, of those that take one pass."""
-    names = [name for name in row.cells[0]["by_window"]["choosing"] if name != SLIDING]
-    return min(names, key=lambda name: statistics.mean(_losses(row, name, "choosing")))
+    """The window that the half which chooses prefers, of those that take one pass; by the seeds that have the most."""
+    most = max(len(cell["by_window"]["choosing"]) for cell in row.cells)
+    read = [found for cell in row.cells if len(found := cell["by_window"]["choosing"]) == most]
+    return min((name for name in read[0] if name != SLIDING), key=lambda name: statistics.mean(x[name] for x in read))
 
 
-def _losses(row: Row, window: str, part: str = "test") -> list[float]:
-    return [cell["by_window"][part][window] for cell in row.cells]
+def _losses(row: Row, window: str) -> list[float]:
+    """Of the seeds that were read so."""
+    return [losses[window] for cell in row.cells if window in (losses := cell["by_window"]["test"])]
 
 
 def _loss(row: Row, window: str) -> str:
-    return with_error(_losses(row, window))
+    losses = _losses(row, window)
+    if not losses:
+        return ""
+    return with_error(losses) + (f" ({len(losses)} seeds)" if len(losses) < len(row.cells) else "")
 
 
 def _of_kind(row: Row, kind: str) -> list[float]:
     return [cell["by_kind"][kind]["loss"] for cell in row.cells if kind in cell["by_kind"]]
 
 
-def _in_one_pass(edition: Edition, found: list[Row]) -> list[str]:
+def _in_one_pass(edition: Edition, study: Study, found: list[Row]) -> list[str]:
     mine = {row.contestant: row for row in found}
     if not {OURS, BASELINE} <= set(mine):
         return []
     windows = {name: _chosen(row) for name, row in mine.items()}
     losses = {name: _losses(row, windows[name]) for name, row in mine.items()}
     ours = losses[OURS]
-    lengths = f"ours {int(windows[OURS]):,} tokens, the Transformer {int(windows[BASELINE]):,}"
+    lengths = f"ours {_named(windows[OURS], study)}; the Transformer {_named(windows[BASELINE], study)}"
     compared = verdict(ours, losses[BASELINE])
     said = [f"In one pass, each in the windows that the choosing half prefers ({lengths}): {compared}."]
     gap = difference(ours, _losses(mine[BASELINE], SLIDING))
