@@ -54,6 +54,23 @@ def test_training_says_what_mixes_and_what_computes_it(cli, workspace, flags, sa
     assert re.search(said, outcome.err), outcome.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [
+        (["--local-attention-positions", "rotary"], True),
+        (["--local-attention-positions", "rotary", "--local-attention-window", "16"], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_training_says_which_distances_it_leaves_untrained(cli, workspace, flags, is_said):
+    outcome = cli("train", "--data", "book.txt", "--out", "new", *TRAINING, "--local-attention-every", "2", *flags)
+    said = (
+        "sees 1,024 tokens and is trained on 16: it will read longer texts badly, but for --local-attention-window 16"
+    )
+    assert (outcome.code, said in outcome.err) == (0, is_said), outcome.err
+
+
 def test_the_same_command_trains_the_same_weights(cli, workspace):
     assert cli("train", "--data", "book.txt", "--out", "new", *TRAINING).code == 0
     assert same(weights("new", 4), weights("run", 4))

@@ -441,6 +441,8 @@ def test_findings_say_what_ours_comes_to_in_other_settings_and_against_the_best_
     assert "Ours for short texts (2.510): our test loss is **below** the Transformer's by 0.500" in said
     assert "Against the best Transformer (Transformer, no convolution, 2.010) the difference is +0.500" in said
     assert "61.2 standard errors" in said
+    # The default too.
+    assert "(Transformer, no convolution, 2.010) the difference is +2.000" in said
     said = findings(_edition("shakespeare-30m", **losses, attention_plain={4e-3: worst}))
     assert "Ours for short texts (2.510)" in said and "the best Transformer" not in said
 

@@ -83,7 +83,7 @@ class ModelFlags:
     """Tokens that a token sees there."""
     local_attention_positions: Annotated[Literal["fading", "rotary"] | None, preset("fading|rotary")] = None
     """What it knows of them: logits that lose something for each token between, or keys that turn, which fails on
-    longer texts than those of training."""
+    longer texts than those of training unless the window is no longer than those."""
     conv_size: Annotated[int | None, preset("INT")] = None
     """Tokens of a short causal convolution before any mixer; 0 for none."""
     num_resolvent_heads: Annotated[int | None, preset("INT")] = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resnet_bk.cli.console import print_json, remark
 from resnet_bk.cli.flags import DataFlags, ModelFlags, TrainingFlags, given
 from resnet_bk.cli.progress import TrainingProgress
-from resnet_bk.cli.wording import local_attention_in_words
+from resnet_bk.cli.wording import local_attention_in_words, untrained_distances_in_words
 from resnet_bk.errors import UserError
 from resnet_bk.training.config import DataConfig, TrainingConfig
 
@@ -248,6 +248,8 @@ class TrainCommand:
         )
         if not model.causal:
             remark("       causal=False: tokens read the future; the loss of this model is a leak, not skill")
+        if untrained := untrained_distances_in_words(model, training.sequence_length):
+            remark(f"       {untrained}")
         record = dataset.record
         remark(
             f"data: {record['description']}; {len(dataset.train.tokens):,} tokens to train on, "

@@ -45,7 +45,8 @@ class ResNetBKConfig(PreTrainedConfig):
         local_attention_every: with the resolvent mixer, every so many-th block has local attention instead; 0 for none.
         local_attention_window: tokens that a token sees there, itself included; up to 32,768.
         local_attention_positions: ``"fading"`` (each head's logits lose something learned for each token between) or
-            ``"rotary"`` (keys and queries turn with their position, and fail at distances beyond those of training).
+            ``"rotary"`` (keys and queries turn with their position, and fail at distances beyond those of training; a
+            window as long as training's texts has none).
         conv_size: tokens that a short causal convolution sees before the mixer does, any mixer; 0 for none.
         num_resolvent_heads: heads of the resolvent mixer, each with its chain; must divide hidden_size.
         resolvent_key_size: width of its keys and queries; None for that of its values, hidden_size by heads.
