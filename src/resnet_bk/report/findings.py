@@ -183,21 +183,19 @@ def _reading(report: Report) -> Iterator[Finding]:
     longest = max(shared, default=trained)
     if longest == trained or trained not in shared:
         return
-    told = listing([f"{label} {_read_on(found, trained, longest)}" for label, found in losses.items()])
-    text = f"Losses of pieces of the test text in windows of {longest:,} tokens instead of training's {trained:,}"
+    told = "; ".join(f"{label} goes {_read_on(found, trained, longest)}" for label, found in losses.items())
+    text = f"Loss of pieces of the test text in windows of {longest:,} tokens instead of training's {trained:,}"
     yield Finding(rank=12, text=f"{text}: {told}.")
 
 
 def _read_on(found: dict[Windows, list[float]], trained: int, longest: int) -> str:
-    """Whichever is the lower in long windows: with all of its attention, or with the last tokens'."""
-    after, before = fmean(found[longest, None]), fmean(found[trained, None])
+    """From training's windows to long ones; a shorter sight is told of where it helps."""
+    after = fmean(found[longest, None])
+    said = f"from {fmean(found[trained, None]):.3f} to {after:.3f}"
     windowed = found.get((longest, trained))
     if windowed is not None and fmean(windowed) < after:
-        return (
-            f"{after:.3f}, {fmean(windowed):.3f} where its attention sees the last {trained:,} alone, instead of "
-            f"{before:.3f}"
-        )
-    return f"{after:.3f} instead of {before:.3f}"
+        said += f", or to {fmean(windowed):.3f} if its attention sees the last {trained:,} alone"
+    return said
 
 
 def _compared(figure: Comparison, ours: str, theirs: str) -> str:
