@@ -189,11 +189,27 @@ def test_the_window_is_chosen_by_the_half_that_chooses() -> None:
     said = by_window(edition)
     assert "| ResNet-BK (ours) | 2 | 5.005 ± 0.005 | **6.005 ± 0.005** | 5.005 ± 0.005 |" in said
     assert "| Transformer | 2 | **7.005 ± 0.005** | 1.000 ± 0.000 | 6.505 ± 0.005 |" in said
-    assert "(ours 512 tokens, the Transformer 128): our test loss is **below** the Transformer's by 1.000" in said
+    assert (
+        "(ours 512 tokens; the Transformer 128 tokens): our test loss is **below** the Transformer's by 1.000" in said
+    )
     assert "8 times the work: -0.500" in said and "best Transformer" not in said
     kinds = by_kind(edition)
     assert "| in neither | 75.0% | 4.020 ± 0.020 | 6.020 ± 0.020 | -2.000 (" in kinds and "| -1.5000 |" in kinds
     assert "| in both | 25.0% |" in kinds and "| -0.1250 |" in kinds and "in the window" not in kinds
+
+
+def test_a_window_of_attention_is_chosen_as_any_other_by_the_seeds_that_were_read_so() -> None:
+    """Two of three Transformers were; the third has the best of the other windows, and counts there."""
+    ours, short, long = ({"128": loss, "512": loss + 1} for loss in (3.0, 4.0, 1.0))
+    mine = [_read_in(ours, {name: loss + tip for name, loss in ours.items()}, 1.0 + tip) for tip in (0, 0.02)]
+    seen = [{**short, "windowed": 3.5 + tip, "sliding": 3.4 + tip} for tip in (0, 0.02)]
+    theirs = [_read_in(one, one, 1.5) for one in (*seen, {**long, "sliding": 3.41})]
+    said = by_window(_edition(ours=mine, attention=theirs))
+    assert "| 128 tokens | 512 tokens | 2,048 tokens, attention to the last 128 | 128 tokens, 8 times over |" in said
+    assert "| ResNet-BK (ours) | 2 | **3.010 ± 0.010** | 4.010 ± 0.010 |  |  |" in said
+    assert "| Transformer | 3 | 3.000 ± 1.000 | 4.000 ± 1.000 | **3.510 ± 0.010 (2 seeds)** | 3.410 ± 0.006 |" in said
+    assert "(ours 128 tokens; the Transformer 2,048 tokens, attention to the last 128): our test loss is" in said
+    assert "**below** the Transformer's by 0.500" in said
 
 
 def test_ours_meets_the_best_transformer_too() -> None:
