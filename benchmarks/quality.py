@@ -78,6 +78,7 @@ def main() -> None:
     for cell in arguments.cells or []:
         if cell.study not in arguments.studies:
             parser.error(f"--cells {cell.name} is not of these studies: give --studies {cell.study}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     Runner(studies, arguments).run()
 
 

@@ -103,11 +103,13 @@ class Difference:
 
 
 def difference(ours: list[float], theirs: list[float]) -> Difference | None:
-    """Ours minus theirs by Welch's test; None where one has a single seed."""
+    """Ours minus theirs by Welch's test; None where one has a single seed, or nothing differs between those of both."""
     if min(len(ours), len(theirs)) < 2:
         return None
     squares = standard_error(ours) ** 2, standard_error(theirs) ** 2
     error = math.sqrt(sum(squares))
+    if not error:
+        return None
     parts = [square**2 / (len(side) - 1) for square, side in zip(squares, (ours, theirs), strict=True)]
     degrees = max(1, math.floor(sum(squares) ** 2 / sum(parts)))
     value = statistics.mean(ours) - statistics.mean(theirs)
