@@ -23,6 +23,8 @@ TIMES = (1, 4, 16)  # the training length
 OVERLAPPING = 8  # windows that each token is in, where they overlap
 SLIDING = "sliding"
 WINDOWED = "windowed"
+# Mixers that see all tokens, until they get a window.
+SEE_ALL = (CausalAttention, PositionedAttention)
 TOKENS_AT_ONCE = 16_384
 # By whether the phrase that a token ends is in the training text, and whether it was read before in the window.
 KINDS = ("in both", "in the training text", "in the window", "in neither")
@@ -50,7 +52,7 @@ def losses_by_window(model: ResNetBKForCausalLM, tokens: Tokens, length: int, pr
     found[SLIDING] = loss_in_windows(model, tokens, length, max(1, length // OVERLAPPING), precision)
     if _can_be_windowed(model):
         longest = max(TIMES) * length
-        with windowed(model, length, (CausalAttention, PositionedAttention)):
+        with windowed(model, length, SEE_ALL):
             found[WINDOWED] = loss_in_windows(model, tokens, longest, longest, precision)
     return found
 

@@ -21,11 +21,9 @@ from quality_study.cells import Cell, keep, nothing  # noqa: E402
 from quality_study.contestants import CONTESTANTS, build  # noqa: E402
 from quality_study.document_reading import by_kind, by_window  # noqa: E402
 from quality_study.editions import Edition, of_files  # noqa: E402
-from quality_study.mixers import PositionedAttention  # noqa: E402
-from quality_study.reading import KINDS, kinds_of, loss_by_kind, loss_in_windows, losses_by_window  # noqa: E402
+from quality_study.reading import KINDS, SEE_ALL, kinds_of, loss_by_kind, loss_in_windows, losses_by_window  # noqa: E402
 from quality_study.tasks import Text  # noqa: E402
 from resnet_bk.bench.windowed_attention import windowed  # noqa: E402
-from resnet_bk.layers.attention import CausalAttention  # noqa: E402
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM  # noqa: E402
 from resnet_bk.ops.loss import IGNORE_INDEX  # noqa: E402
 from resnet_bk.training.evaluate import evaluate  # noqa: E402
@@ -82,7 +80,7 @@ def test_a_window_of_attention_hides_what_is_before_it(name: str) -> None:
     mine = build(contestant, shape, 0).eval()
     ids = torch.from_numpy(_tokens(24))[None]
     before = mine(ids, use_cache=False).logits
-    with windowed(mine, window, (CausalAttention, PositionedAttention)):
+    with windowed(mine, window, SEE_ALL):
         found = mine(ids, use_cache=False).logits
         for place in range(24):
             alone = mine(ids[:, max(0, place - window + 1) : place + 1], use_cache=False).logits[:, -1]
@@ -97,7 +95,7 @@ def test_a_convolution_stays_where_attention_gets_a_window() -> None:
     for name in ("attention", "ours", "attention-conv-less-lost-reads"):
         mine = build(CONTESTANTS[name], shape, 0).eval()
         ids = torch.from_numpy(_tokens(24))[None]
-        with torch.no_grad(), windowed(mine, 24, (CausalAttention, PositionedAttention)):
+        with torch.no_grad(), windowed(mine, 24, SEE_ALL):
             found = mine(ids, use_cache=False).logits
         torch.testing.assert_close(found, mine(ids, use_cache=False).logits)
 

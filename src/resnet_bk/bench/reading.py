@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from resnet_bk.bench.subject import language_model_loss, position_limit
 from resnet_bk.bench.windowed_attention import has_attention, windowed
-from resnet_bk.models import ResNetBKForCausalLM
 from resnet_bk.ops.loss import IGNORE_INDEX
 from resnet_bk.schema import WindowLoss
 from resnet_bk.training.config import TrainingConfig
@@ -67,7 +66,6 @@ def losses_by_window(
     ]
     longest = found[-1].length
     if longest > trained and has_attention(model):
-        assert isinstance(model, ResNetBKForCausalLM)
         with windowed(model, trained):
             loss = mean_loss(model, _cut(pieces, longest, training), training, device)
         found.append(WindowLoss(length=longest, attention_window=trained, loss=finite(loss)))

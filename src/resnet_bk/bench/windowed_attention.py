@@ -7,7 +7,7 @@ Rotary attention fails at distances that it was not trained on; that is no reaso
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class WindowedAttention(nn.Module):
         return found
 
 
-def has_attention(model: nn.Module) -> bool:
+def has_attention(model: nn.Module) -> TypeGuard[ResNetBKForCausalLM]:
     """Whether it is a model of ours with attention in a block."""
     return isinstance(model, ResNetBKForCausalLM) and any(
         isinstance(block.mixer, CausalAttention | LocalAttention) for block in model.model.layers
