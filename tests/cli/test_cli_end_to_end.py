@@ -69,6 +69,7 @@ def test_training_says_which_distances_it_leaves_untrained(cli, workspace, flags
         "sees 1,024 tokens and is trained on 16: it will read longer texts badly, but for --local-attention-window 16"
     )
     assert (outcome.code, said in outcome.err) == (0, is_said), outcome.err
+    assert ("longer texts" in outcome.err) == is_said
 
 
 def test_the_same_command_trains_the_same_weights(cli, workspace):
