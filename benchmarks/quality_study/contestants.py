@@ -144,6 +144,15 @@ CONTESTANTS = {
             fields=SHORT_TEXT,
             change=Change(**LOST),
         ),
+        _ours("ours-quiet", "ours, weak reads stay weak", **DROPS_READS, quiet=True),
+        Contestant(
+            name="ours-short-text-quiet",
+            label="ours for short texts, weak reads stay weak",
+            fields=SHORT_TEXT,
+            change=Change(**DROPS_READS, quiet=True),
+        ),
+        _ours("ours-lost-heads", "ours, drops heads", **DROPS_READS, lost_heads=0.2),
+        _ours("ours-lost-taps", "ours, drops taps", **DROPS_READS, lost_taps=0.2),
         _of("ours-half-rotary", "ours, rotary attention in every second block", **{**SHORT_TEXT, "conv_size": 4}),
         # Attention that turns with the position and fades with the distance.
         Contestant(name="ours-both", label="ours, rotary attention that fades", fields=HYBRID, positions=BOTH),

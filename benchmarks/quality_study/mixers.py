@@ -62,6 +62,9 @@ class Change:
     lost_reads: float | None = 0.0
     of_whole_rows: bool = False
     lost_memories: float = 0.0
+    lost_heads: float = 0.0
+    lost_taps: float = 0.0
+    quiet: bool = False
     diagonal: bool = False
     shortest_memory: float = SHORTEST_MEMORY
 
@@ -87,6 +90,8 @@ class ChangedResolvent(nn.Module):
         if change.gate != "none":
             self.gate = nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden // heads, eps=config.layer_norm_eps)
+        if change.quiet:
+            self.log_floor = nn.Parameter(torch.empty(heads))
         self.output = nn.Linear(hidden, hidden, bias=False)
         if change.features == "taylor":
             self.log_temperature = nn.Parameter(torch.empty(heads))
@@ -111,6 +116,8 @@ class ChangedResolvent(nn.Module):
         is_of_zero = self.change.constant_gap or self.change.decay in ("gap", "gated")
         self.log_rate.copy_(torch.log(wanted / (math.log(2) if is_of_zero else TYPICAL_SOFTPLUS)))
         self.output.weight.normal_(std=self.output.in_features**-0.5 * self.residual)
+        if self.change.quiet:
+            self.log_floor.fill_(math.log(self.key_size))
         if self.change.features == "taylor":
             self.log_temperature.fill_(math.log(TEMPERATURE))
         if self.change.rotation == "constant":
@@ -136,8 +143,13 @@ class ChangedResolvent(nn.Module):
 
     def _normed(self, o_BNHV: Tensor, x_BND: Tensor) -> Tensor:
         assert self.norm.eps is not None
+        if self.training and self.change.lost_heads:
+            o_BNHV = o_BNHV * F.dropout(torch.ones_like(o_BNHV[..., :1]), self.change.lost_heads)
         if self.change.gate == "silu":
-            return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
+            eps = self.norm.eps
+            if self.change.quiet:
+                o_BNHV, eps = (o_BNHV * torch.exp(-self.log_floor)[:, None]).to(o_BNHV.dtype), 1.0
+            return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), eps)
         single_BNHV = o_BNHV.to(torch.promote_types(o_BNHV.dtype, torch.float32))
         read_BND = self.norm(single_BNHV).flatten(2)
         if self.change.gate == "sigmoid":
@@ -147,6 +159,10 @@ class ChangedResolvent(nn.Module):
     def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         rotary = context.rotary if self.change.rotation == "positions" else None
         weight = None if self.convolution is None else self.convolution.weight
+        if self.training and self.change.lost_taps and weight is not None:
+            mask = F.dropout(torch.ones_like(weight), self.change.lost_taps)
+            mask[0] = 1.0
+            weight = weight * mask
         if self.change.features == "silu":
             return queries_keys_values(qkv_BNC, self.num_heads, self.key_size, weight=weight, rotary=rotary)
         if self.convolution is not None:

@@ -63,6 +63,8 @@ LARGE_RIVALS = (
     *("hybrid-input-gate", *POSITIONS),
 )
 TURNS = ("ours-half-rotary", "ours-both", "ours-half-both")
+# What might be less sure of what was learned by heart.
+UNSURE = ("ours-quiet", "ours-short-text-quiet", "ours-lost-heads", "ours-lost-taps")
 # What might learn less by heart.
 LESS_BY_HEART = (
     *("ours-no-convolution", "ours-half-keeps-reads", "ours-memory-64"),
@@ -78,11 +80,13 @@ LESS_BY_HEART = (
     *("ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("attention-conv-less-lost-reads", "plain-lost-memories", "plain-lost-coordinates"),
     *("ours-short-text-fading", "ours-short-text-fading-mamba2", *TURNS),
+    *UNSURE,
 )
 LOST_READS = (
     *("ours-lost-reads", "ours-half-lost-reads", "ours-half-rotary-lost-reads", "ours-short-text-lost-reads"),
     *("ours-short-text", "ours-mamba2-lost-reads", "hybrid-mamba2-lost-reads", "attention-conv-less-lost-reads"),
     *TURNS,
+    *UNSURE,
 )
 SIX_SEEDS = (0, 1, 2, 3, 4, 5)
 NINE_SEEDS = (*SIX_SEEDS, 6, 7, 8)
