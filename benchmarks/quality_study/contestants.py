@@ -151,8 +151,8 @@ CONTESTANTS = {
             fields=SHORT_TEXT,
             change=Change(**DROPS_READS, quiet=True),
         ),
-        _ours("ours-lost-heads", "ours, drops heads", **DROPS_READS, lost_heads=0.2),
-        _ours("ours-lost-taps", "ours, drops taps", **DROPS_READS, lost_taps=0.2),
+        _ours("ours-lost-heads", "ours, drops whole heads' reads", **DROPS_READS, lost_heads=0.2),
+        _ours("ours-lost-taps", "ours, drops taps of its convolution", **DROPS_READS, lost_taps=0.2),
         _of("ours-half-rotary", "ours, rotary attention in every second block", **{**SHORT_TEXT, "conv_size": 4}),
         # Attention that turns with the position and fades with the distance.
         Contestant(name="ours-both", label="ours, rotary attention that fades", fields=HYBRID, positions=BOTH),

@@ -6,33 +6,23 @@ from pathlib import Path
 
 from markers import between_markers
 from quality_study.cells import Cell, Results
-from quality_study.document_reading import BASELINE, OURS, TRANSFORMERS, by_kind, by_window
+from quality_study.document_reading import by_kind, by_window
 from quality_study.editions import Edition, current, first
+from quality_study.findings import findings, shares_of
 from quality_study.studies import Study
 from quality_study.summary import Row, difference, rows
-from quality_study.words import markdown, signed, verdict, with_error, without_claim
+from quality_study.words import markdown, signed, with_error
 from resnet_bk.environment import summary_line
 from resnet_bk.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, IMAGES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
-OURS_OF_TWO_BLOCKS = "ours-half"
-RECALL, NEAR, FAR = "recall", "1x the length", "4x the length"
 NOTEWORTHY = 0.05  # of right answers
 CALLED = {
     "attention": "the Transformer",
     "hybrid": "the hybrid without positions",
     "resolvent": "the resolvent as it is",
 }
-FAMILIES = {
-    "the best of the Mamba family": ("gated", "mamba2", "mamba2-drops-reads", "gated-delta", "deltanet"),
-    "the best of it in a hybrid": (
-        *("ours-gated", "ours-mamba2", "ours-mamba2-drops-reads", "ours-mamba2-lost-reads"),
-        *("hybrid-gated", "hybrid-mamba2", "hybrid-mamba2-drops-reads", "hybrid-mamba2-lost-reads"),
-    ),
-}
-# Ours as the library can be set.
-SETTINGS = ("ours-short-text", "ours-short-text-fading")
 BY_POSITION = "quality-by-position.svg"
 SHOWN = ("ours", "attention", "resolvent")
 FIRST_SHOWN = ("resolvent", "attention", "gated", "hybrid")
@@ -73,106 +63,19 @@ def tables(edition: Edition) -> dict[str, str]:
 
 
 def sources(edition: Edition) -> str:
-    """The machines, versions and commits that cells were measured with."""
-    lines = [
-        f"- [{name}](../{name}): {summary_line(environment)}, commit {environment['commit']}"
-        for name, results in edition.files.items()
-        for environment in results.get("environments", [])
-    ]
-    return "\n".join(dict.fromkeys(lines)) or "Nothing is measured yet."
-
-
-def findings(edition: Edition) -> str:
-    """A sentence or more for each study of text: who is ahead, by how much, with the interval."""
-    sentences = []
-    for study in edition.studies.values():
-        found = {(row.contestant, row.share != 1): row for row in rows(edition.results, study)}
-        # Ablations are of a study that is here already.
-        if study.corpus is not None and study.base == BASELINE and (OURS, False) in found:
-            said = [*_against_baseline(edition, found), *_against_families(edition, found)]
-            said += _in_other_settings(edition, found)
-            sentences += [f"- {study.label}: {' '.join(said)}"] if said else []
-        if study.name == RECALL and {(OURS_OF_TWO_BLOCKS, False), (BASELINE, False)} <= set(found):
-            recalled = _recalled(found[OURS_OF_TWO_BLOCKS, False], found[BASELINE, False])
-            sentences.append(f"- {study.label}: {recalled}")
-    return "\n".join(sentences) or "Nothing is measured yet."
-
-
-def _against_baseline(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
-    """At equal steps, and at equal time where the quicker one was trained for longer; and against the best of its
-    kind."""
-    if (BASELINE, False) not in found:
-        return []
-    ours, theirs = found[OURS, False], found[BASELINE, False]
-    said = [f"{verdict(ours.losses, theirs.losses)}.", *_against_best(edition, ours, found)]
-    longer = [row for (name, is_longer), row in found.items() if is_longer and name in (OURS, BASELINE)]
-    for row in longer:
-        who, pair = ("ours", (row, theirs)) if row.contestant == OURS else ("the Transformer", (ours, row))
-        compared = verdict(*(one.losses for one in pair))
-        said.append(f"At equal time, which is {row.share:.2f} times the steps for {who}: {compared}.")
-    return said
-
-
-def _recalled(ours: Row, theirs: Row) -> str:
-    """Ours at four times the training length, the Transformer at it."""
-    far, near = (statistics.mean(_shares(row, test)) for row, test in ((ours, FAR), (theirs, NEAR)))
-    verdict = "no worse" if far >= near else "**worse**"
-    each = ", ".join(f"{100 * share:.1f}%" for share in _shares(ours, FAR))
-    there = statistics.mean(_shares(theirs, FAR))
+    """The machines and versions that cells were measured with, each with its commits."""
+    commits: dict[str, list[str]] = {}
+    for name, results in edition.files.items():
+        for environment in results.get("environments", []):
+            measured = commits.setdefault(f"[{name}](../{name}): {summary_line(environment)}", [])
+            measured += [environment["commit"]] if environment["commit"] not in measured else []
     return (
-        f"at {FAR}, ours says {far:.1%} of the values rightly (seeds: {each}), which is {verdict} than the Transformer "
-        f"at {NEAR}, {near:.1%}; at {FAR} the Transformer says {there:.1%}."
+        "\n".join(
+            f"- {machine}, commit{'s' if len(of_it) > 1 else ''} {', '.join(of_it)}"
+            for machine, of_it in commits.items()
+        )
+        or "Nothing is measured yet."
     )
-
-
-def _shares(row: Row, test: str) -> list[float]:
-    """Of right answers, by seed."""
-    return [cell["answers"][test] for cell in row.cells]
-
-
-def _against_families(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
-    """The best rival is the one of the lowest test loss: what this choice flatters is the rival."""
-    said = []
-    for family, names in FAMILIES.items():
-        rivals = [found[name, False] for name in names if (name, False) in found]
-        if not rivals:
-            continue
-        ours, best = found[OURS, False], min(rivals, key=_mean)
-        gap = difference(ours.losses, best.losses)
-        if gap is None:
-            compared = f"ours is at {_mean(ours):.3f}, {without_claim(ours.losses, best.losses)}"
-        elif gap.errors <= 1:
-            compared = f"ours is not above it by more than one standard error; the difference is {signed(gap)}"
-        else:
-            compared = f"ours is **above** it by {gap.errors:.1f} standard errors; the difference is {signed(gap)}"
-        said.append(f"Against {family} ({edition.labels[best.contestant]}, {_mean(best):.3f}): {compared}.")
-    return said
-
-
-def _in_other_settings(edition: Edition, found: dict[tuple[str, bool], Row]) -> list[str]:
-    """What else ours can be set to, against the Transformer and the best of its kind."""
-    said = []
-    for ours in [found[name, False] for name in SETTINGS if (name, False) in found]:
-        compared = verdict(ours.losses, found[BASELINE, False].losses)
-        said.append(f"{edition.labels[ours.contestant].capitalize()} ({_mean(ours):.3f}): {compared}.")
-        said += _against_best(edition, ours, found)
-    return said
-
-
-def _against_best(edition: Edition, ours: Row, found: dict[tuple[str, bool], Row]) -> list[str]:
-    """Against the Transformer with the lowest test loss, if that is not the first: the choice flatters it."""
-    best = min((found[name, False] for name in TRANSFORMERS if (name, False) in found), key=_mean)
-    gap = difference(ours.losses, best.losses)
-    if best.contestant == BASELINE or gap is None:
-        return []
-    name = f"{edition.labels[best.contestant]}, {_mean(best):.3f}"
-    return [
-        f"Against the best Transformer ({name}) the difference is {signed(gap)}, {abs(gap.errors):.1f} standard errors."
-    ]
-
-
-def _mean(row: Row) -> float:
-    return statistics.mean(row.losses)
 
 
 def table(edition: Edition, study: Study) -> str:
@@ -257,7 +160,7 @@ def _answers(edition: Edition, study: Study, found: list[Row]) -> list[str]:
                 edition.labels[row.contestant],
                 f"{row.best.rate:g}",
                 str(len(row.cells)),
-                *(_mean_share(_shares(row, test)) for test in study.tests),
+                *(_mean_share(shares_of(row, test)) for test in study.tests),
             ]
             for row in found
         ],

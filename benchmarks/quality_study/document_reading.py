@@ -2,18 +2,13 @@
 
 import statistics
 
+from quality_study.comparison import BASELINE, COLUMNS, OURS, Comparison, best_transformer
 from quality_study.editions import Edition
 from quality_study.reading import KINDS, OVERLAPPING, SLIDING, TIMES, WINDOWED
 from quality_study.studies import Study
 from quality_study.summary import Row, difference, rows
-from quality_study.words import markdown, signed, verdict, with_error
+from quality_study.words import markdown, signed, with_error
 
-OURS, BASELINE = "ours", "attention"
-# Those that had the same tried as ours.
-TRANSFORMERS = (
-    *(BASELINE, "attention-plain", "attention-lost-reads", "attention-less-lost-reads"),
-    "attention-conv-less-lost-reads",
-)
 MISSING = "Not measured yet."
 
 
@@ -33,7 +28,7 @@ def by_window(edition: Edition) -> str:
             ]
             for row in found
         ]
-        parts += [f"{study.label}:", "", *markdown(columns, lines), "", *_in_one_pass(edition, study, found)]
+        parts += [f"{study.label}:", "", *markdown(columns, lines), "", *_in_one_pass(edition, found)]
     return "\n".join(parts).strip() or MISSING
 
 
@@ -114,21 +109,17 @@ def _of_kind(row: Row, kind: str) -> list[float]:
     return [cell["by_kind"][kind]["loss"] for cell in row.cells if kind in cell["by_kind"]]
 
 
-def _in_one_pass(edition: Edition, study: Study, found: list[Row]) -> list[str]:
+def _in_one_pass(edition: Edition, found: list[Row]) -> list[str]:
+    """Who is ahead where each is read once, in the windows that the choosing half prefers."""
     mine = {row.contestant: row for row in found}
     if not {OURS, BASELINE} <= set(mine):
         return []
-    windows = {name: _chosen(row) for name, row in mine.items()}
-    losses = {name: _losses(row, windows[name]) for name, row in mine.items()}
-    ours = losses[OURS]
-    lengths = f"ours {_named(windows[OURS], study)}; the Transformer {_named(windows[BASELINE], study)}"
-    compared = verdict(ours, losses[BASELINE])
-    said = [f"In one pass, each in the windows that the choosing half prefers ({lengths}): {compared}."]
-    gap = difference(ours, _losses(mine[BASELINE], SLIDING))
-    if gap is not None:
-        said.append(f"Ours in one pass minus the Transformer with {OVERLAPPING} times the work: {signed(gap)}.")
-    best = min((name for name in TRANSFORMERS if name in mine), key=lambda name: statistics.mean(losses[name]))
-    gap = difference(ours, losses[best])
-    if best != BASELINE and gap is not None:
-        said.append(f"Minus the best Transformer ({edition.labels[best]}) in one pass: {signed(gap)}.")
-    return [" ".join(said), ""]
+    losses = {name: _losses(row, _chosen(row)) for name, row in mine.items()}
+    best = best_transformer(losses)
+    rivals = {"the Transformer": losses[BASELINE]}
+    if overlapping := _losses(mine[BASELINE], SLIDING):
+        rivals[f"the Transformer with {OVERLAPPING} times the work"] = overlapping
+    if best != BASELINE:
+        rivals[f"the best Transformer: {edition.labels[best]}"] = losses[best]
+    lines = [Comparison(ours=losses[OURS], rival=rival, theirs=theirs).line() for rival, theirs in rivals.items()]
+    return [*markdown(COLUMNS, lines), ""]

@@ -46,8 +46,11 @@ class Change:
     of the queries' coordinates ``lost_queries``, and of what the gate lets through ``lost_reads``: None is the dropout
     of all else, and each is 0 where that is. Queries' coordinates are dropped token by token, or the same ones in all
     of a row where it is ``of_whole_rows``. A share ``lost_memories`` of the tokens lets a head forget all that was
-    before. ``diagonal``: the seed's features, Re G and Im G, are added
-    to the output. ``shortest_memory``: of the first head, at the start, from which on others spread.
+    before, a share ``lost_heads`` of a token's heads reads nothing, and for a share ``lost_taps`` of its channels a
+    step's convolution has no such earlier token. ``quiet``: what a head reads is divided by the root of its mean square
+    and a learned one's, so that what is weak beside that stays weak; without, all reads come to the same length.
+    ``diagonal``: the seed's features, Re G and Im G, are added to the output. ``shortest_memory``: of the first head,
+    at the start, from which on others spread.
     """
 
     decay: Decay = "chain"
@@ -77,9 +80,10 @@ class ChangedResolvent(nn.Module):
         hidden, heads = config.hidden_size, config.num_resolvent_heads
         self.change, self.num_heads, self.key_size = change, heads, config.key_size
         self.longest_memory, self.residual = config.resolvent_longest_memory, 1 / math.sqrt(2 * config.num_layers)
-        self.lost_writes, self.lost_queries, self.lost_reads, self.lost_memories = (
+        lost = (change.lost_writes, change.lost_queries, change.lost_reads, change.lost_memories)
+        self.lost_writes, self.lost_queries, self.lost_reads, self.lost_memories, self.lost_heads, self.lost_taps = (
             (config.dropout if share is None else share) if config.dropout else 0.0
-            for share in (change.lost_writes, change.lost_queries, change.lost_reads, change.lost_memories)
+            for share in (*lost, change.lost_heads, change.lost_taps)
         )
         channels = heads * (2 * self.key_size + hidden // heads)
         self.qkv = nn.Linear(hidden, channels, bias=False)
@@ -143,13 +147,12 @@ class ChangedResolvent(nn.Module):
 
     def _normed(self, o_BNHV: Tensor, x_BND: Tensor) -> Tensor:
         assert self.norm.eps is not None
-        if self.training and self.change.lost_heads:
-            o_BNHV = o_BNHV * F.dropout(torch.ones_like(o_BNHV[..., :1]), self.change.lost_heads)
+        o_BNHV = o_BNHV * F.dropout(torch.ones_like(o_BNHV[..., :1]), self.lost_heads, self.training)
+        if self.change.quiet:
+            quiet_BNHV = (o_BNHV * torch.exp(-self.log_floor)[:, None]).to(o_BNHV.dtype)
+            return gated_norm(quiet_BNHV, self.norm.weight, self.gate(x_BND), 1.0)
         if self.change.gate == "silu":
-            eps = self.norm.eps
-            if self.change.quiet:
-                o_BNHV, eps = (o_BNHV * torch.exp(-self.log_floor)[:, None]).to(o_BNHV.dtype), 1.0
-            return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), eps)
+            return gated_norm(o_BNHV, self.norm.weight, self.gate(x_BND), self.norm.eps)
         single_BNHV = o_BNHV.to(torch.promote_types(o_BNHV.dtype, torch.float32))
         read_BND = self.norm(single_BNHV).flatten(2)
         if self.change.gate == "sigmoid":
@@ -158,11 +161,7 @@ class ChangedResolvent(nn.Module):
 
     def _queries_keys_values(self, qkv_BNC: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         rotary = context.rotary if self.change.rotation == "positions" else None
-        weight = None if self.convolution is None else self.convolution.weight
-        if self.training and self.change.lost_taps and weight is not None:
-            mask = F.dropout(torch.ones_like(weight), self.change.lost_taps)
-            mask[0] = 1.0
-            weight = weight * mask
+        weight = None if self.convolution is None else self._kept_taps(self.convolution.weight)
         if self.change.features == "silu":
             return queries_keys_values(qkv_BNC, self.num_heads, self.key_size, weight=weight, rotary=rotary)
         if self.convolution is not None:
@@ -178,6 +177,10 @@ class ChangedResolvent(nn.Module):
         if self.change.features == "taylor":
             q, k = (self._taylor(part * size**-0.5) for part in (q, k))
         return q.to(v.dtype), k.to(v.dtype), F.silu(v)
+
+    def _kept_taps(self, weight_SC: Tensor) -> Tensor:
+        earlier_SC = F.dropout(torch.ones_like(weight_SC[1:]), self.lost_taps, self.training)
+        return weight_SC * torch.cat([torch.ones_like(weight_SC[:1]), earlier_SC])
 
     def _taylor(self, unit: Tensor) -> Tensor:
         root = self.log_temperature.exp().sqrt()[:, None]

@@ -220,7 +220,7 @@ STUDIES = {
             seeds=FIFTEEN_SEEDS,
         ),
         # At what each is best at with 1,000 steps, but for the token dropout: what all are best at in nanoGPT's setting
-        # with 2,000. Then with more dropout and with more token dropout: all of them learn the text by heart by the end.
+        # with 2,000. Then with more dropout, and with more token dropout: by the end all know the text by heart.
         _large(
             name="shakespeare-30m-long",
             label="Tiny Shakespeare by characters, about 30M parameters, 2,500 steps",

@@ -22,8 +22,9 @@ from quality_study import training  # noqa: E402
 from quality_study.cells import Cell, Results, keep, merge, nothing  # noqa: E402
 from quality_study.contestants import CONTESTANTS, Contestant, build, config_of  # noqa: E402
 from quality_study.delta import delta_chunked, delta_recurrent  # noqa: E402
-from quality_study.document import contents, findings, table, write  # noqa: E402
+from quality_study.document import contents, sources, table, write  # noqa: E402
 from quality_study.editions import Edition, of_files  # noqa: E402
+from quality_study.findings import findings  # noqa: E402
 from quality_study.mixers import Change, ChangedResolvent, Decay, PositionedAttention  # noqa: E402
 from quality_study.studies import STUDIES  # noqa: E402
 from quality_study.summary import Row, rows  # noqa: E402
@@ -193,6 +194,36 @@ def test_memories_are_lost_in_training_alone() -> None:
     assert torch.equal(mixer.eval()._lost(log_l), log_l)
     without = build(CONTESTANTS["plain-lost-memories"], SHAPE, seed=0).train().model.layers[0].mixer
     assert torch.equal(without._lost(log_l), log_l)
+
+
+def test_heads_read_nothing_and_channels_see_no_earlier_tokens_in_training_alone() -> None:
+    shape = {**SHAPE, "num_layers": 3, "dropout": 0.3}
+    heads = build(CONTESTANTS["ours-lost-heads"], shape, seed=0).train().model.layers[0].mixer
+    o, x = torch.randn(4, 64, 2, 32), torch.randn(4, 64, 64)
+    is_lost = (heads._normed(o, x) == 0).unflatten(-1, (2, 32))
+    assert torch.equal(is_lost, is_lost[..., :1].expand_as(is_lost))
+    assert is_lost.double().mean().item() == pytest.approx(0.2, abs=0.06)
+    assert (heads.eval()._normed(o, x) != 0).all()
+    taps = build(CONTESTANTS["ours-lost-taps"], shape, seed=0).train().model.layers[0].mixer
+    weight = torch.randn(4, 5000)
+    kept = taps._kept_taps(weight)
+    assert torch.equal(kept[0], weight[0])
+    assert (kept[1:] == 0).double().mean().item() == pytest.approx(0.2, abs=0.02)
+    torch.testing.assert_close(kept[1:], torch.where(kept[1:] == 0, 0, weight[1:] / 0.8))
+    assert torch.equal(taps.eval()._kept_taps(weight), weight)
+    for name in ("ours-lost-heads", "ours-lost-taps"):
+        mixer = build(CONTESTANTS[name], {**shape, "dropout": 0.0}, seed=0).model.layers[0].mixer
+        assert mixer.lost_heads == mixer.lost_taps == 0
+
+
+def test_a_weak_read_stays_weak_where_that_is_asked_for() -> None:
+    mixer = build(CONTESTANTS["ours-quiet"], {**SHAPE, "num_layers": 3}, seed=0).eval().model.layers[0].mixer
+    assert isinstance(mixer, ChangedResolvent)
+    o, x = torch.randn(2, 16, 2, 32), torch.randn(2, 16, 64)
+    floor = mixer.log_floor.exp()[:, None]
+    torch.testing.assert_close(floor, torch.full_like(floor, float(mixer.key_size)))
+    expected = o / (o.square().mean(-1, keepdim=True) + floor**2).sqrt() * mixer.norm.weight
+    torch.testing.assert_close(mixer._normed(o, x), expected.flatten(2) * torch.nn.functional.silu(mixer.gate(x)))
 
 
 def test_a_transformer_can_lose_queries_and_reads_too() -> None:
@@ -424,29 +455,78 @@ def test_with_nothing_measured_the_document_says_so() -> None:
         assert content.startswith(("Not measured yet", "Nothing is measured yet")), name
 
 
+def _compared(study: str = "embedded-1m", **tests: dict[float, list[float]]) -> list[str]:
+    """The lines of findings' table."""
+    return findings(_edition(study, **tests)).splitlines()[2:]
+
+
 def test_findings_are_those_of_the_losses() -> None:
     good, bad = [2.0, 2.01, 2.02], [3.0, 3.01, 3.02]
-    said = findings(_edition(ours={8e-3: good}, attention={8e-3: bad}, gated={8e-3: bad}, ours_gated={8e-3: good}))
-    assert "**below** the Transformer's by 1.000" in said and "ours **wins**" in said
-    assert said.count("ours is not above it by more than one standard error") == 2
-    said = findings(_edition(ours={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good}))
-    assert "ours **loses**" in said and "ours is **above** it by" in said
-    assert "carries no claim" in findings(_edition(ours={8e-3: good[:1]}, attention={8e-3: bad}))
-    # Nor do seeds that all come to the same.
-    assert "carries no claim" in findings(_edition(ours={8e-3: [2.0, 2.0]}, attention={8e-3: [3.0, 3.0]}))
+    size, ours = "Python's source, about 1.1M parameters", "2.010 ± 0.006, 3 seeds"
+    against = "{} | {} ± 0.006, 3 seeds | {} (".format
+    said = _compared(ours={8e-3: good}, attention={8e-3: bad}, gated={8e-3: bad}, ours_gated={8e-3: good})
+    won, family, hybrid = said
+    assert won.startswith(f"| {size} | {ours} | {against('the Transformer', '3.010', '-1.000')}-1.0")
+    assert won.endswith(" | -122.5 | **wins** |")
+    # What is the line above's stands there alone.
+    mamba = CONTESTANTS["gated"].label
+    assert family.startswith(f"|  |  | {against(f'the best of Mamba{chr(39)}s family: {mamba}', '3.010', '-1.000')}")
+    assert f"the best of it in a hybrid: {CONTESTANTS['ours-gated'].label}" in hybrid
+    assert hybrid.endswith("| +0.0 | no difference is shown |")
+    lost, family = _compared(ours={8e-3: bad}, attention={8e-3: good}, gated={8e-3: good})
+    assert lost.endswith("| +122.5 | **loses** |") and family.endswith("| **loses** |")
+    (one,) = _compared(ours={8e-3: good[:1]}, attention={8e-3: bad})
+    assert one.endswith("| 2.000, 1 seed | the Transformer | 3.010 ± 0.006, 3 seeds | -1.010 |  | too few seeds |")
+    # As are seeds that all come to the same.
+    (same,) = _compared(ours={8e-3: [2.0, 2.0]}, attention={8e-3: [3.0, 3.0]})
+    assert same.endswith("| -1.000 |  | too few seeds |")
+
+
+def test_at_equal_time_the_quicker_one_has_more_steps() -> None:
+    """Whichever it is."""
+
+    def longer(name: str) -> list[str]:
+        edition = _edition(ours={8e-3: [2.0, 2.1]}, attention={8e-3: [3.0, 3.1]})
+        for seed in (0, 1):
+            cell = Cell(study="embedded-1m", contestant=name, rate=8e-3, seed=seed, share=1.25)
+            found = {"choosing": 1.0, "test": 1.0 + 0.1 * seed, "parameters": 1000, "by_position": [1.0] * 16}
+            keep(edition.results, "cells", cell.name, found, {"machine": "a"})
+        return findings(edition).splitlines()[2:]
+
+    with_equal_steps, theirs = longer("attention")
+    assert "| the Transformer | 3.050" in with_equal_steps
+    assert theirs.startswith(
+        "|  |  | the Transformer at equal time, 1.25 times the steps | 1.050 ± 0.050, 2 seeds | +1."
+    )
+    _, ours = longer("ours")
+    assert ours.startswith(
+        "|  | 1.25 times the steps: 1.050 ± 0.050, 2 seeds | the Transformer at equal time | 3.050 ±"
+    )
 
 
 def test_findings_say_what_ours_comes_to_in_other_settings_and_against_the_best_transformer() -> None:
     worst, bad, good, best = ([loss, loss + 0.01, loss + 0.02] for loss in (4.0, 3.0, 2.5, 2.0))
     losses = {"ours": {4e-3: worst}, "attention": {4e-3: bad}, "ours_short_text": {4e-3: good}}
-    said = findings(_edition("shakespeare-30m", **losses, attention_plain={4e-3: best}))
-    assert "Ours for short texts (2.510): our test loss is **below** the Transformer's by 0.500" in said
-    assert "Against the best Transformer (Transformer, no convolution, 2.010) the difference is +0.500" in said
-    assert "61.2 standard errors" in said
+    said = "\n".join(_compared("shakespeare-30m", **losses, attention_plain={4e-3: best}))
+    plain = "the best Transformer: Transformer, no convolution | 2.010 ± 0.006, 3 seeds"
+    short = "ours for short texts: 2.510 ± 0.006, 3 seeds | the Transformer | 3.010 ± 0.006, 3 seeds | -0.500 ("
+    assert short in said and f"|  |  | {plain} | +0.500 (" in said and "+61.2 | **loses**" in said
     # The default too.
-    assert "(Transformer, no convolution, 2.010) the difference is +2.000" in said
-    said = findings(_edition("shakespeare-30m", **losses, attention_plain={4e-3: worst}))
-    assert "Ours for short texts (2.510)" in said and "the best Transformer" not in said
+    assert f"|  |  | {plain} | +2.000 (" in said
+    said = "\n".join(_compared("shakespeare-30m", **losses, attention_plain={4e-3: worst}))
+    assert short in said and "the best Transformer" not in said
+
+
+def test_sources_name_a_machine_once_with_its_commits() -> None:
+    results = nothing()
+    hardware = {"cpu": "A CPU", "cores": 2, "threads": 2, "gpu": None}
+    versions = {"python": "3.12", "packages": {"torch": "2.11"}}
+    for place, (cpu, commit) in enumerate([("A CPU", "abc"), ("Another", "abc"), ("A CPU", "def"), ("A CPU", "abc")]):
+        environment = {"hardware": {**hardware, "cpu": cpu}, **versions, "commit": commit, "at": place}
+        keep(results, "cells", f"embedded-1m/ours/0.008/{place}", {"choosing": 1.0}, environment)
+    first, second = sources(of_files({"quality.json": results})).splitlines()
+    assert "A CPU" in first and first.endswith(", commits abc, def")
+    assert "Another" in second and second.endswith(", commit abc")
 
 
 def _recall(**shares: dict[float, list[float]]) -> Edition:
