@@ -91,6 +91,9 @@ def test_a_claim_about_learning_has_its_interval_either_way(report):
     said = page(with_result(report, "convergence", differences=[none]))
     assert "no difference to Transformer can be claimed: its loss less this one is +0.100 (-0.100 to +0.300)" in said
     assert "learns more" not in said
+    corrected = replace(row, difference=Comparison(value=0.2, low=0.1, high=0.3, p=0.03, claimed=False))
+    said = page(with_result(report, "convergence", differences=[corrected]))
+    assert "can be claimed after Holm's correction: its loss less this one is +0.200 (+0.100 to +0.300)" in said
 
 
 def test_one_seed_claims_nothing_about_learning():

@@ -201,7 +201,9 @@ def _read_on(found: dict[Windows, list[float]], trained: int, longest: int) -> s
 def _compared(figure: Comparison, ours: str, theirs: str) -> str:
     """Which of two learns more; ``figure`` is the loss of the other less ours."""
     if not figure.claimed:
-        return f"no difference to {theirs} can be claimed: its loss less this one is {signed_interval(figure)}"
+        # The interval is of this comparison alone.
+        why = "" if figure.low <= 0 <= figure.high else " after Holm's correction"
+        return f"no difference to {theirs} can be claimed{why}: its loss less this one is {signed_interval(figure)}"
     better, worse = (ours, theirs) if figure.value > 0 else (theirs, ours)
     low, high = sorted((abs(figure.low), abs(figure.high)))
     return (
