@@ -1,6 +1,8 @@
-"""What chance alone would show: Student's t, and many comparisons counted together. For bench and report alike."""
+"""What chance alone would show: Student's t, slopes and their errors, and many comparisons counted together. For bench
+and report alike."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 FRACTION_TERMS, FRACTION_ERROR, SMALLEST = 1000, 1e-15, 1e-300
@@ -16,6 +18,15 @@ def holm(ps: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Of the least-squares line through three or more points, with its standard error, which is of what the line leaves
+    over."""
+    fit = statistics.linear_regression(x, y)
+    left = sum((b - fit.intercept - fit.slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    middle = statistics.fmean(x)
+    return fit.slope, math.sqrt(left / (len(x) - 2) / sum((a - middle) ** 2 for a in x))
 
 
 def t_probability(t: float, degrees: int) -> float:

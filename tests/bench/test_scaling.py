@@ -119,16 +119,18 @@ def test_without_a_baseline_nobody_is_ahead():
 
 def test_exponents_are_slopes_over_the_largest_values():
     points = [point("resnet-bk", value, 1.0 + 1e-3 * value**2) for value in (1, 2, 4, 256, 512, 1024, 2048)]
-    time, memory = scaling.exponents_of("sequence_length", points, 200)
+    time, memory = scaling.exponents_of("sequence_length", points)
     assert (time.quantity, time.from_value) == ("time", 256)
     assert time.exponent.value == pytest.approx(2, abs=0.02)
     assert time.exponent.low <= time.exponent.value <= time.exponent.high
     assert memory.exponent.value == pytest.approx(0)
 
 
-def test_one_point_has_no_exponent_and_experts_have_none():
-    assert scaling.exponents_of("sequence_length", [point("resnet-bk", 1, 1), failure("resnet-bk", 2)], 10) == []
-    assert scaling.exponents_of("num_experts", [point("resnet-bk", value, 1) for value in (1, 2)], 10) == []
+def test_two_points_have_no_exponent_and_experts_have_none():
+    two = [point("resnet-bk", value, 1) for value in (1, 2)]
+    assert scaling.exponents_of("sequence_length", [*two, failure("resnet-bk", 4)]) == []
+    assert len(scaling.exponents_of("sequence_length", [*two, point("resnet-bk", 4, 1)])) == 2
+    assert scaling.exponents_of("num_experts", [*two, point("resnet-bk", 4, 1)]) == []
 
 
 def test_all_contestants_take_turns_in_one_cell():

@@ -179,6 +179,37 @@ def test_the_seeds_variants_are_told_with_what_may_be_claimed(report):
         "the exact gradient learns more from the same tokens than the analytic one, by 1.200 (1.000 to 1.400)"
         in page(changed)
     )
+    assert "It has learned nothing: without any context the loss would be lower." in page(changed)
+    assert "learned nothing" not in page(with_result(changed, "convergence", unigram_entropy=9.0))
+    unclaimed = with_result(report, "convergence", gradient_difference=replace(gradient, p=0.03, claimed=False))
+    told = (
+        "no difference to the exact gradient can be claimed after Holm's correction: its loss less this one is -1.200"
+    )
+    assert f"{told} (-1.400 to -1.000)" in page(unclaimed)
+
+
+def test_a_time_that_hardly_grows_has_no_exponent(report):
+    said = page(report)
+    assert "Time grows as N^0.98 (0.94 to 1.03) for ResNet-BK from N = " in said and "hardly grows" not in said
+    first, *others = report.results.scaling.axes
+    points = [
+        replace(point, seconds=first.points[0].seconds) if point.contestant == "resnet-bk" else point
+        for point in first.points
+    ]
+    said = page(with_result(report, "scaling", axes=[replace(first, points=points), *others]))
+    assert "for ResNet-BK from" not in said and "N^1.72 (1.68 to 1.77) for Transformer from" in said
+    assert "the time hardly grows for ResNet-BK (1.00 times): costs that do not depend on N take most of it." in said
+
+
+def test_memory_at_the_longest_is_that_of_both(report):
+    axis = report.results.scaling.axes[0]
+    longest = max(point.value for point in axis.points)
+    peaks = {point.contestant: point.peak_memory / 1e6 for point in axis.points if point.value == longest}
+    mine, theirs = (f"{peaks[key]:,.1f} MB" for key in ("resnet-bk", "transformer"))
+    said = f"At N = {longest:,} a training step of ResNet-BK holds {mine} at its peak, that of Transformer {theirs}."
+    assert said in page(report)
+    (alone,) = ([point for point in axis.points if point.contestant == "resnet-bk"],)
+    assert "holds" not in page(with_result(report, "scaling", axes=[replace(axis, points=alone, exponents=[])]))
 
 
 def test_a_failed_gate_is_the_first_thing_said(report):
@@ -213,7 +244,7 @@ def test_a_gate_that_did_not_end_is_not_said_to_have_held(report):
 
 def test_what_longer_windows_do_is_said_of_both_models(report):
     said = page(report)
-    text = "Loss of pieces of the test text in windows of 2,048 tokens instead of training's 128: ResNet-BK goes from"
+    text = "in windows of 2,048 tokens instead of training's 128: the loss of ResNet-BK goes from"
     other = "Transformer goes from 4.930 to 6.130"
     assert f"{text} 4.610 to 4.510; {other}, or to 4.860 if its attention sees the last 128 alone." in said
     arms = [replace(arm, by_window=arm.by_window[:3]) for arm in report.results.convergence.arms]

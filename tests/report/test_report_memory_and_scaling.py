@@ -78,7 +78,9 @@ def sentence(report, axis, **changes):
 def test_the_crossover_in_words(report):
     axis = report.results.scaling.axes[0]
     measured = sorted({point.value for point in axis.points})
-    assert "from 4,096 tokens a sequence on, and not before: 1,152 ms (" in sentence(report, axis, crossover=4096)
+    assert "from 4,096 tokens a sequence on, and at no smaller number that was tried: 1,152 ms (" in sentence(
+        report, axis, crossover=4096
+    )
     assert f"at every measured value from {measured[0]} to 8,192" in sentence(report, axis, crossover=measured[0])
     depth = report.results.scaling.axes[2]
     assert "Transformer is faster there" in sentence(report, depth, crossover=None)

@@ -26,6 +26,7 @@ from resnet_bk.schema import Failure, FailureKind
 # What nearly every cell loads, in seconds; none of it starts threads or a GPU.
 PRELOADED = ["resnet_bk.bench.suite", "torch._dynamo", "numba"]
 LONGEST_MESSAGE = 300
+_STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,23 +164,41 @@ def _end_with_parent() -> None:
 
 
 class Waiting:
-    """How much of its time this process waits for a processor, from here on."""
+    """How much of its time this process waits for a processor that others have, from here on."""
 
     def __init__(self) -> None:
-        self._waiting, self._running = _waiting_and_running()
+        self._before = _processor_seconds()
 
     def share(self) -> float | None:
-        """Of the time in which its threads were ready; None where the system does not tell."""
-        waiting, running = _waiting_and_running()
-        waited, ran = waiting - self._waiting, running - self._running
-        return waited / (waited + ran) if ran > 0 and waited >= 0 else None
+        """Of the time in which its threads were ready; None where the system does not tell.
+
+        Threads of one process wait for each other too, and the system does not say for whom one waits. But nobody can
+        have waited longer for others than those had a processor.
+        """
+        before, now = self._before, _processor_seconds()
+        if before is None or now is None:
+            return None
+        running, waiting, others = (after - earlier for after, earlier in zip(now, before, strict=True))
+        waited = min(waiting, max(0.0, others))
+        return waited / (waited + running) if running > 0 and waited >= 0 else None
 
 
-def _waiting_and_running() -> tuple[float, float]:
-    """Nanoseconds in which threads of this process had a processor, and waited for one. Linux tells; others do not."""
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """In which threads of this process had a processor, and waited for one, and in which others had one, the host of a
+    virtual machine among them. Linux tells; others do not."""
+    try:
+        user, nice, system, _, _, irq, soft, stolen = map(float, _STAT.read_text(encoding="ascii").split()[1:9])
+    except (OSError, ValueError):
+        return None
+    own, ticks = os.times(), user + nice + system + irq + soft + stolen
+    return *_running_and_waiting(), ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def _running_and_waiting() -> tuple[float, float]:
+    """Seconds of all threads of this process."""
     running = waiting = 0.0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError, ValueError):
             ran, waited, _ = task.read_text(encoding="ascii").split()
-            running, waiting = running + float(ran), waiting + float(waited)
-    return waiting, running
+            running, waiting = running + float(ran) / 1e9, waiting + float(waited) / 1e9
+    return running, waiting

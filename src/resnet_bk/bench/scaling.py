@@ -31,6 +31,7 @@ AXES_OF_ANY_MODEL: tuple[Axis, ...] = ("sequence_length", "batch_size")
 AXES_WITH_EXPONENT: tuple[Axis, ...] = ("sequence_length", "batch_size", "hidden_size", "num_layers")
 # An asymptote shows at the long end: short sequences measure the cost of launching operators.
 TAIL_POINTS = 4
+FEWEST_POINTS = 3  # two are on a line whatever they are
 WARMUP_ROUNDS = 1
 # As a share: models that are the same differ by less from one process to the next, with the few rounds of a point.
 MARGIN = 0.05
@@ -129,16 +130,15 @@ def _forward_and_backward(subject: Subject) -> None:
     subject.forward().backward()  # type: ignore[no-untyped-call]
 
 
-def exponents_of(axis: Axis, points: Sequence[ScalingPoint], resamples: int) -> list[Exponent]:
-    """Of each contestant's time and memory over its largest values; none of one with less than two."""
+def exponents_of(axis: Axis, points: Sequence[ScalingPoint]) -> list[Exponent]:
+    """Of each contestant's time and memory over its largest values; none of one with less than three."""
     found = []
     for key in dict.fromkeys(point.contestant for point in points if axis in AXES_WITH_EXPONENT):
         measured = [point for point in points if point.contestant == key and point.seconds is not None][-TAIL_POINTS:]
-        quantities: tuple[Quantity, ...] = ("time", "memory") if len(measured) >= 2 else ()
+        quantities: tuple[Quantity, ...] = ("time", "memory") if len(measured) >= FEWEST_POINTS else ()
         for quantity in quantities:
-            samples = [_samples(point, quantity) for point in measured]
             values = [point.value for point in measured]
-            exponent = power_law(values, samples, resamples=resamples)
+            exponent = power_law(values, [_figure(point, quantity) for point in measured])
             found.append(
                 Exponent(contestant=key, quantity=quantity, from_value=values[0], exponent=exponent),
             )
@@ -255,7 +255,7 @@ def _axis_result(setup: Setup, axis: Axis, outcomes: Outcomes) -> AxisScaling | 
         axis=axis,
         fixed=_fixed(setup, axis),
         points=points,
-        exponents=exponents_of(axis, points, setup.profile.bootstrap_resamples),
+        exponents=exponents_of(axis, points),
         crossover=crossover_of(points),
     )
 
@@ -294,6 +294,6 @@ def _fixed(setup: Setup, axis: Axis) -> dict[str, int]:
     return {name: size for name, size in everything.items() if name != axis}
 
 
-def _samples(point: ScalingPoint, quantity: Quantity) -> list[float]:
+def _figure(point: ScalingPoint, quantity: Quantity) -> float:
     assert point.seconds is not None and point.peak_memory is not None
-    return point.seconds.samples if quantity == "time" else [float(point.peak_memory)]
+    return point.seconds.median if quantity == "time" else point.peak_memory

@@ -5,6 +5,8 @@ blocks, each with models built anew, since one and the same model is some percen
 it happens to lie.
 """
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,12 +14,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_bk.chance import holm
+from resnet_bk.chance import holm, slope, t_quantile
 from resnet_bk.schema import Comparison, Interval, Summary
 
 Samples = NDArray[np.float64]
 Key = TypeVar("Key")
-SIGNIFICANCE = 0.05
+SIGNIFICANCE, CONFIDENCE = 0.05, 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +72,22 @@ def compare(pairs: Mapping[Key, Pairs], *, margin: float, resamples: int) -> dic
 
 
 def paired_ratio(pairs: Pairs, *, resamples: int) -> Interval:
-    """Median of the rounds' ratios, the baseline's over ours.
+    """The baseline's figure over ours: the median of a block's rounds, and of blocks the geometric mean.
 
-    The interval is of a bootstrap in two stages, blocks and then rounds of each, so that it knows of both noises.
+    The interval is Student's of the blocks' logarithms, which differ by the noise of rounds and by that of building
+    anew; to draw so few blocks with replacement would make it too short. Of a single block it is a bootstrap of its
+    rounds.
     """
-    ratios = _ratios(pairs)
-    generator = np.random.default_rng(0)
-    rows = [ratios[block] for block in _blocks(pairs)]
-    draws = np.empty(resamples)
-    for index in range(resamples):
-        chosen = (rows[number] for number in generator.integers(len(rows), size=len(rows)))
-        drawn = [row[generator.integers(row.size, size=row.size)] for row in chosen]
-        draws[index] = np.median(np.concatenate(drawn))
-    low, high = _bounds(draws)
-    return Interval(value=float(np.median(ratios)), low=low, high=high)
+    logs = np.log(_ratios(pairs))
+    medians = [float(np.median(logs[block])) for block in _blocks(pairs)]
+    value = statistics.fmean(medians)
+    if len(medians) == 1:
+        low, high = _bounds(bootstrap_medians(logs, resamples))
+    else:
+        error = statistics.stdev(medians) / math.sqrt(len(medians))
+        reach = t_quantile(CONFIDENCE, len(medians) - 1) * error
+        low, high = value - reach, value + reach
+    return Interval(value=math.exp(value), low=math.exp(low), high=math.exp(high))
 
 
 def sign_flip_p(pairs: Pairs) -> float:
@@ -108,19 +112,20 @@ def sign_flip_p(pairs: Pairs) -> float:
     return min(1.0, float(ways[np.abs(sums) >= observed].sum()))
 
 
-def power_law(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, resamples: int) -> Interval:
-    """Slope of log(median) over log(length), by least squares; the interval is the noise of the samples."""
-    logs = np.log(np.asarray(lengths, dtype=np.float64))
-    generator = np.random.default_rng(0)  # one for all rows, whose noises have nothing to do with each other
-    medians = np.stack([bootstrap_medians(np.asarray(row, dtype=np.float64), resamples, generator) for row in samples])
-    value = _slope(logs, np.log([[np.median(row)] for row in samples]))[0]
-    low, high = _bounds(_slope(logs, np.log(medians)))
-    return Interval(value=float(value), low=low, high=high)
+def power_law(values: Sequence[int], figures: Sequence[float]) -> Interval:
+    """Slope of log(figure) over log(value) by least squares, of three or more, with Student's interval.
+
+    That is of what the line leaves over: of how much a figure differs from one process to another, which the samples of
+    one do not tell, and of what is no power law.
+    """
+    found, error = slope([math.log(value) for value in values], [math.log(figure) for figure in figures])
+    reach = t_quantile(CONFIDENCE, len(values) - 2) * error
+    return Interval(value=found, low=found - reach, high=found + reach)
 
 
-def bootstrap_medians(values: Samples, resamples: int, generator: np.random.Generator | None = None) -> Samples:
+def bootstrap_medians(values: Samples, resamples: int) -> Samples:
     """Medians of ``resamples`` draws with replacement."""
-    generator = generator or np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     drawn = values[generator.integers(values.size, size=(resamples, values.size))]
     medians: Samples = np.median(drawn, axis=1)
     return medians
@@ -133,12 +138,6 @@ def _ratios(pairs: Pairs) -> Samples:
 def _blocks(pairs: Pairs) -> list[NDArray[np.intp]]:
     blocks = np.asarray(pairs.blocks)
     return [np.flatnonzero(blocks == block) for block in np.unique(blocks)]
-
-
-def _slope(logs: Samples, log_figures: Samples) -> Samples:
-    centred = logs - logs.mean()
-    slopes: Samples = (centred @ log_figures) / (centred @ centred)
-    return slopes
 
 
 def _bounds(draws: Samples) -> tuple[float, float]:

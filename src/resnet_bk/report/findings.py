@@ -1,7 +1,7 @@
 """What a report has to say, as sentences made of its figures: gains, losses, and what limits the figures."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
 
@@ -11,6 +11,7 @@ from resnet_bk.report.sections.scaling import crossover_sentence
 from resnet_bk.report.sections.stability import worst
 from resnet_bk.report.wording import interval, inverse, listing, megabytes, shortened, signed_interval
 from resnet_bk.schema import (
+    AxisScaling,
     CellStatus,
     Comparison,
     ConvergenceResult,
@@ -24,6 +25,7 @@ BUSY = 0.03  # the share of its time that a cell may wait for a processor before
 TIMED = ("timing", "convergence", "scaling")  # sections that tell times; what others tell is the same on a busy machine
 AGREEMENT = 1e-3  # between counted FLOPs and those by formula
 MESSAGE_LETTERS = 110  # of what a failed cell said
+GROWN = 2.0  # times as long, from which on a time has grown enough to ask by which power
 NAMED = 3  # cells of one kind that a sentence names; a table at the end has the others
 PHASES = {
     "forward": "the forward pass",
@@ -104,8 +106,8 @@ def _foreign_load(report: Report) -> Iterator[Finding]:
         most = max(status.waited or 0 for status in busy.values())
         yield Finding(
             rank=8,
-            text=f"The machine was busy with other work: threads that were ready waited for a processor, at worst "
-            f"{most:.0%} of the time, in {_some(list(busy))}. Times from there are doubtful.",
+            text="The machine was busy with other work: threads that were ready waited for a processor that others "
+            f"had, at worst {most:.0%} of the time, in {_some(list(busy))}. Times from there are doubtful.",
             grave=True,
         )
     samples = report.results.timing.gpu if report.results.timing else []
@@ -184,8 +186,8 @@ def _reading(report: Report) -> Iterator[Finding]:
     if longest == trained or trained not in shared:
         return
     told = "; ".join(f"{label} goes {_read_on(found, trained, longest)}" for label, found in losses.items())
-    text = f"Loss of pieces of the test text in windows of {longest:,} tokens instead of training's {trained:,}"
-    yield Finding(rank=12, text=f"{text}: {told}.")
+    text = f"Pieces of the test text, others than above, read in windows of {longest:,} tokens instead of training's"
+    yield Finding(rank=12, text=f"{text} {trained:,}: the loss of {told}.")
 
 
 def _read_on(found: dict[Windows, list[float]], trained: int, longest: int) -> str:
@@ -209,6 +211,11 @@ def _compared(figure: Comparison, ours: str, theirs: str) -> str:
     return (
         f"{better} learns more from the same tokens than {worse}, by {abs(figure.value):.3f} ({low:.3f} to {high:.3f})"
     )
+
+
+def _turned(figure: Comparison) -> Comparison:
+    """The same difference seen from the other side."""
+    return replace(figure, value=-figure.value, low=-figure.high, high=-figure.low)
 
 
 def _diverged(result: ConvergenceResult) -> Iterator[Finding]:
@@ -306,10 +313,8 @@ def _scaling(report: Report) -> Iterator[Finding]:
     for axis in result.axes:
         if axis.axis == "sequence_length":
             yield Finding(rank=30, text=crossover_sentence(report, axis))
-            times = [row for row in axis.exponents if row.quantity == "time"]
-            if times:
-                told = listing([f"N^{interval(row.exponent)} for {labels[row.contestant]}" for row in times])
-                yield Finding(rank=31, text=f"From N = {times[0].from_value:,} on, time grows as {told}.")
+            yield from _growth(axis, labels)
+            yield from _memory_at_the_longest(report, axis)
     lost = [
         f"{labels[point.contestant]} at {axis.axis.replace('_', ' ')} {point.value:,} ({point.failure.kind})"
         for axis in result.axes
@@ -318,6 +323,40 @@ def _scaling(report: Report) -> Iterator[Finding]:
     ]
     if lost:
         yield Finding(rank=32, text=f"In scaling there is no figure of {_some(lost)}.")
+
+
+def _growth(axis: AxisScaling, labels: dict[str, str]) -> Iterator[Finding]:
+    """Exponents of the time, but of a model whose time the length has hardly changed: there is no power to tell."""
+    growing, flat = [], []
+    for row in [row for row in axis.exponents if row.quantity == "time"]:
+        times = [point.seconds.median for point in axis.points if point.contestant == row.contestant and point.seconds]
+        label = labels[row.contestant]
+        if times[-1] < GROWN * times[0]:
+            flat.append(f"{label} ({times[-1] / times[0]:.2f} times)")
+        else:
+            growing.append(f"N^{interval(row.exponent)} for {label} from N = {row.from_value:,} on")
+    lengths = sorted({point.value for point in axis.points})
+    if growing:
+        yield Finding(rank=31, text=f"Time grows as {listing(growing)}.")
+    if flat:
+        text = (
+            f"From N = {lengths[0]:,} to {lengths[-1]:,} the time hardly grows for {listing(flat)}: costs that do not"
+        )
+        yield Finding(rank=31, text=f"{text} depend on N take most of it.")
+
+
+def _memory_at_the_longest(report: Report, axis: AxisScaling) -> Iterator[Finding]:
+    """Of both, where both were measured."""
+    peaks = {(point.contestant, point.value): point.peak_memory for point in axis.points if point.peak_memory}
+    ours, baseline = report.ours, report.baseline
+    if common := {value for key, value in peaks if key == ours.key} & {v for key, v in peaks if key == baseline.key}:
+        longest = max(common)
+        mine, theirs = peaks[ours.key, longest], peaks[baseline.key, longest]
+        yield Finding(
+            rank=33,
+            text=f"At N = {longest:,} a training step of {ours.label} holds {megabytes(mine)} MB at its peak, that of "
+            f"{baseline.label} {megabytes(theirs)} MB.",
+        )
 
 
 def _stability(report: Report) -> Iterator[Finding]:
@@ -355,7 +394,9 @@ def _variants(report: Report) -> Iterator[Finding]:
         )
     if BLEND in means:
         figure = result.gradient_difference
-        told = "" if figure is None else f"; {_compared(figure, 'the exact gradient', 'the analytic one')}"
+        told = "" if figure is None else f"; {_compared(_turned(figure), 'the analytic one', 'the exact gradient')}"
+        if min(_test_losses(result, BLEND)) > result.unigram_entropy:
+            told += ". It has learned nothing: without any context the loss would be lower"
         yield Finding(rank=46, text=f"{labels[BLEND]}: the test loss is {means[BLEND]:.3f} ({count}){told}.")
     if BIDIRECTIONAL in means:
         loss = f"{means[BIDIRECTIONAL]:.3f}"

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_bk.chance import t_probability, t_quantile
+from resnet_bk.chance import slope, t_probability, t_quantile
 from resnet_bk.schema import Interval
 
 Samples = NDArray[np.float64]
@@ -99,13 +99,8 @@ def slope_difference(
     The slope of log(second / first) over log(value). Its error is of what is left over, so that it knows how much a
     point differs from one run to another, which samples of one run do not tell.
     """
-    x = np.log(np.asarray(values, dtype=np.float64))
-    y = np.log(np.asarray(second, dtype=np.float64) / np.asarray(first, dtype=np.float64))
-    centred, degrees = x - x.mean(), x.size - 2
-    slope = float(centred @ y / (centred @ centred))
-    left = y - y.mean() - slope * centred
-    error = math.sqrt(float(left @ left) / degrees / float(centred @ centred))
-    return _students(slope, error, degrees)
+    logs = [math.log(b / a) for a, b in zip(first, second, strict=True)]
+    return _students(*slope([math.log(value) for value in values], logs), len(values) - 2)
 
 
 def _students(value: float, error: float, degrees: int) -> tuple[Interval, float]:

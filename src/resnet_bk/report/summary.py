@@ -8,6 +8,7 @@ from resnet_bk.schema import Comparison, Contestant, Report
 LINES, LETTERS = 44, 110  # what one page holds of sentences, beside the title and the ratios
 CELL_LETTERS, TITLE_LETTERS, TITLE_LINES = 60, 38, 2  # what of these is longer takes lines from the sentences
 NOT_MEASURED = "not measured"
+ALIKE = 0.01  # a share
 RATIOS = {"forward": "forward time", "backward": "backward time", "step": "time of a step"}
 
 
@@ -94,5 +95,5 @@ def _exact(ratio: float | None, ours: str, baseline: str) -> list[str]:
     if ratio is None:
         return ["", NOT_MEASURED]
     less, more, factor = (ours, baseline, ratio) if ratio > 1 else (baseline, ours, 1 / ratio)
-    words = "the same" if ratio == 1 else f"{more} needs {factor:.2f} times what {less} does"
-    return [f"{ratio:.2f}", f"{words} (exact count)"]
+    words = f"{more} needs {factor:.2f} times what {less} does" if factor >= 1 + ALIKE else "the same within 1%"
+    return [f"{ratio:.2f}", f"{words} (counted)"]

@@ -162,17 +162,18 @@ def _windows(report: Report, result: ConvergenceResult) -> list[Block]:
     error = ", mean of the seeds ± standard error" if len(result.seeds) > 1 else ""
     return [
         Table(
-            caption=f"The same test tokens in longer windows: loss in nats per token{error}",
+            caption=f"Pieces of the test text in longer windows: loss in nats per token{error}",
             header=["model", *(_named(*windows) for windows in columns)],
             rows=rows,
         ),
         Note(
             text=f"Training's windows have {report.workload.sequence_length:,} tokens. Each column reads the same "
-            "pieces of the test text once, from all over it: the longer the windows are, the more stands before most "
-            "tokens. Where the loss goes on falling, a text of any length can be read in one pass, and is read the "
-            "better for it. Where it rises, attention meets distances that it was not trained on; in the last column "
-            "it never does, as it sees the last tokens alone: that is one pass too, in time that grows as O(N). An "
-            "empty place is beyond what the model takes, or it has no attention. Nothing is claimed from these figures."
+            "pieces of the test text once, from all over it, which are not those of the test loss above: by how much "
+            "texts differ, errors over seeds do not tell. The longer the windows are, the more stands before most "
+            "tokens. Where a loss rises all the same, attention meets distances that it was not trained on; in the "
+            "last column it never does, as it sees the last tokens alone: that is one pass too, in time that grows as "
+            "O(N). An empty place is beyond what the model takes, or it has no attention. Nothing is claimed from "
+            "these figures."
         ),
     ]
 
@@ -301,8 +302,8 @@ def _spikes(result: ConvergenceResult) -> Table:
             ]
         )
     return Table(
-        caption="Spikes and gradients, worst of all seeds: rise of a step's training loss over the median of the 20 "
-        "before it; norm of the gradient before clipping",
+        caption="Spikes and gradients over all seeds: rise of a step's training loss over the median of the 20 before "
+        "it; norm of the gradient before clipping",
         header=["model", "largest rise", "mean norm", "largest norm"],
         rows=rows,
     )

@@ -32,7 +32,7 @@ UNITS = {
 PHRASES = {
     "sequence_length": "tokens a sequence",
     "batch_size": "sequences a batch",
-    "hidden_size": "hidden size",
+    "hidden_size": "units of width",
     "num_layers": "layers",
     "num_experts": "experts a layer",
 }
@@ -50,10 +50,12 @@ def build(report: Report, result: ScalingResult) -> Section:
     """For each axis figures, a plot, exponents, and where ours becomes faster."""
     blocks: list[Block] = [
         Paragraph(
-            text="Forward and backward on random tokens, the models in turns. Times are medians with 95% intervals; "
-            "memory is the peak of a whole step. The exponent p of figure ~ value^p is a least-squares slope over the "
-            "largest values measured; its interval is the noise of the samples, not the error of assuming a power law. "
-            "A model that failed at a value was not asked for larger ones."
+            text="Forward and backward on random tokens, the models in turns. Times are medians of the rounds of one "
+            "process, with the rounds' 95% interval, which for a few of them is from the lowest to the highest; from "
+            "one process to another a time may differ by more, as the same model on several axes shows. Memory is the "
+            "peak of a whole step. The exponent p of figure ~ value^p is a least-squares slope over the largest values "
+            "measured, with Student's interval of what the line leaves over. A model that failed at a value was not "
+            "asked for larger ones."
         )
     ]
     for axis in result.axes:
@@ -83,7 +85,7 @@ def crossover_sentence(report: Report, axis_scaling: AxisScaling) -> str:
     if crossover not in common:
         return f"{ours} is not faster up to {common[-1]:,} {name}; from {crossover:,} on {baseline} has no figure."
     largest = max(point.value for point in axis_scaling.points)
-    where = f"from {crossover:,} {name} on, and not before"
+    where = f"from {crossover:,} {name} on, and at no smaller number that was tried"
     if crossover == common[0]:
         where = f"at every measured value from {crossover:,} to {largest:,} {name}"
     return f"{ours} is faster than {baseline} {where}: {_times_at(report, axis_scaling, crossover)}."
@@ -243,7 +245,7 @@ def _plot(axis: AxisScaling, labels: dict[str, str]) -> Plot:
             _failures(axes, axis)
         canvas.legend_above()
     return Plot(
-        caption=f"Time (left, with 95% intervals) and memory (right) over {UNITS[axis.axis]}, logarithmic axes"
+        caption=f"Time (left, with the rounds' intervals) and memory (right) over {UNITS[axis.axis]}, logarithmic axes"
         + ("; a cross at the upper edge is a failure" if any(point.failure for point in axis.points) else ""),
         alternative="Lines over the axis; the table above has the figures",
         svg=canvas.svg,

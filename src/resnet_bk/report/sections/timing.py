@@ -54,10 +54,11 @@ def _method(report: Report, result: TimingResult) -> str:
     if not result.ratios:
         return text
     return (
-        f"{text} A ratio is the median of the ratios within each round, so that a slow moment of the machine hits all "
-        "models, and its interval draws builds, then rounds of each. p is of a signed-rank test over all flips of the "
-        "rounds' signs, ranked within builds. A difference is claimed if p stays below 0.05 by Holm's correction for "
-        f"{len(result.ratios)} comparisons, and if the whole interval is more than {result.margin:.0%} away from 1."
+        f"{text} A ratio is taken within each round, so that a slow moment of the machine hits all models; told is the "
+        "mean of the builds' medians, on a logarithmic scale, with Student's interval over the builds. p is of a "
+        "signed-rank test over all flips of the rounds' signs, ranked within builds. A difference is claimed if p "
+        f"stays below 0.05 by Holm's correction for {len(result.ratios)} comparisons, and if the whole interval is "
+        f"more than {result.margin:.0%} away from 1."
     )
 
 
@@ -137,10 +138,11 @@ def _share(value: float | None) -> str:
 
 def _what_utilisation_means(result: TimingResult) -> str:
     text = (
-        "The share of FLOPs is model FLOP utilisation: forward and backward, as counted, over the median step. "
-        "Bandwidths are those bytes that cannot stay where they are: 28 a parameter for AdamW, though clipping, which "
-        "is timed with it, moves more; for decoding the weights that one token needs, once. Above 100% the caches have "
-        "helped. The first step compiles and allocates; the first model pays for what all share."
+        "The share of FLOPs is of forward and backward, as counted, over the median step; what a backward pass "
+        "computes again is in it, as model FLOP utilisation would not have it. Bandwidths are those bytes that cannot "
+        "stay where they are: 28 a parameter for AdamW, though clipping, which is timed with it, moves more; for "
+        "decoding the weights that one token needs, once. Above 100% the caches have helped. The first step compiles "
+        "and allocates; the first model pays for what all share."
     )
     if any(row.step_flops is None for row in result.utilisation):
         text += " A model with an operator that nobody can count has no share of FLOPs."
@@ -163,7 +165,7 @@ def _caveats(report: Report, result: TimingResult) -> list[Block]:
         blocks.append(
             Note(
                 text=f"In {throttled} of {len(result.gpu)} samples the driver had lowered the GPU's clock, for heat or "
-                "power. Times are then longer than the GPU's best; ratios suffer less, since models take turns.",
+                "power. Times are then longer than the GPU's best; models take turns, so that it hits all of them.",
                 grave=True,
             )
         )
@@ -171,8 +173,7 @@ def _caveats(report: Report, result: TimingResult) -> list[Block]:
         blocks.append(
             Note(
                 text=f"The quartiles of {len(noisy)} of {len(result.phases)} measurements are more than "
-                f"{NOISY:.0%} of the median apart: the machine was busy, or the work is too short for its clock. The "
-                "ratios suffer less, since all models were measured in the same moments."
+                f"{NOISY:.0%} of the median apart: the machine was busy, or the work is too short for its clock."
             )
         )
     timed = {phase.contestant for phase in result.phases if phase.phase == "decode"}
