@@ -179,7 +179,7 @@ def test_the_seeds_variants_are_told_with_what_may_be_claimed(report):
         "the exact gradient learns more from the same tokens than the analytic one, by 1.200 (1.000 to 1.400)"
         in page(changed)
     )
-    assert "It has learned nothing: without any context the loss would be lower." in page(changed)
+    assert "The analytic one has learned nothing: without any context the loss would be lower." in page(changed)
     assert "learned nothing" not in page(with_result(changed, "convergence", unigram_entropy=9.0))
     unclaimed = with_result(report, "convergence", gradient_difference=replace(gradient, p=0.03, claimed=False))
     told = (

@@ -312,7 +312,7 @@ def _scaling(report: Report) -> Iterator[Finding]:
         return
     for axis in result.axes:
         if axis.axis == "sequence_length":
-            yield Finding(rank=30, text=crossover_sentence(report, axis))
+            yield Finding(rank=30, text=f"Forward and backward together: {crossover_sentence(report, axis)}")
             yield from _growth(axis, labels)
             yield from _memory_at_the_longest(report, axis)
     lost = [
@@ -396,7 +396,7 @@ def _variants(report: Report) -> Iterator[Finding]:
         figure = result.gradient_difference
         told = "" if figure is None else f"; {_compared(_turned(figure), 'the analytic one', 'the exact gradient')}"
         if min(_test_losses(result, BLEND)) > result.unigram_entropy:
-            told += ". It has learned nothing: without any context the loss would be lower"
+            told += ". The analytic one has learned nothing: without any context the loss would be lower"
         yield Finding(rank=46, text=f"{labels[BLEND]}: the test loss is {means[BLEND]:.3f} ({count}){told}.")
     if BIDIRECTIONAL in means:
         loss = f"{means[BIDIRECTIONAL]:.3f}"
