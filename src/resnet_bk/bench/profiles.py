@@ -130,7 +130,7 @@ PROFILES = {
             scaling_rounds=3,
             accuracy_lengths=(128, 1024),
             half_precision_steps=5,
-            cell_seconds=120,
+            cell_seconds=240,
         ),
         Profile(
             name="standard",
