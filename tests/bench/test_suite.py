@@ -294,6 +294,11 @@ def test_a_baseline_that_is_none_is_refused(name, complaint):
         contenders("tiny", {}, name, 100)
 
 
+def test_a_baseline_that_makes_no_module_is_refused():
+    with pytest.raises(UserError, match=r"--baseline json:dumps makes a str; it has to make an nn\.Module"):
+        contenders("tiny", {}, "json:dumps", 100)["transformer"].build()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

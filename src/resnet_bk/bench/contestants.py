@@ -162,7 +162,8 @@ def _from_function(name: str, vocab_size: int) -> Contender:
 
     def build() -> nn.Module:
         model = function(vocab_size)
-        assert isinstance(model, nn.Module)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"--baseline {name} makes a {type(model).__name__}; it has to make an nn.Module")
         return model
 
     return Contender(key=BASELINE, label=function_name, source=name, config=None, build=build)

@@ -42,8 +42,9 @@ def evaluation_batches(
     """Windows in order that predict each token but the first once; ``-100`` fills the last one's targets.
 
     ``max_tokens``, rounded up to whole windows, takes only as many of them, spread evenly over the text: the first ones
-    alone would be those of a few documents.
+    alone would be those of a few documents. A window is no longer than the text.
     """
+    sequence_length = max(1, min(sequence_length, len(tokens) - 1))
     all_windows = -(-(len(tokens) - 1) // sequence_length)
     num_windows = all_windows if max_tokens is None else min(all_windows, -(-max_tokens // sequence_length))
     starts = [window * all_windows // num_windows * sequence_length for window in range(num_windows)]
