@@ -12,9 +12,9 @@ from pathlib import Path
 
 from resnet_bk.bench.contestants import BASELINE, OURS
 from resnet_bk.bench.scaling import exponents_of
-from resnet_bk.bench.statistics import Pairs, compare
+from resnet_bk.bench.timing import MARGIN, blocks_of, ratios_of
 from resnet_bk.files import write_json
-from resnet_bk.schema import PhaseRatio, Report, ScalingResult, TimingResult, read_report, to_json
+from resnet_bk.schema import Report, ScalingResult, TimingResult, read_report, to_json
 
 RESAMPLES = 2000  # of the bootstrap that a single build has
 
@@ -43,13 +43,9 @@ def made_anew(report: Report) -> Report:
 
 def _timing(result: TimingResult) -> TimingResult:
     samples = {(row.phase, row.contestant): row.seconds.samples for row in result.phases}
-    blocks = sorted(number % result.builds for number in range(result.rounds))
-    pairs = {
-        row.phase: Pairs(ours=samples[row.phase, OURS], baseline=samples[row.phase, BASELINE], blocks=blocks)
-        for row in result.ratios
-    }
-    found = compare(pairs, margin=result.margin, resamples=RESAMPLES)
-    return dataclasses.replace(result, ratios=[PhaseRatio(phase=phase, ratio=ratio) for phase, ratio in found.items()])
+    compared = (OURS, BASELINE) if result.ratios else None
+    ratios = ratios_of(samples, blocks_of(result.rounds, result.builds), compared, RESAMPLES)
+    return dataclasses.replace(result, margin=MARGIN, ratios=ratios)
 
 
 def _scaling(result: ScalingResult) -> ScalingResult:

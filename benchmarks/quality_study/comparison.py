@@ -30,18 +30,21 @@ class Comparison:
         mine, its = (f"{with_error(losses)}, {_seeds(losses)}" for losses in (self.ours, self.theirs))
         mine = f"{self.who}: {mine}" if self.who else mine
         if gap is None:
-            return [mine, self.rival, its, f"{mean(self.ours) - mean(self.theirs):+.3f}", "", "too few seeds"]
+            return [
+                mine,
+                self.rival,
+                its,
+                f"{statistics.mean(self.ours) - statistics.mean(self.theirs):+.3f}",
+                "",
+                "too few seeds",
+            ]
         outcome = "no difference is shown" if gap.low <= 0 <= gap.high else "**wins**" if gap.value < 0 else "**loses**"
         return [mine, self.rival, its, signed(gap), f"{gap.errors:+.1f}", outcome]
 
 
 def best_transformer(losses: dict[str, list[float]]) -> str:
     """The one with the lowest test loss: the choice flatters it."""
-    return min((name for name in TRANSFORMERS if name in losses), key=lambda name: mean(losses[name]))
-
-
-def mean(losses: list[float]) -> float:
-    return statistics.mean(losses)
+    return min((name for name in TRANSFORMERS if name in losses), key=lambda name: statistics.mean(losses[name]))
 
 
 def _seeds(losses: list[float]) -> str:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator
 
-from quality_study.comparison import BASELINE, COLUMNS, OURS, Comparison, best_transformer, mean
+from quality_study.comparison import BASELINE, COLUMNS, OURS, Comparison, best_transformer
 from quality_study.editions import Edition
 from quality_study.studies import Study
 from quality_study.summary import Row, rows
@@ -89,7 +89,7 @@ def _against_families(edition: Edition, found: dict[str, Row]) -> Iterator[Compa
     for family, names in FAMILIES.items():
         rivals = {name: found[name].losses for name in names if name in found}
         if rivals:
-            best = min(rivals, key=lambda name: mean(rivals[name]))
+            best = min(rivals, key=lambda name: statistics.mean(rivals[name]))
             rival = f"{family}: {edition.labels[best]}"
             yield Comparison(who="", ours=found[OURS].losses, rival=rival, theirs=rivals[best])
 

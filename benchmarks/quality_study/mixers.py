@@ -147,7 +147,8 @@ class ChangedResolvent(nn.Module):
 
     def _normed(self, o_BNHV: Tensor, x_BND: Tensor) -> Tensor:
         assert self.norm.eps is not None
-        o_BNHV = o_BNHV * F.dropout(torch.ones_like(o_BNHV[..., :1]), self.lost_heads, self.training)
+        if self.lost_heads:
+            o_BNHV = o_BNHV * F.dropout(torch.ones_like(o_BNHV[..., :1]), self.lost_heads, self.training)
         if self.change.quiet:
             quiet_BNHV = (o_BNHV * torch.exp(-self.log_floor)[:, None]).to(o_BNHV.dtype)
             return gated_norm(quiet_BNHV, self.norm.weight, self.gate(x_BND), 1.0)
@@ -179,6 +180,8 @@ class ChangedResolvent(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), F.silu(v)
 
     def _kept_taps(self, weight_SC: Tensor) -> Tensor:
+        if not self.lost_taps:
+            return weight_SC
         earlier_SC = F.dropout(torch.ones_like(weight_SC[1:]), self.lost_taps, self.training)
         return weight_SC * torch.cat([torch.ones_like(weight_SC[:1]), earlier_SC])
 

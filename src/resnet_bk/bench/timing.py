@@ -12,7 +12,7 @@ weights there, as far as they fit.
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +96,7 @@ def measure_timing(builders: Builders, profile: Profile, *, compared: tuple[str,
             for key in builders
             if (phase, key) in summaries
         ],
-        ratios=_ratios(run, compared, profile.bootstrap_resamples),
+        ratios=ratios_of(run.samples, run.blocks, compared, profile.bootstrap_resamples),
         peaks=peaks,
         utilisation=[_utilisation(key, run, medians, peaks) for key in builders],
         gpu=run.watch.samples,
@@ -156,7 +156,7 @@ class _Run:
     def __init__(self, builders: Builders, profile: Profile) -> None:
         self._builders, self._profile = builders, profile
         self.builds = min(profile.builds, profile.rounds)
-        self.blocks = sorted(number % self.builds for number in range(profile.rounds))
+        self.blocks = blocks_of(profile.rounds, self.builds)
         self.samples: dict[tuple[Phase, str], list[float]] = defaultdict(list)
         self.first_step: dict[str, float] = {}
         self.warmup_rounds: list[int] = []
@@ -238,14 +238,29 @@ def _turns(builders: Builders, number: int) -> list[str]:
     return list(builders) if number % 2 == 0 else list(builders)[::-1]
 
 
-def _ratios(run: _Run, compared: tuple[str, str] | None, resamples: int) -> list[PhaseRatio]:
+def blocks_of(rounds: int, builds: int) -> list[int]:
+    """The build of each round."""
+    return sorted(number % builds for number in range(rounds))
+
+
+def ratios_of(
+    samples: Mapping[tuple[Phase, str], Sequence[float]],
+    blocks: Sequence[int],
+    compared: tuple[str, str] | None,
+    resamples: int,
+) -> list[PhaseRatio]:
+    """The baseline's over ours in each phase that both have.
+
+    ``samples`` by phase and contestant, in the order of rounds; ``blocks`` as :func:`blocks_of` has them; ``compared``
+    as in :func:`measure_timing`.
+    """
     if compared is None:
         return []
     ours, baseline = compared
     pairs = {
-        phase: Pairs(ours=run.samples[phase, ours], baseline=run.samples[phase, baseline], blocks=run.blocks)
+        phase: Pairs(ours=samples[phase, ours], baseline=samples[phase, baseline], blocks=blocks)
         for phase in PHASES
-        if {(phase, ours), (phase, baseline)} <= set(run.samples)
+        if {(phase, ours), (phase, baseline)} <= set(samples)
     }
     found = compare(pairs, margin=MARGIN, resamples=resamples)
     return [PhaseRatio(phase=phase, ratio=ratio) for phase, ratio in found.items()]
