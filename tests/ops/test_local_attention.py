@@ -129,7 +129,7 @@ def test_the_gpus_kernel_for_windows_is_as_exact_as_its_types(length, before, wi
         return mixed, *torch.autograd.grad(mixed, inputs, weight.to(kind))
 
     wanted, found = outcome(torch.float64, rates.double()), outcome(dtype, rates)
-    bounds = [1e-2] * 4 + [5e-2] if dtype == torch.bfloat16 else [2e-3] * 4 + [1e-2]
+    bounds = [1e-2] * 4 + [5e-2] * fades if dtype == torch.bfloat16 else [2e-3] * 4 + [1e-2] * fades
     for mine, exact, bound in zip(found, wanted, bounds, strict=True):
         assert (mine.double() - exact).norm() <= bound * exact.norm()
 
