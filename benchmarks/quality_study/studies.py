@@ -240,7 +240,7 @@ STUDIES = {
             # Its own base, at the same rates as all others.
             contestants=("hybrid", *ABLATIONS),
             base="hybrid",
-            rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+            rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         ),
         _small(
             name="ablations-shakespeare",
@@ -248,7 +248,7 @@ STUDIES = {
             corpus="characters",
             contestants=("hybrid", *SHAKESPEARE_ABLATIONS),
             base="hybrid",
-            rates=(2e-3, 4e-3, 8e-3),
+            rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
         ),
         Study(
             name="recall",
