@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "resnet_bk"
 LAYERS = [
-    ["errors", "files", "environment", "schema", "chance", "heap", "atomics", "crew", "threads", "imagined"],
+    ["errors", "files", "hub", "environment", "schema", "chance", "heap", "atomics", "crew", "threads", "imagined"],
     ["frugal"],
     ["ops"],
     ["layers"],

@@ -1,5 +1,9 @@
 """Any nn.Module can be planned, and what is planned is what a real step takes."""
 
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +99,88 @@ def test_an_optimizer_of_ones_own_counts():
     )
     parameters = sum(parameter.numel() for parameter in Blocks().parameters())
     assert 8 * parameters <= heavy - plain <= 13 * parameters
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(96, 4, 200, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)  # copies of it
+
+
+@pytest.mark.parametrize("way", module.WAYS, ids=lambda way: way.name)
+def test_a_module_made_of_copies_takes_what_is_planned(way):
+    batch = torch.empty(4, 20, 96, device="meta")
+    job = job_of(encoder, batch, loss=lambda model, x: model(x).square().mean(), blocks=lambda model: model.layers)
+    predicted = module.predict_way(job, way, this_cpu()).footprint.tensor_bytes
+    measured = verify_step(lambda: job.prepared(way, CPU), CPU).tensor_bytes
+    assert measured <= predicted <= 1.01 * measured
+
+
+def test_copies_keep_what_is_tied_and_what_needs_a_gradient():
+    class Copied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            one = nn.Linear(300, 300)
+            one.other, one.bias.requires_grad = one.weight, False
+            one.register_buffer("table", torch.zeros(7))
+            self.two = copy.deepcopy(one)
+            assert self.two.other is self.two.weight is not one.weight
+            assert isinstance(self.two.weight, nn.Parameter) and isinstance(self.two.bias, nn.Parameter)
+            assert self.two.weight.requires_grad and not self.two.bias.requires_grad
+            assert self.two.table.shape == (7,) and "table" in dict(self.two.named_buffers())
+
+        def forward(self, x):
+            return self.two(x).mean()
+
+    found = module.plan(Copied, torch.empty(2, 300, device="meta"), device="h100", loss=lambda model, x: model(x))
+    assert found.parameters == 300 * 300 + 300
+    weights = [part.num_bytes for part in found.predictions[0].parts if part.kind == "weights"]
+    assert sum(weights) == 4 * (300 * 300 + 300 + 7)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass
+class Batch:
+    pair: Pair
+    again: torch.Tensor
+
+
+def test_a_batch_is_any_structure_and_its_tensors_stay_the_same_ones():
+    x, y = BATCH
+    seen = []
+
+    def loss(model, batch):
+        seen.append(type(batch.pair))
+        assert batch.again is batch.pair.x
+        return mean_square(model, batch.pair)
+
+    found = module.plan(Blocks, Batch(Pair(x, y), x), device="cpu", loss=loss)
+    plain = module.plan(Blocks, BATCH, device="cpu", loss=mean_square)
+    sizes, wanted = ([row.footprint.tensor_bytes for row in each.predictions] for each in (found, plain))
+    assert sizes == wanted and set(seen) == {Pair}
+
+
+@pytest.mark.parametrize(
+    ("model_fn", "loss", "message"),
+    [
+        (lambda: 3, None, "model_fn made a int"),
+        (lambda: nn.Linear(2, 2), lambda model, x: 1.0, "the loss is a float"),
+        (lambda: nn.Linear(2, 2), lambda model, x: model(x), r"the loss has shape \(3, 2\)"),
+    ],
+)
+def test_what_functions_return_is_checked(model_fn, loss, message):
+    with pytest.raises(ValueError, match=message):
+        module.plan(model_fn, torch.empty(3, 2, device="meta"), device="cpu", loss=loss)
+
+
+def test_a_model_of_transformers_without_labels_has_no_loss():
+    config = AutoConfig.for_model("llama", **FOREIGN["llama"])
+    batch = {"input_ids": torch.empty(1, 8, dtype=torch.int64, device="meta")}
+    with pytest.raises(ValueError, match="has no loss; have labels"):
+        module.plan(lambda: AutoModelForCausalLM.from_config(config), batch, device="cpu")
 
 
 def test_without_a_loss_the_batch_is_the_models_arguments():

@@ -1,9 +1,11 @@
 """The models that are compared: ours, the baseline, and beside a resolvent mixer the seed's."""
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,13 @@ from torch import nn
 from resnet_bk.errors import UserError
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.models.foreign import PREFIX, build_foreign, foreign_config
 from resnet_bk.models.matching import match_total_parameters, total_parameters
 from resnet_bk.models.presets import PRESETS
 from resnet_bk.schema import Contestant
 
 OURS, BASELINE, SEED_MIXER = "resnet-bk", "transformer", "seed-mixer"
 LABELS = {OURS: "ResNet-BK", BASELINE: "Transformer", SEED_MIXER: "Seed's mixer"}
-HUGGING_FACE = "hf:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def _baseline(name: str, vocab_size: int) -> Contender:
         except ValueError as error:
             raise UserError(f"--baseline {name}: {error}") from None
         return _ours(BASELINE, f"Preset {name}", f"preset {name}", config)
-    if name.startswith(HUGGING_FACE):
+    if name.startswith(PREFIX):
         return _hugging_face(name, vocab_size)
     if ":" in name:
         return _from_function(name, vocab_size)
@@ -135,22 +137,27 @@ def _baseline(name: str, vocab_size: int) -> Contender:
 
 
 def _hugging_face(name: str, vocab_size: int) -> Contender:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(name.removeprefix(HUGGING_FACE))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"no configuration of {name} ({first}); is the name right, and the network there?") from None
+    config = foreign_config(name)
     config.vocab_size = vocab_size
-    label = config.model_type
     return Contender(
         key=BASELINE,
-        label=label,
+        label=config.model_type,
         source=name,
         config=config if isinstance(config, ResNetBKConfig) else None,
-        build=lambda: AutoModelForCausalLM.from_config(config),
+        build=partial(build_foreign, config, name),
     )
+
+
+def _takes_one(function: object) -> bool:
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # some of what is written in C does not say what it takes
+        return True
+    return True
 
 
 def _from_function(name: str, vocab_size: int) -> Contender:
@@ -159,6 +166,8 @@ def _from_function(name: str, vocab_size: int) -> Contender:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--baseline {name} cannot be had ({error}); is the module on PYTHONPATH?") from None
+    if not _takes_one(function):
+        raise UserError(f"--baseline {name} is called with a vocab_size and nothing else, and does not take that")
 
     def build() -> nn.Module:
         model = function(vocab_size)

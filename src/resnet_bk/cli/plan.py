@@ -83,6 +83,10 @@ class PlanCommand:
         if self.foreign is not None:
             from resnet_bk.cli.plan_foreign import plan_foreign
 
+            if (self.micro_batch_size or 0) > self.batch_size:
+                raise UserError(
+                    f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}; lower it"
+                )
             rows = self.micro_batch_size or self.batch_size
             device, length = self.planned_device(), self.sequence_length
             plan_foreign(self.foreign, rows, length, self.budget(), device, as_json=self.json)
@@ -166,17 +170,14 @@ class PlanCommand:
         return DEVICES[ASSUMED]
 
     def _plan(self) -> None:
-        from resnet_bk.memory.plan import make_plan
-        from resnet_bk.training.strategy import training_shape
+        from resnet_bk.cli import plan_tables as tables
 
         config, training, budget, device = self._config(), self._training(), self.budget(), self.planned_device()
-        plan = make_plan(config, training_shape(training), budget)
+        plan = self._by_formula(config, training, budget)
         predictions, refusal = self._searched(config, training, budget)
         if self.json:
             print_json(self._document(config, training, budget, plan, predictions) | refusal)
             return
-        from resnet_bk.cli import plan_tables as tables
-
         self._introduce(config, training, plan)
         if predictions:
             tables.print_choice(predictions[0], budget, self._command(predictions[0], budget))
@@ -196,6 +197,18 @@ class PlanCommand:
             tables.print_verification(*self._verified(config, training))
         if not predictions and not refusal:
             result_console.print("Give --gpu-memory, --host-memory or --device to have the fastest way that fits.")
+
+    def _by_formula(self, config: "ResNetBKConfig", training: "TrainingConfig", budget: "Budget") -> "Plan":
+        """Every strategy on a GPU. On a CPU, of which formulas know nothing, they have no verdict on the budget."""
+        from resnet_bk.memory.plan import Budget, make_plan
+        from resnet_bk.planner.footprint import workspace_bytes
+        from resnet_bk.training.strategy import training_shape
+
+        device, shape = self.planned_device(), training_shape(training)
+        if device.machine.kind == "cpu":
+            return make_plan(config, shape, Budget())
+        cublas_bytes = workspace_bytes(device.machine, small=device.small_workspaces)
+        return make_plan(config, shape, budget, context_bytes=device.context_bytes, cublas_bytes=cublas_bytes)
 
     def _config(self) -> "ResNetBKConfig":
         from resnet_bk.models import ResNetBKConfig
@@ -320,6 +333,7 @@ class PlanCommand:
             "shape": asdict(training_shape(training)),
             "budget": asdict(budget),
             "device": self.planned_device().name,
+            "context_bytes": self.planned_device().context_bytes,
             "num_gpus": self.num_gpus,
             "parameters": asdict(plan.counts),
             "weight_bytes": plan.weight_bytes,

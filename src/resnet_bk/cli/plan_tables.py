@@ -77,7 +77,7 @@ def activation_table(plan: Plan) -> Table:
 def strategy_table(plan: Plan, device: Device, budget: Budget) -> Table:
     """Every strategy at its worst moment, on the GPU and on the host; with a budget, what is left of it."""
     if budget.gpu_bytes is not None or budget.host_bytes is not None:
-        return _table_with_room(plan, device, budget)
+        return _table_with_room(plan, device)
     table = new_table("A training step with AdamW", "", *STATES, "the rest", "GPU needs", "host needs")
     for row in plan.strategies:
         states = [sum(part.num_bytes for part in row.gpu_parts if part.name == name) for name in STATES]
@@ -87,21 +87,19 @@ def strategy_table(plan: Plan, device: Device, budget: Budget) -> Table:
     return table
 
 
-def _table_with_room(plan: Plan, device: Device, budget: Budget) -> Table:
+def _table_with_room(plan: Plan, device: Device) -> Table:
     columns = ("", "GPU needs", "room there", "host needs", "room there")
     table = new_table(f"A training step with AdamW on {device.name}, in one piece", *columns)
     for row in plan.strategies:
-        on_gpu = device.context_bytes + row.gpu_bytes
-        rooms = (_room(on_gpu, budget.gpu_bytes), _room(row.host_bytes, budget.host_bytes))
-        table.add_row(row.strategy.name, format_bytes(on_gpu), rooms[0], format_bytes(row.host_bytes), rooms[1])
+        needs = format_bytes(device.context_bytes + row.gpu_bytes), format_bytes(row.host_bytes)
+        table.add_row(row.strategy.name, needs[0], _room(row.gpu_headroom), needs[1], _room(row.host_headroom))
     table.caption = f"With the driver's context. {ABOUT}"
     return table
 
 
-def _room(need: int, there_is: int | None) -> str:
-    if there_is is None:
+def _room(room: int | None) -> str:
+    if room is None:
         return ""
-    room = there_is - need
     return format_bytes(room) if room >= 0 else f"misses {format_bytes(-room)}"
 
 

@@ -84,7 +84,9 @@ class Budget:
 class StrategyPlan:
     """What a strategy needs, by part, in bytes.
 
-    ``gpu_parts`` are those of the moment at which the GPU has most, which ``moment`` names; ``gpu_bytes`` is their sum.
+    ``gpu_parts`` are those of the moment at which the GPU has most, which ``moment`` names; ``gpu_bytes`` is their sum,
+    without what the driver takes. The headrooms are what is left of a budget beside all of it, less than 0 where it
+    does not fit, and None without a budget.
     """
 
     strategy: Strategy
@@ -124,15 +126,28 @@ class Plan:
         return next((plan for plan in self.strategies if plan.fits), None)
 
 
-def make_plan(config: ResNetBKConfig, shape: TrainingShape, budget: Budget) -> Plan:
-    """Plans AdamW training of ``config`` in micro-batches of ``shape``."""
+def make_plan(
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    budget: Budget,
+    *,
+    context_bytes: int = 0,
+    cublas_bytes: int = CUBLAS_BYTES,
+) -> Plan:
+    """Plans AdamW training of ``config`` in micro-batches of ``shape``, on a GPU of whose memory the driver takes
+    ``context_bytes``: headroom is what is left beside them."""
     counts = count_parameters(config)
     return Plan(
         counts=counts,
         weight_bytes={name: counts.total * size for name, size in BYTES_PER_PARAMETER.items()},
         activations=activation_parts(config, shape, STRATEGIES[0]),
         half_activations=activation_parts(config, shape, STRATEGIES[1]),
-        strategies=[plan_strategy(strategy, config, shape, counts, budget) for strategy in STRATEGIES],
+        strategies=[
+            plan_strategy(
+                strategy, config, shape, counts, budget, context_bytes=context_bytes, cublas_bytes=cublas_bytes
+            )
+            for strategy in STRATEGIES
+        ],
     )
 
 
@@ -147,14 +162,21 @@ def activation_parts(config: ResNetBKConfig, shape: TrainingShape, strategy: Str
 
 
 def plan_strategy(
-    strategy: Strategy, config: ResNetBKConfig, shape: TrainingShape, counts: ParameterCounts, budget: Budget
+    strategy: Strategy,
+    config: ResNetBKConfig,
+    shape: TrainingShape,
+    counts: ParameterCounts,
+    budget: Budget,
+    *,
+    context_bytes: int = 0,
+    cublas_bytes: int = CUBLAS_BYTES,
 ) -> StrategyPlan:
-    """What one strategy needs for micro-batches of ``shape``."""
+    """What one strategy needs for micro-batches of ``shape``: see ``make_plan``."""
     step = _step(strategy, config, shape, counts)
     moments = _moments(step)
     sizes = {name: _sum(parts) for name, parts in moments.items()}
     moment = max(sizes, key=lambda name: sizes[name])
-    gpu_parts = _joined([*moments[moment], *step.of_libraries()])
+    gpu_parts = _joined([*moments[moment], *step.of_libraries(cublas_bytes)])
     on_host = host_parts(strategy, config, shape, counts)
     gpu_bytes, host_bytes = _sum(gpu_parts), sum(on_host.values())
     return StrategyPlan(
@@ -164,7 +186,7 @@ def plan_strategy(
         host_parts=on_host,
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
-        gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - gpu_bytes,
+        gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - context_bytes - gpu_bytes,
         host_headroom=None if budget.host_bytes is None else budget.host_bytes - host_bytes,
     )
 
@@ -244,9 +266,9 @@ class _Step:
             ),
         ]
 
-    def of_libraries(self) -> list[Part]:
+    def of_libraries(self, cublas_bytes: int) -> list[Part]:
         """What is no tensor of the step: workspaces of CUDA's libraries, and what copies under way hold."""
-        parts = [Part(name=CUBLAS, num_bytes=CUBLAS_BYTES, formula="2 x 32 MiB")]
+        parts = [Part(name=CUBLAS, num_bytes=cublas_bytes, formula="2 threads")]
         # Step by block, gradients leave while the next block's forward goes on, which needs less than its backward.
         if self.strategy.offload_optimizer and not self.strategy.goes_by_block:
             size = 2 * self.strategy.weight_bytes

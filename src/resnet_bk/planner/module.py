@@ -4,12 +4,11 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
 from resnet_bk.frugal.checkpointing import checkpoint_blocks
 from resnet_bk.frugal.optimizer import OffloadedAdamW
@@ -38,14 +37,23 @@ WAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModulePrediction:
-    """What one way of training takes: see ``Prediction``."""
+    """What one way of training takes: see ``Prediction``.
+
+    ``missing_bytes`` is by how much it exceeds the budget, of the two memories the one that misses more: 0 or less if
+    it fits, None without a budget.
+    """
 
     strategy: Strategy
     footprint: Footprint
     parts: list[TracedPart]
     gpu_bytes: int
     host_bytes: int
-    fits: bool | None
+    missing_bytes: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits what budget there is; None without a budget."""
+        return None if self.missing_bytes is None else self.missing_bytes <= 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,7 @@ def plan(
         half_type: what mixed precision computes in; None for bfloat16, or float16 where there is none.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument is of another kind, or what ``model_fn`` or ``loss`` return.
         Whatever ``model_fn`` or ``loss`` raise; an operator without an implementation for fake tensors raises
         ``NotImplementedError`` of torch's.
     """
@@ -147,19 +155,25 @@ class Job:
         half = half_type or (torch.bfloat16 if device.has_bf16 else torch.float16)
         return cls(model_fn, batch, optimizer or _adamw, loss or _own_loss, blocks or _own_blocks, half)
 
+    def model(self) -> nn.Module:
+        made = self.model_fn()
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"model_fn made a {type(made).__name__}; it has to return an nn.Module")
+        return made
+
     def has_blocks(self) -> bool:
         with torch.device("meta"):
-            return bool(self.blocks(self.model_fn()))
+            return bool(self.blocks(self.model()))
 
     def parameters(self) -> int:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.model_fn().parameters())
+            return sum(parameter.numel() for parameter in self.model().parameters())
 
     def prepared(
         self, strategy: Strategy, device: torch.device = CPU
     ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], list[Tensor]]:
         """As ``trace_step`` wants it, called with fake tensors; or really, on ``device``."""
-        model = self.model_fn().train()
+        model = self.model().train()
         optimizer: torch.optim.Optimizer
         if strategy.offload_optimizer:
             optimizer = OffloadedAdamW(list(model.parameters()), device=device)
@@ -171,18 +185,19 @@ class Job:
             checkpoint_blocks(list(self.blocks(model)), "full")
         if not strategy.offload_optimizer:
             optimizer = self.optimizer(list(model.parameters()))
-        batch = _on(self.batch, device)
+        tensors: dict[int, Tensor] = {}
+        batch = _on(self.batch, device, tensors)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             autocast = torch.autocast(device.type, dtype=self.half_type, enabled=strategy.half, cache_enabled=False)
             with autocast, _masks_as_ever():
-                loss = self.loss(model, batch)
+                loss = _checked_loss(self.loss(model, batch))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
             optimizer.step()
 
-        return model, optimizer, step, _tensors_of(batch)
+        return model, optimizer, step, list(tensors.values())
 
 
 def predict_way(job: Job, strategy: Strategy, device: Device, budget: Budget | None = None) -> ModulePrediction:
@@ -196,14 +211,14 @@ def predict_way(job: Job, strategy: Strategy, device: Device, budget: Budget | N
     on_cpu = 0 if on_gpu else trace.peak_bytes + kept_by_malloc(trace.peak_bytes)
     host_bytes = device.process_bytes + masters_and_gradients + made_here + on_cpu
     has_budget = budget.gpu_bytes is not None or budget.host_bytes is not None
-    fits = budget.missing(gpu_bytes if on_gpu else found.tensor_bytes, host_bytes) <= 0
+    missing = budget.missing(gpu_bytes if on_gpu else found.tensor_bytes, host_bytes)
     return ModulePrediction(
         strategy=strategy,
         footprint=found,
         parts=trace.parts(),
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
-        fits=fits if has_budget else None,
+        missing_bytes=missing if has_budget else None,
     )
 
 
@@ -229,7 +244,17 @@ def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError("without a loss the batch must be a mapping of the model's arguments; give loss=")
-    loss: Tensor = model(**batch).loss
+    loss: Tensor | None = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError("what the model returns has no loss; have labels in the batch, or give loss=")
+    return loss
+
+
+def _checked_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"the loss is a {type(loss).__name__}; it has to be a tensor of one number")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}; it has to be one number, as of .mean()")
     return loss
 
 
@@ -241,17 +266,18 @@ def _own_blocks(model: nn.Module) -> Sequence[nn.Module]:
     return max((list(blocks) for blocks in of_blocks), key=len, default=[])
 
 
-def _on(value: Any, device: torch.device) -> Any:
-    """The same structure with tensors on the device, of zeros: only shapes and types count."""
+def _on(value: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
+    """The same structure with tensors on the device, of zeros: only shapes and types count. What is the same tensor in
+    several places stays so; ``known`` has them all, by the given one's identity."""
     if isinstance(value, Tensor):
-        return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        if id(value) not in known:
+            known[id(value)] = torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return known[id(value)]
     if isinstance(value, Mapping):
-        known: dict[int, Any] = {}
-        return {name: known.setdefault(id(inner), _on(inner, device)) for name, inner in value.items()}
+        return {name: _on(inner, device, known) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on(inner, device) for inner in value)
+        inner = [_on(each, device, known) for each in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)  # the former is a namedtuple
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _on(getattr(value, each.name), device, known) for each in fields(value)})
     return value
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor)]

@@ -16,6 +16,7 @@ from resnet_bk.frugal.optimizer import OffloadedAdamW
 from resnet_bk.imagined import Machine, hearing_of_copies, imagining
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.planner.as_on_cuda import AsOnCuda
+from resnet_bk.planner.copies import CopiesOfFakes
 from resnet_bk.planner.ranks import imagined_ranks, of_one_rank
 from resnet_bk.planner.recorder import Event, Origin, StepRecorder
 from resnet_bk.training.config import TrainingConfig
@@ -251,6 +252,7 @@ def _imagined(machine: Machine) -> Iterator[StepRecorder]:
     with ExitStack() as stack:
         stack.enter_context(imagining(machine))
         stack.enter_context(FakeTensorMode())
+        stack.enter_context(CopiesOfFakes())
         as_on_cuda = AsOnCuda() if machine.kind == "cuda" else None
         stack.enter_context(as_on_cuda or nullcontext())
         recorder = stack.enter_context(StepRecorder(as_on_cuda))
