@@ -1,11 +1,14 @@
 """Writing files: whole or not at all, and errors that name the mend."""
 
 import errno
+import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 from resnet_bk.errors import UserError
 from resnet_bk.files import (
     check_writable,
+    from_home,
     make_directory,
     new_directory,
     read_json,
+    sole_use,
     write_bytes,
     write_json,
     write_text,
@@ -247,3 +252,121 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_it_is_needed(tmp_path,
     with pytest.raises(UserError, match="choose another place"):
         check_writable(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+in_use = pytest.raises(UserError, match=r"^somebody has it$")
+
+
+def sole_use_of(folder):
+    return sole_use(folder, "somebody has it")
+
+
+def test_a_folder_in_sole_use_is_nobody_elses_until_the_block_ends(tmp_path):
+    (tmp_path / "file").touch()
+    for error in (None, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) if error else nullcontext(), sole_use_of(tmp_path):
+            for _ in range(2):
+                with in_use, sole_use_of(tmp_path):
+                    pytest.fail("both had it")
+            if error:
+                raise error
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("left", [[], ["a"], ["a", "a/b"]], ids=str)
+def test_a_folder_that_was_made_for_sole_use_stays_if_something_is_in_it(tmp_path, left):
+    with sole_use_of(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        if left:
+            (tmp_path / left[-1] / "file").touch()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
+    assert found == set(left)
+
+
+def test_a_folder_that_was_there_stays_though_it_is_empty(tmp_path):
+    with sole_use_of(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+
+
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from resnet_bk.files import sole_use
+with sole_use(Path(sys.argv[1]), "it is in use"):
+    child = subprocess.Popen(["sleep", "120"], stdout=subprocess.DEVNULL, close_fds=False)
+    print(child.pid, flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_process_that_was_killed_holds_nothing_though_one_that_it_started_lives(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            with in_use, sole_use_of(tmp_path):
+                pytest.fail("both had it")
+            holder.kill()
+            holder.wait()
+            with sole_use_of(tmp_path):
+                os.kill(child, 0)
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_counts_for_nothing(tmp_path, monkeypatch):
+    """Who had it removes the file between another's opening and locking it; a third would make a file anew."""
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not removed:
+            removed.append(next(tmp_path.iterdir()))
+            removed[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with sole_use_of(tmp_path), in_use, sole_use_of(tmp_path):
+        pytest.fail("both had it")
+    assert removed
+
+
+def test_without_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refused)
+        with sole_use_of(tmp_path), sole_use_of(tmp_path):
+            pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with sole_use_of(tmp_path), sole_use_of(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_fails_otherwise_is_told_of(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(UserError, match="Input/output error; choose another place"), sole_use_of(tmp_path):
+        pytest.fail("it was had")
+
+
+def test_an_error_of_the_block_is_not_taken_for_the_locks(tmp_path):
+    with pytest.raises(OSError, match="No space left"), sole_use_of(tmp_path):
+        full_disk()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", 300 * "x"])
+def test_sole_use_of_what_can_be_no_folder_is_the_users_to_mend(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another place"), sole_use_of(tmp_path / name):
+        pytest.fail("it was had")
+
+
+def test_a_home_is_found_and_nobodys_is_a_name_like_others(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert from_home("~/text") == Path("/home/somebody/text")
+    assert from_home("~nobody-of-this-name/text") == Path("~nobody-of-this-name/text")

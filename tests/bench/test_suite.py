@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from resnet_bk.bench import setup as bench_setup
 from resnet_bk.bench import suite
 from resnet_bk.bench.contestants import contenders, contestant_configs
 from resnet_bk.bench.process import Ended, run_apart, side_by_side
@@ -15,6 +16,7 @@ from resnet_bk.bench.profiles import FIXED_RATES, PROFILES, fixed_rate
 from resnet_bk.bench.setup import Setup
 from resnet_bk.bench.subject import logits_of
 from resnet_bk.errors import UserError
+from resnet_bk.files import read_json, sole_use, write_json
 from resnet_bk.models.matching import total_parameters
 from resnet_bk.schema import SECTIONS, Failure, read_report
 
@@ -141,6 +143,89 @@ def test_other_code_or_another_machine_does_not_mix_in(smoke_report, smoke_confi
     monkeypatch.setattr(suite, "describe_environment", lambda: {"commit": "another"})
     with pytest.raises(UserError, match="another machine"):
         suite.run_benchmark(smoke_config, path.parent, command=["bench"])
+
+
+@pytest.fixture
+def measured_book(tmp_path, smoke_config, monkeypatch):
+    """A benchmark on a text file of which every cell has failed at once, and its report."""
+    failed = Ended(seconds=1.0, failure=Failure(kind="crash", message=""))
+    monkeypatch.setattr(suite, "run_apart", lambda *_, **__: failed)
+    monkeypatch.setenv("RESNET_BK_CACHE", str(tmp_path / "cache"))
+    book = tmp_path / "book.txt"
+    book.write_text("The quick brown fox jumps over the lazy dog.\n" * 60)
+    config = replace(smoke_config, sections=("flops",), data=replace(smoke_config.data, data=str(book)))
+    suite.run_benchmark(config, tmp_path / "out", command=["bench"])
+    return config, book, tmp_path / "out" / "report.json"
+
+
+def refused_again(config, path, complaint):
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=complaint):
+        suite.run_benchmark(config, path.parent, command=["bench"])
+    assert path.read_bytes() == before
+
+
+def test_a_text_that_was_edited_is_another_though_it_has_as_many_tokens(measured_book):
+    config, book, path = measured_book
+    book.write_text(book.read_text().replace("fox", "cat"))
+    refused_again(config, path, r"^the text of \S+/book\.txt is not the one .*; restore it, or choose another --out$")
+    book.write_text(book.read_text().replace("cat", "fox"))
+    suite.run_benchmark(config, path.parent, command=["bench"])
+
+
+def test_another_vocabulary_of_the_same_size_is_another(measured_book):
+    config, _, path = measured_book
+    document = read_json(path)
+    assert len(document["workload"]["tokenizer_sha256"]) == 64
+    document["workload"]["tokenizer_sha256"] = 64 * "0"
+    write_json(path, document)
+    refused_again(config, path, r"its vocabulary differs\); choose another --out")
+
+
+def test_a_report_from_before_texts_had_fingerprints_is_read_but_not_gone_on_with(measured_book):
+    config, _, path = measured_book
+    document = read_json(path)
+    for name in ("corpus_sha256", "tokenizer_sha256"):
+        del document["workload"][name]
+    write_json(path, document)
+    assert read_report(path).workload.corpus_sha256 is None
+    refused_again(config, path, "does not say what its text was; choose another --out")
+
+
+def test_a_text_that_changes_while_it_is_measured_on_is_not_measured(measured_book):
+    config, book, _ = measured_book
+    setup, _ = suite._begin(config, ["bench"], lambda _: None)
+    assert len(setup.dataset.train.tokens) > 0
+    book.write_text(book.read_text().replace("fox", "cat"))
+    bench_setup._dataset.cache_clear()  # a cell is a process of its own
+    with pytest.raises(UserError, match=r"book\.txt was changed while it was measured on; restore it"):
+        _ = setup.dataset
+
+
+def test_two_benchmarks_are_not_for_one_folder(measured_book, monkeypatch):
+    config, _, path = measured_book
+    monkeypatch.setattr(suite, "prepare_dataset", lambda *_, **__: pytest.fail("the other one is being timed"))
+    with sole_use(path.parent, "free"):
+        refused_again(config, path, f"^{path.parent} is in use by another benchmark; wait .* or choose another --out$")
+
+
+def test_a_benchmark_has_its_folder_to_itself_while_it_runs_and_no_longer(measured_book, monkeypatch):
+    config, _, path = measured_book
+    refused = []
+
+    def meanwhile(*_, **__):
+        with pytest.raises(UserError) as caught, sole_use(path.parent, "in use"):
+            pass
+        refused.append(str(caught.value))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run_apart", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_benchmark(config, path.parent, command=["bench"])
+    assert refused == ["in use"]
+    assert sorted(found.name for found in path.parent.iterdir()) == ["cells", "report.json"]
+    with sole_use(path.parent, "still in use"):
+        pass
 
 
 def with_cell(path, happens):
@@ -283,7 +368,7 @@ def test_a_baseline_of_transformers_gets_this_vocabulary(tmp_path):
     ("name", "complaint"),
     [
         ("huge", "choose a preset"),
-        ("hf:/no/such/folder", "no configuration of hf:/no/such/folder"),
+        ("hf:/no/such/folder", "there is no folder /no/such/folder"),
         ("no_such_module:f", "PYTHONPATH"),
         ("planted:nothing", "PYTHONPATH"),
     ],

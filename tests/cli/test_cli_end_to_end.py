@@ -4,11 +4,14 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import TEXT, TRAINING, checkpoint_of, contents
+from small_run import SMALL, TEXT, TRAINING, checkpoint_of, contents
 
 from resnet_bk.memory.units import format_bytes
 from resnet_bk.models import ResNetBKConfig, ResNetBKForCausalLM
@@ -211,7 +214,7 @@ def test_a_plan_is_one_document_with_every_strategy(cli, workspace):
     fitting = [plan["strategy"]["name"] for plan in document["strategies"] if plan["fits"]]
     assert document["fastest_that_fits"] == (fitting[0] if fitting else None)
     for plan in document["strategies"]:
-        assert plan["gpu_headroom"] == 24 * 10**9 - plan["gpu_bytes"]
+        assert plan["gpu_headroom"] == 24 * 10**9 - document["context_bytes"] - plan["gpu_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +370,26 @@ def test_the_environment_is_one_document(cli, workspace):
     assert operators | {"norm bf16", "router bf16", "one token"} == set(document["operators"])
     words = cli("env")
     assert document["packages"]["torch"] in words.out and document["operators"]["moe"]["reason"] in words.out
+
+
+@pytest.mark.slow
+def test_a_second_benchmark_waits_for_the_folder_but_not_for_one_that_was_killed(cli, workspace):
+    words = ["bench", "--profile", "smoke", "--data", "book.txt", *SMALL, "--only", "flops", "--out", "measured"]
+    command = [sys.executable, "-c", "from resnet_bk.cli.main import main; raise SystemExit(main())", *words]
+    # With one thread as here, so that both are the same benchmark.
+    with subprocess.Popen([*command, "--num-threads", "1"], stderr=subprocess.DEVNULL) as first:
+        try:
+            until = time.monotonic() + 120
+            while not (workspace / "measured" / "report.json").exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            second = cli(*words, "--num-threads", "1")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    said = "error: measured is in use by another benchmark; wait until it ends, or choose another --out\n"
+    assert (second.code, second.out, second.err) == (2, "", said)
+    report = cli(*words, "--num-threads", "1", "--json").document
+    assert report["results"]["flops"] and not [cell for cell in report["cells"].values() if cell["failure"]]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ FLOATS = (
 )
 TOO_LARGE = str(2**63)
 LONG_NAME = 300 * "x"
+NOT_UTF8 = "new\udcff"  # how Python has a byte of the command line that is no character
 TOO_MUCH = "of memory and .* are free; take a smaller .*resnet-bk plan"
 
 BY_BLOCK = ["--offload-optimizer", "True", "--checkpointing", "offload"]
@@ -113,6 +115,7 @@ MISTAKES = [
     ([*NEW, *TRAINING, "--data", "hf:"], "write hf:ORG/NAME"),
     ([*TRAIN, "--tokenizer", "runes!"], "no tokenizer runes!; choose byte, char"),
     ([*TRAIN, "--tokenizer", "bpe:10"], "at least 257"),
+    ([*TRAIN, "--tokenizer", "bytes"], r"no tokenizer bytes \(did you mean byte\?\); choose byte"),
     ([*TRAIN, "--tokenizer", "absent.json"], "check the path"),
     # Where it goes.
     (["train", *BOOK, *TRAINING], "--out runs/NAME"),
@@ -123,6 +126,9 @@ MISTAKES = [
     (["train", "--out", "/proc/new", *BOOK, *TRAINING], "choose another place"),
     (["train", "--out", LONG_NAME, *BOOK, *TRAINING], "name too long; choose another place"),
     (["train", "--out", f"above/{LONG_NAME}", *BOOK, *TRAINING], "name too long; choose another place"),
+    (["train", "--out", NOT_UTF8, *BOOK, *TRAINING], r"the name 'new\\udcff' is not UTF-8; choose another place"),
+    (["train", "--out", f"{NOT_UTF8}/run", *BOOK, *TRAINING], r"is not UTF-8; choose another place"),
+    ([*BENCH, "--out", NOT_UTF8], r"the name 'new\\udcff' is not UTF-8; choose another place"),
     ([*BENCH, "--out", LONG_NAME], "name too long; choose another place"),
     (["train", "--resume", LONG_NAME], "choose another path"),
     ([*NEW, "--config", LONG_NAME], "restore it"),
@@ -147,7 +153,9 @@ MISTAKES = [
     (["train", "--resume", "run", "--out", "new"], "leave out --out"),
     (["train", "--resume", "run", "--steps", "9", "--learning-rate", "0.5"], "--learning-rate.*leave it out"),
     (["train", "--resume", "run", "--mixer", "attention"], "--mixer.*or start a new run"),
-    (["train", "--resume", "run", "--data", "other.txt"], "--data.*or start a new run"),
+    (["train", "--resume", "run", "--data", "other.txt"], "of other.txt is not the one.*that was, or start a new run"),
+    (["train", "--resume", "run", "--data", "nowhere.txt"], "nowhere.txt does not exist; give"),
+    (["train", "--resume", "run", "--data", ""], "data is empty; give"),
     (["train", "--resume", "run", "--steps", "0"], "at least 1"),
     # Evaluation and generation.
     (["eval", "nowhere"], "not a run folder.*start one with"),
@@ -156,7 +164,12 @@ MISTAKES = [
     (["eval", "run", "--batch-size", "0"], "at least 1"),
     (["eval", "run", "--sequence-length", "-2"], "at least 1"),
     (["eval", "run", "--data", "missing.txt"], "give stdlib, a text file"),
-    (["eval", "run", "--data", "one.txt"], "give more text"),
+    (["eval", "run", "--data", "one.txt"], "error: one.txt has 1 token, and a prediction takes two; give more text"),
+    (["eval", "run", "--data", ""], "data is empty; give"),
+    (["eval", "model"], "model is a model's folder .*no run.json.*; give the run folder that `train --out` made"),
+    (["eval", "step-00000004"], "is a model's folder .*; give the run folder"),
+    (["generate", "model"], "model is a model's folder"),
+    (["generate", "run", "--prompt", "a b\udcff"], r"not UTF-8 text \(character 4 is not\); convert it"),
     (["eval", "run", "--device", "abacus"], "use --device auto or cpu"),
     (["eval", "run", "--device", "meta"], "use --device auto or cpu"),
     (["eval", LONG_NAME], "choose another path"),
@@ -193,7 +206,8 @@ MISTAKES = [
     (["plan", "--device", "rtx-9999"], "is not known; choose auto, cpu or one of"),
     (["plan", "--model", "gpt2"], "write it like hf:gpt2"),
     (["plan", "--model", "hf:"], "write it like hf:gpt2"),
-    (["plan", "--model", "hf:/no/such/folder"], "no configuration of"),
+    (["plan", "--model", "hf:/no/such/folder"], "there is no folder /no/such/folder"),
+    (["plan", "--model", "hf:gpt2", "--batch-size", "2", "--micro-batch-size", "3"], "micro_batch_size 3 is more than"),
     (["plan", "--micro-batch-size", "0"], "at least 1"),
     (["plan", "--max-grad-norm", "-1"], "above 0"),
     (["plan", "--gpu-memory", "0GB"], "above 0, like 12GB"),
@@ -222,6 +236,8 @@ def test_a_mistake_is_one_line_that_names_the_mend(cli, workspace, words, mend):
     (workspace / "short.txt").write_text("eighteen signs now")
     (workspace / "one.txt").write_text("a")
     (workspace / "other.txt").write_text("another text, long enough to learn from\n" * 20)
+    for model in ("model", "step-00000004"):
+        shutil.copytree(checkpoint_of("run"), workspace / model)
     (workspace / "hollow").mkdir()
     (workspace / "hollow" / "noise.bin").write_bytes(b"\0\1\2")
     check_refused(cli, workspace, words, mend)
@@ -309,10 +325,11 @@ def test_a_text_that_has_changed_is_refused(cli, workspace, use):
     check_refused(cli, workspace, USES[use], "not the one run was trained on; restore it")
 
 
-@pytest.mark.parametrize("use", ["eval", "resume"])
+@pytest.mark.parametrize("use", ["eval", "resume", "longer resume"])
 def test_a_text_that_is_gone_is_refused(cli, workspace, use):
     (workspace / "book.txt").unlink()
-    check_refused(cli, workspace, USES[use], "book.txt does not exist; give")
+    last = check_refused(cli, workspace, USES[use], "give --data with the place where it is now")
+    assert f"book.txt, the text that run was trained on, is not there (seen from {workspace})" in last
 
 
 @each_use

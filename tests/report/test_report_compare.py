@@ -151,6 +151,18 @@ def test_another_workload_is_not_compared(before):
     assert parts == {"time", "speed-up", "exponent"}
 
 
+@pytest.mark.parametrize("name", ["corpus_sha256", "tokenizer_sha256"])
+def test_a_text_is_another_if_both_reports_know_it_to_be(before, name):
+    known, other = (replace(before, workload=replace(before.workload, **{name: 64 * digit})) for digit in "ab")
+    assert before.workload.corpus_sha256 is None
+    for pair in ((before, known), (known, before), (known, known)):
+        assert "loss" in {change.part for change in compare_runs(*pair).changes}
+        assert not compare_runs(*pair).settings
+    found = compare_runs(known, other)
+    assert {change.part for change in found.changes} == {"time", "speed-up", "exponent"}
+    assert [setting.what for setting in found.settings] == [name]
+
+
 def test_another_baseline_is_not_compared(before):
     found = compare_runs(before, report_of(foreign=True))
     assert {change.contestant for change in found.changes if change.part in ("time", "exponent")} == {

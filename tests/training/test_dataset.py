@@ -5,7 +5,7 @@ import pytest
 from small_training import TEXT, refused
 
 from resnet_bk.training.config import DataConfig
-from resnet_bk.training.data import TextTokenizer, prepare_dataset, tokenize_all, train_tokenizer
+from resnet_bk.training.data import TextTokenizer, load_corpus, prepare_dataset, tokenize_all, train_tokenizer
 from resnet_bk.training.data.dataset import cache_directory
 
 
@@ -207,7 +207,7 @@ def test_the_unigram_entropy_of_four_equal_shares_is_log_four(cache, tmp_path):
 def test_a_side_without_two_tokens_is_refused(cache, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("abcdefghij")
-    with refused(r"the validation side of .*short.txt has 1 tokens, too few to predict one; give more text"):
+    with refused(r"the held-out part of .*short.txt has 1 token, and a prediction takes two; give more text"):
         prepare(path)
     assert list(cache.iterdir()) == []
 
@@ -223,3 +223,27 @@ def test_tokenize_all_takes_the_whole_text(text_file):
     side = tokenize_all(str(text_file), tokenizer)
     assert tokenizer.decode(side.tokens) == TEXT
     assert (side.num_bytes, side.num_documents) == (len(TEXT), 1)
+
+
+def test_a_text_too_short_to_predict_is_refused_without_speaking_of_parts(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("a")
+    with refused(r"^\S*one.txt has 1 token, and a prediction takes two; give more text"):
+        tokenize_all(str(path), train_tokenizer("byte", []))
+
+
+def test_a_text_that_was_read_is_not_read_again(cache, text_file, monkeypatch):
+    corpus = load_corpus(str(text_file))
+    monkeypatch.setattr("resnet_bk.training.data.dataset.load_corpus", lambda spec: pytest.fail("it was read again"))
+    config = DataConfig(data=str(text_file), tokenizer="byte")
+    assert prepare_dataset(config, corpus=corpus).record["corpus_sha256"] == corpus.fingerprint
+    assert len(tokenize_all(corpus, train_tokenizer("byte", [])).tokens) == len(TEXT)
+
+
+def test_the_share_of_a_token_is_counted_over_all_tokens(tmp_path):
+    path = tmp_path / "strange.txt"
+    path.write_text("abxx")
+    tokenizer = train_tokenizer("char", ["abc"])
+    side = tokenize_all(str(path), tokenizer)
+    assert side.share_of(tokenizer.unknown_id) == 0.5
+    assert side.share_of(None) == 0.0

@@ -1,5 +1,6 @@
 """The tokenizers: what they give back, what is unknown to them, what they refuse."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_training import TEXT, refused
+from tokenizers import Tokenizer, models
 
 from resnet_bk.training.data import TextTokenizer, train_tokenizer
 from resnet_bk.training.data.tokenizer import END_OF_TEXT, UNKNOWN, check_tokenizer
@@ -119,15 +121,53 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizers, tmp_path, spec, named_by)
         ("bpe:1e4", "needs a size of at least 257"),
         ("bpe:1000001", "larger than 1,000,000 tokens; choose a smaller size"),
         ("word:" + "9" * 30, "larger than 1,000,000 tokens"),
-        ("byte:5", "there is no tokenizer byte:5; choose byte, char, word:N, bpe:N"),
+        ("byte:5", "there is no tokenizer byte:5 (did you mean byte?); choose byte, char, word:N, bpe:N"),
+        ("words:4096", "there is no tokenizer words:4096 (did you mean word:4096?); choose"),
         ("chars please", "there is no tokenizer chars please; choose"),
         ("nowhere/at/all", "there is no tokenizer nowhere/at/all; choose"),
         ("nowhere/tokenizer.json", "nowhere/tokenizer.json does not exist; check the path"),
     ],
 )
 def test_bad_names_and_sizes_are_refused(spec, message):
-    with refused(message.replace(".", r"\.")):
+    with refused(re.escape(message)):
         train_tokenizer(spec, [TEXT])
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        *(("bytes", "byte"), ("Byte", "byte"), ("chars", "char"), ("words", "word:N"), ("bpe4096", "bpe:4096")),
+        *(("BPE-512", "bpe:512"), ("BPE", "bpe:N")),
+    ],
+)
+def test_a_slip_of_a_built_in_name_is_not_looked_for_on_the_network(monkeypatch, slip, meant):
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: pytest.fail("the network was asked"))
+    with refused(rf"there is no tokenizer {slip} \(did you mean {meant}\?\); choose byte"):
+        check_tokenizer(slip)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "t5-small", "ctrl", "someone/bytes"])
+def test_a_name_of_the_hub_is_no_slip(monkeypatch, name):
+    tries = []
+
+    def offline(url):
+        tries.append(url)
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", offline)
+    with refused("check the network"):
+        check_tokenizer(name)
+    assert len(tries) == 1
+
+
+def test_the_unknown_token_of_a_tokenizer_from_elsewhere_is_its_own(tmp_path):
+    for name, model in (
+        ("wordpiece", models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")),
+        ("unigram", models.Unigram([("a", -1.0), ("<unk>", 0.0)], unk_id=1)),
+    ):
+        Tokenizer(model).save(str(tmp_path / f"{name}.json"))
+        tokenizer = train_tokenizer(str(tmp_path / f"{name}.json"), [])
+        assert tokenizer.unknown_id == 1 and tokenizer.encode("é") == [1]
 
 
 def test_a_name_that_is_not_on_the_hub_is_refused(monkeypatch):
@@ -135,7 +175,7 @@ def test_a_name_that_is_not_on_the_hub_is_refused(monkeypatch):
         raise HfHubHTTPError("404 Client Error", response=SimpleNamespace(headers={}, request=None, status_code=404))
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", absent)
-    with refused("no tokenizer someone/words on the Hub .*; choose byte"):
+    with refused("the Hub has no tokenizer.json of someone/words .*; mend the name, or choose byte"):
         train_tokenizer("someone/words", [TEXT])
 
 
@@ -147,7 +187,9 @@ def test_without_a_network_one_try_is_enough(monkeypatch, caplog):
         raise ConnectionError(f"{url} cannot be\nreached")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", offline)
-    with refused("no tokenizer someone/words here and the Hub cannot be reached .*; choose byte, .* check the network"):
+    with refused(
+        "no tokenizer.json of someone/words here and the Hub cannot be reached .*; check the network, or choose"
+    ):
         check_tokenizer("someone/words")
     assert len(tries) == 1 and not caplog.records
 

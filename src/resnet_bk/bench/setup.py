@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_bk.bench.contestants import BASELINE, OURS, Contender, contenders
 from resnet_bk.bench.profiles import Profile
 from resnet_bk.bench.subject import Subject
+from resnet_bk.errors import UserError
 from resnet_bk.memory.parameters import count_parameters
 from resnet_bk.memory.plan import Budget, plan_strategy
 from resnet_bk.models import ResNetBKConfig
@@ -27,7 +28,8 @@ CONTEXT_BYTES = 10**9  # about what a process takes of a GPU before its first te
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """A benchmark. ``overrides`` are fields of the model that differ from the preset's; ``withheld`` are contestants
-    that a gate keeps out, with the reason; ``training.device`` is a device and not ``auto``."""
+    that a gate keeps out, with the reason; ``training.device`` is a device and not ``auto``. ``corpus_sha256`` is the
+    fingerprint of the text that all of it is measured on."""
 
     preset: str
     overrides: Mapping[str, Any]
@@ -36,6 +38,7 @@ class Setup:
     data: DataConfig
     training: TrainingConfig
     profile: Profile
+    corpus_sha256: str | None = None
     withheld: Mapping[str, str] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,8 +72,15 @@ class Setup:
 
     @property
     def dataset(self) -> TokenDataset:
-        """The text, from the cache."""
-        return _dataset(self.data)
+        """The text, from the cache.
+
+        Raises:
+            UserError: it was changed since the benchmark began.
+        """
+        found = _dataset(self.data)
+        if self.corpus_sha256 not in (None, found.record["corpus_sha256"]):
+            raise UserError(f"the text of {self.data.data} was changed while it was measured on; restore it")
+        return found
 
     @cached_property
     def at_once(self) -> int:

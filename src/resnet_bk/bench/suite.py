@@ -1,6 +1,7 @@
 """Runs gates and sections cell by cell, and writes report.json after each, so that nothing measured is lost.
 
-A second call with the same settings on the same machine and code keeps what was measured and goes on with what was not.
+A second call with the same settings and text on the same machine and code keeps what was measured and goes on with what
+was not. Two calls at the same time are not for one folder: the later one is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from resnet_bk.bench.profiles import Profile
 from resnet_bk.bench.setup import Setup
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import check_writable, make_directory, read_json, write_json
+from resnet_bk.files import check_writable, make_directory, read_json, sole_use, write_json
 from resnet_bk.heap import keep_freed_memory
 from resnet_bk.memory.limits import is_out_of_memory
 from resnet_bk.schema import (
@@ -103,11 +104,19 @@ def run_benchmark(
     """Measures what is not measured yet and returns the report, which is also in ``out/report.json``.
 
     Raises:
-        UserError: the settings do not fit, the text cannot be had, or ``out`` holds another benchmark.
+        UserError: the settings do not fit, the text cannot be had, ``out`` holds another benchmark or is in use by one.
     """
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     check_writable(out)
+    # Before the text is prepared, which would disturb what the other one times.
+    with sole_use(out, f"{out} is in use by another benchmark; wait until it ends, or choose another --out"):
+        return _run_alone(config, out, command, on_remark, on_progress)
+
+
+def _run_alone(
+    config: BenchmarkConfig, out: Path, command: list[str], on_remark: Callable[[str], None], on_progress: Watch
+) -> Report:
     path = out / REPORT_FILE
     previous = read_report(path) if path.exists() else None
     setup, report = _begin(config, command, on_remark)
@@ -136,6 +145,7 @@ def _begin(config: BenchmarkConfig, command: list[str], on_remark: Callable[[str
         data=config.data,
         training=training,
         profile=config.profile,
+        corpus_sha256=dataset.record["corpus_sha256"],
     )
     _check_models(setup)
     report = Report(
@@ -173,6 +183,8 @@ def _workload(setup: Setup, dataset: TokenDataset) -> Workload:
         device=setup.device.type,
         threads=torch.get_num_threads(),
         seed=training.seed,
+        corpus_sha256=dataset.record["corpus_sha256"],
+        tokenizer_sha256=dataset.record["tokenizer_sha256"],
     )
 
 
@@ -195,18 +207,33 @@ def _check_models(setup: Setup) -> None:
 
 def _continued(previous: Report, fresh: Report, path: Path) -> Report:
     """The earlier report if it is of the same benchmark; a different one is not overwritten."""
-    for what, key in (
-        ("settings differ", "profile"),
-        ("workload differs", "workload"),
-        ("models differ", "contestants"),
+    _check_same_text(previous.workload, fresh.workload, path)
+    with_this_vocabulary = replace(previous.workload, tokenizer_sha256=fresh.workload.tokenizer_sha256)
+    for what, before, now in (
+        ("settings differ", previous.profile, fresh.profile),
+        ("workload differs", with_this_vocabulary, fresh.workload),
+        ("vocabulary differs", previous.workload, fresh.workload),
+        ("models differ", previous.contestants, fresh.contestants),
     ):
-        if msgspec.json.encode(getattr(previous, key)) != msgspec.json.encode(getattr(fresh, key)):
+        if msgspec.json.encode(before) != msgspec.json.encode(now):
             raise UserError(f"{path} is of another benchmark (its {what}); choose another --out")
     if previous.environment != fresh.environment:
         raise UserError(
             f"{path} was measured on another machine, with other versions or another commit; choose another --out"
         )
     return previous
+
+
+def _check_same_text(previous: Workload, fresh: Workload, path: Path) -> None:
+    """What goes by the same name may have been edited since, and have as many tokens as before."""
+    if previous.data != fresh.data:
+        return
+    if previous.corpus_sha256 is None:  # nothing else tells whether it is the same: an installed copy has no commit
+        raise UserError(f"{path} is of an older program and does not say what its text was; choose another --out")
+    if previous.corpus_sha256 != fresh.corpus_sha256:
+        raise UserError(
+            f"the text of {fresh.data} is not the one that {path} was measured on; restore it, or choose another --out"
+        )
 
 
 def measure_cell(setup: Setup, cell: Cell) -> Any:

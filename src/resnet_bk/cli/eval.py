@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from resnet_bk.cli.console import print_json, result_console
+from resnet_bk.cli.console import print_json, remark, result_console
 from resnet_bk.errors import UserError
 
 if TYPE_CHECKING:
-    from resnet_bk.training.data import TokenSplit
+    from resnet_bk.training.data import TextTokenizer, TokenSplit
     from resnet_bk.training.run import Run
+
+# From here on a loss is mostly one of telling when the unknown token comes.
+TELLING_SHARE_OF_UNKNOWN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,8 @@ class EvalCommand:
     run_folder: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), or one checkpoint folder of it."""
     data: str | None = None
-    """Text to evaluate on. The run's own data means its held-out part; any other text is taken whole."""
+    """Text to evaluate on. The run's own text, wherever it is by now, means its held-out part; any other is taken
+    whole."""
     batch_size: int | None = None
     """Sequences at once; by default the run's."""
     sequence_length: int | None = None
@@ -56,7 +60,14 @@ class EvalCommand:
         training = run.config.training
         batch_size, length = self._shape(run)
         model = load_model_checkpoint(checkpoint).to(device)
-        split = self._text(run)
+        tokenizer = run.tokenizer()
+        split = self._text(run, tokenizer)
+        unknown_share = split.share_of(tokenizer.unknown_id)
+        if unknown_share > TELLING_SHARE_OF_UNKNOWN:
+            remark(
+                f"{unknown_share:.0%} of this text's tokens are unknown to the run's tokenizer ({tokenizer.spec}); "
+                "the loss says little about it"
+            )
         evaluation = evaluate(
             model, split.tokens, batch_size=batch_size, sequence_length=length, precision=training.precision
         )
@@ -71,6 +82,7 @@ class EvalCommand:
             "tokens": evaluation.tokens,
             "bytes": split.num_bytes,
             "unigram_entropy": split.unigram_entropy(),
+            "unknown_share": unknown_share,
             "sequence_length": length,
             "precision": training.precision,
             "device": str(model.device),
@@ -90,16 +102,13 @@ class EvalCommand:
             raise UserError(f"sequence_length {length} is more than the model's position table of {limit}; shorten it")
         return batch_size, length
 
-    def _text(self, run: "Run") -> "TokenSplit":
-        from resnet_bk.cli.console import remark
-        from resnet_bk.training.data import prepare_dataset, tokenize_all
+    def _text(self, run: "Run", tokenizer: "TextTokenizer") -> "TokenSplit":
+        from resnet_bk.training.data import tokenize_all
 
-        tokenizer = run.tokenizer()
-        if self.data is not None and self.data != run.config.data.data:
-            return tokenize_all(self.data, tokenizer)
-        dataset = prepare_dataset(run.config.data, on_progress=remark)
-        run.check_same_data(dataset)
-        return dataset.validation
+        corpus = run.read_text(self.data)
+        if run.has_as_text(corpus):
+            return run.prepare_text(corpus, on_progress=remark).validation
+        return tokenize_all(corpus, tokenizer)
 
     def _print(self, document: dict[str, Any]) -> None:
         if self.json:

@@ -108,6 +108,11 @@ class GenerateCommand:
             print_json(document)
 
     def _check(self) -> None:
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no characters
+            place = f"character {error.start + 1:,} is not"
+            raise UserError(f"the prompt is not UTF-8 text ({place}); convert it") from None
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; give a number of at least 1")
         if self.prefill_chunk_size < 1:

@@ -58,7 +58,7 @@ class TrainCommand:
     resume: Path | None = None
     """Run folder to go on with, bitwise as if it had never stopped (on a CPU). --steps may be raised, and how it is
     computed and written may change (--micro-batch-size, --checkpointing, --offload-optimizer, --save-every and so on).
-    """
+    --data says where its text is now, if that has moved."""
     gpu_memory: str | None = None
     """Train in this much, like 4GB: the fastest strategy that fits is chosen, and the allocator held to it. Flags given
     besides it stay as they are."""
@@ -121,7 +121,6 @@ class TrainCommand:
 
     def _resume(self, progress: TrainingProgress, world: "World") -> "ReadyRun | None":
         assert self.resume
-        from resnet_bk.training.data import prepare_dataset
         from resnet_bk.training.run import open_run
         from resnet_bk.training.start import check_device, resume_run
 
@@ -133,17 +132,21 @@ class TrainCommand:
             check_device(training)
         run.tokenizer()
         with world.one_here_first():
-            dataset = prepare_dataset(run.config.data, on_progress=_remarks(world))
+            dataset = run.prepare_text(run.read_text(self.text.data), on_progress=_remarks(world))
         wanted = replace(run, config=replace(run.config, training=training))
         self._held_budget(training, world)
         ready = resume_run(wanted, dataset, observer=progress.observe, world=world)
         say = _remarks(world)
+        # Even of a run that is done: where its text is now is what `eval` asks next.
+        if world.is_main and dataset.record["data"] != run.config.data.data:
+            run = run.moved(dataset)
+            say(f"{self.resume} now records {run.config.data.data} as the place of its text")
         if ready.state.step >= training.steps:
             say(f"{self.resume} has done its {ready.state.step} steps; raise --steps to go on")
             if self.json and world.is_main:
                 print_json({"run": str(self.resume), "steps": ready.state.step, "finished": True})
             return None
-        # Written last: a run that turns out damaged, or done, keeps its record.
+        # Written last: a run that turns out damaged, or done, keeps its record of how it trains.
         if world.is_main:
             if training != run.config.training:
                 run.changed(**changes)
@@ -228,7 +231,9 @@ class TrainCommand:
         recorded_fields = {**recorded.model.own_fields(), **asdict(recorded.training), **asdict(recorded.data)}
         flags = {**given(self.model), **given(self.training), **given(self.text)}
         changed = [
-            name for name, value in flags.items() if name not in CHANGEABLE_ON_RESUME and recorded_fields[name] != value
+            name
+            for name, value in flags.items()
+            if name not in (*CHANGEABLE_ON_RESUME, "data") and recorded_fields[name] != value  # data: by its content
         ]
         if changed:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)

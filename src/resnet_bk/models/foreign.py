@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from resnet_bk.errors import UserError
+from resnet_bk.files import from_home
 from resnet_bk.hub import hub_file
 
 PREFIX = "hf:"
@@ -51,7 +52,7 @@ def build_foreign(config: Any, spec: str) -> nn.Module:
 
 
 def _folder(name: str, spec: str) -> Path:
-    path = Path(name).expanduser()
+    path = from_home(name)
     if (path / "config.json").is_file():
         return path
     if path.exists():

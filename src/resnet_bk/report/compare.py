@@ -23,6 +23,7 @@ TIME_MARGIN = 0.05
 EXPONENT_MARGIN = 0.05
 SAME_WORK = ("vocab_size", "batch_size", "sequence_length", "precision", "device")
 SAME_TEXT = ("data", "description", "tokenizer", "train_tokens", "validation_tokens", "test_tokens", "split")
+FINGERPRINTS = ("corpus_sha256", "tokenizer_sha256")  # not in older reports, of which nobody knows
 FLOPS = ("forward", "backward", "optimizer")
 MEMORY = ("after_load", "optimizer", "after_forward", "peak_forward", "peak_backward", "peak_step", "reserved")
 Part = Literal["time", "speed-up", "loss", "exponent"]
@@ -164,7 +165,8 @@ def _told(values: dict[str, Any], what: str) -> str:
 def _settings(first: Report, second: Report) -> Iterator[Setting]:
     """Profile, workload and models; of a model that is another, only that it is."""
     profiles = [{**report.profile, "purpose": None} for report in (first, second)]
-    works = [{**vars(report.workload), "threads": None} for report in (first, second)]
+    unknown = [name for name in FINGERPRINTS if not _differ(first, second, name)]
+    works = [{**vars(report.workload), "threads": None, **dict.fromkeys(unknown)} for report in (first, second)]
     yield from _differing(
         _flat({"profile": profiles[0], **works[0]}),
         _flat({"profile": profiles[1], **works[1]}),
@@ -189,7 +191,14 @@ def _same_work(first: Report, second: Report) -> bool:
 
 
 def _same_text(first: Report, second: Report) -> bool:
-    return all(getattr(first.workload, name) == getattr(second.workload, name) for name in SAME_TEXT)
+    alike = all(getattr(first.workload, name) == getattr(second.workload, name) for name in SAME_TEXT)
+    return alike and not any(_differ(first, second, name) for name in FINGERPRINTS)
+
+
+def _differ(first: Report, second: Report, fingerprint: str) -> bool:
+    """Whether both reports have it, and not the same."""
+    both = {getattr(report.workload, fingerprint) for report in (first, second)} - {None}
+    return len(both) > 1
 
 
 def _remarks(first: Report, second: Report) -> Iterator[str]:

@@ -37,7 +37,7 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is computed on: text, tokens, batch."""
+    """What is computed on: text, tokens, batch. Fingerprints are null in reports from before they were written down."""
 
     preset: str
     data: str
@@ -54,6 +54,8 @@ class Workload:
     device: str
     threads: Count
     seed: Size
+    corpus_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A run folder: what was asked for, the tokenizer, the metrics and the checkpoints."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -8,11 +9,12 @@ import msgspec
 
 from resnet_bk.environment import describe_environment
 from resnet_bk.errors import UserError
-from resnet_bk.files import check_writable, read_json, write_json
+from resnet_bk.files import check_writable, from_home, read_json, write_json
 from resnet_bk.models import ResNetBKConfig
 from resnet_bk.training.checkpoint import checkpoints
 from resnet_bk.training.config import DataConfig, TrainingConfig
-from resnet_bk.training.data import TextTokenizer, TokenDataset
+from resnet_bk.training.data import Corpus, TextTokenizer, TokenDataset, load_corpus, prepare_dataset
+from resnet_bk.training.data.corpus import MissingTextError
 
 KIND, VERSION = "resnet-bk run", 1
 RECORD = "run.json"
@@ -91,14 +93,62 @@ class Run:
             )
         return tokenizer
 
+    def read_text(self, place: str | None = None) -> Corpus:
+        """The text at ``place``, or where the run last found its own.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        if place is not None:
+            return load_corpus(place)
+        data = self.config.data.data
+        try:
+            return load_corpus(data)
+        except MissingTextError:
+            seen_from = "" if from_home(data).is_absolute() else f" (seen from {Path.cwd()})"
+            raise UserError(
+                f"{data}, the text that {self.folder} was trained on, is not there{seen_from}; give --data with the "
+                "place where it is now"
+            ) from None
+
+    def has_as_text(self, corpus: Corpus) -> bool:
+        """Whether the run was trained on ``corpus``: the same text, wherever it is, or what is now in its place."""
+        return corpus.fingerprint == self.dataset["corpus_sha256"] or _same_place(corpus.spec, self.config.data.data)
+
+    def prepare_text(self, corpus: Corpus, *, on_progress: Callable[[str], None] = lambda _: None) -> TokenDataset:
+        """The run's tokens, of its text, which may be elsewhere by now.
+
+        Raises:
+            UserError: it is another text, or gives another vocabulary.
+        """
+        if corpus.fingerprint != self.dataset["corpus_sha256"]:
+            raise UserError(self._other_data("text", corpus.spec))
+        config = replace(self.config.data, data=corpus.spec)
+        dataset = prepare_dataset(config, corpus=corpus, on_progress=on_progress)
+        self.check_same_data(dataset)
+        return dataset
+
     def check_same_data(self, dataset: TokenDataset) -> None:
         """Raises a UserError if the text or the vocabulary is not what the run was trained on."""
         for key, what in (("tokenizer_sha256", "vocabulary"), ("corpus_sha256", "text")):
             if dataset.record[key] != self.dataset[key]:
-                raise UserError(
-                    f"the {what} of {self.config.data.data} is not the one {self.folder} was trained on; "
-                    "restore it, or start a new run with another --out"
-                )
+                raise UserError(self._other_data(what, dataset.record["data"]))
+
+    def _other_data(self, what: str, place: str) -> str:
+        mend = "restore it" if _same_place(place, self.config.data.data) else f"give the {what} that was"
+        return (
+            f"the {what} of {place} is not the one {self.folder} was trained on; {mend}, or start a new run "
+            "with another --out"
+        )
+
+    def moved(self, dataset: TokenDataset) -> "Run":
+        """The same run whose text is now where ``dataset`` has it from, on disk too."""
+        data = replace(self.config.data, data=dataset.record["data"])
+        place = {key: dataset.record[key] for key in ("data", "description")}
+        record = read_json(self.folder / RECORD)
+        record = {**record, "data": asdict(data), "dataset": {**record["dataset"], **place}}
+        write_json(self.folder / RECORD, record)
+        return replace(self, config=replace(self.config, data=data), dataset=record["dataset"])
 
     def changed(self, **training_fields: Any) -> "Run":
         """The same run with other values in its training's configuration, on disk too."""
@@ -145,6 +195,11 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run folder but a file; give the folder that `train --out` made")
     if folder.is_dir() and folder.parent.name == "checkpoints" and (folder.parent.parent / RECORD).is_file():
         raise UserError(f"{folder} is a checkpoint; give its run, {folder.parent.parent}")
+    if not (folder / RECORD).is_file() and (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a model's folder (it has config.json and no {RECORD}); give the run folder that "
+            "`train --out` made"
+        )
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} is not a run folder (it has no {RECORD}); start one with `train --out {folder}`")
     config = RunConfig.read(folder / RECORD)
@@ -161,10 +216,20 @@ def find_checkpoint(path: Path) -> tuple[Run, Path]:
         UserError: it is neither.
     """
     checkpoint = path.resolve()  # "." has no name
-    if checkpoint.name.startswith("step-") and checkpoint.is_dir():
+    if checkpoint.name.startswith("step-") and (checkpoint.parent.parent / RECORD).is_file() and checkpoint.is_dir():
         return open_run(checkpoint.parent.parent), path
     run = open_run(path)
     return run, run.latest_checkpoint()
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two ways to name a text name the same one, whatever is in it."""
+    if one == other or "stdlib" in (one, other):
+        return one == other
+    try:
+        return from_home(one).samefile(from_home(other))
+    except OSError:  # not there, or no path
+        return False
 
 
 def _check_sections(record: dict[str, Any]) -> None:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from resnet_bk.errors import UserError
+from resnet_bk.files import from_home
 
 # Left out so that a distribution's Python, which ships some of these apart, gives nearly the text of a self-built one.
 STDLIB_LEFT_OUT = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"),
     *("lib2to3", "ensurepip", "tkinter", "distutils", "__pycache__"),
 }
+
+
+class MissingTextError(UserError):
+    """Where text was looked for, nothing is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +57,16 @@ def load_corpus(spec: str) -> Corpus:
             files in it, recursively), a glob pattern, or ``hf:ORG/NAME[:CONFIG]``.
 
     Raises:
+        MissingTextError: there is nothing of that name.
         UserError: there is no text to be had from it; the message says why.
     """
+    if not spec:
+        raise UserError("data is empty; give stdlib, a text file, a folder, a glob, or hf:ORG/NAME")
     if spec == "stdlib":
         return _stdlib()
     if spec.startswith("hf:"):
         return _hugging_face(spec)
-    path = Path(spec).expanduser()
+    path = from_home(spec)
     try:
         if path.is_dir():
             return _folder(spec, path)
@@ -70,7 +78,7 @@ def load_corpus(spec: str) -> Corpus:
         raise UserError(f"{spec} may not be read; change its permissions or choose another file") from None
     except OSError as error:
         raise UserError(f"{spec} cannot be read ({error.strerror}); choose another file") from None
-    raise UserError(f"{spec} does not exist; give stdlib, a text file, a folder, a glob, or hf:ORG/NAME")
+    raise MissingTextError(f"{spec} does not exist; give stdlib, a text file, a folder, a glob, or hf:ORG/NAME")
 
 
 def _stdlib() -> Corpus:
@@ -89,11 +97,12 @@ def _folder(spec: str, root: Path) -> Corpus:
 
 
 def _glob(pattern: str) -> Corpus:
-    expanded = str(Path(pattern).expanduser())
+    expanded = str(from_home(pattern))
     matches = glob.glob(expanded, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
     paths = [Path(name) for name in sorted(matches) if Path(name).is_file()]
     if not paths:
-        raise UserError(f"no file matches {pattern}; check the pattern (quote it, so that the shell leaves it alone)")
+        mend = "check the pattern (quote it, so that the shell leaves it alone)"
+        raise MissingTextError(f"no file matches {pattern}; {mend}")
     documents, skipped = _text_files(paths, Path(paths[0].anchor))
     if not documents:
         raise UserError(f"none of the {len(paths)} files that match {pattern} is UTF-8 text; convert them")

@@ -37,6 +37,10 @@ class TokenSplit:
         """:func:`unigram_entropy` of all tokens here."""
         return unigram_entropy(self.tokens)
 
+    def share_of(self, token_id: int | None) -> float:
+        """Which share of the tokens here are this one; 0 for None."""
+        return 0.0 if token_id is None else float(np.mean(self.tokens == token_id))
+
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
     """Entropy of how often each token occurs, in nats per token: the best that a model without context could reach."""
@@ -55,15 +59,19 @@ class TokenDataset:
     record: dict[str, Any]
 
 
-def prepare_dataset(config: DataConfig, *, on_progress: Callable[[str], None] = lambda _: None) -> TokenDataset:
+def prepare_dataset(
+    config: DataConfig, *, corpus: Corpus | None = None, on_progress: Callable[[str], None] = lambda _: None
+) -> TokenDataset:
     """Reads, splits, tokenizes; or finds what an earlier call made of the same text.
+
+    ``corpus`` is the configuration's text, where that has been read already.
 
     The cache is $RESNET_BK_CACHE, else $XDG_CACHE_HOME/resnet-bk, else ~/.cache/resnet-bk.
 
     Raises:
         UserError: the text or the tokenizer cannot be had, or there is too little text.
     """
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data) if corpus is None else corpus
     entry = cache_directory() / _cache_key(config, corpus)
     if entry.exists():
         try:
@@ -75,15 +83,15 @@ def prepare_dataset(config: DataConfig, *, on_progress: Callable[[str], None] = 
     return _load(entry, config, corpus)
 
 
-def tokenize_all(spec: str, tokenizer: TextTokenizer) -> TokenSplit:
-    """The whole of a text with a given tokenizer.
+def tokenize_all(text: str | Corpus, tokenizer: TextTokenizer) -> TokenSplit:
+    """The whole of a text, named or read, with a given tokenizer.
 
     Raises:
         UserError: the text cannot be had, or has fewer than two tokens.
     """
-    corpus = load_corpus(spec)
+    corpus = load_corpus(text) if isinstance(text, str) else text
     tokens = np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in _encode(corpus.documents, tokenizer)])
-    _check_enough("all", spec, tokens.size)
+    _check_enough(corpus.spec, tokens.size)
     return TokenSplit(
         name="all", tokens=tokens, num_bytes=_num_bytes(corpus.documents), num_documents=len(corpus.documents)
     )
@@ -156,7 +164,8 @@ def _write_side(
             digest.update(content)
             file.write(content)
             count += len(ids)
-    _check_enough(path.stem, spec, count)
+    part = "part to train on" if path.stem == "train" else "held-out part"
+    _check_enough(f"the {part} of {spec}", count)
     return {"documents": len(documents), "bytes": _num_bytes(documents), "tokens": count, "sha256": digest.hexdigest()}
 
 
@@ -173,9 +182,10 @@ def _num_bytes(documents: tuple[Document, ...]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
-def _check_enough(side: str, spec: str, num_tokens: int) -> None:
+def _check_enough(text: str, num_tokens: int) -> None:
     if num_tokens < 2:
-        raise UserError(f"the {side} side of {spec} has {num_tokens} tokens, too few to predict one; give more text")
+        length = "1 token" if num_tokens == 1 else "no token"
+        raise UserError(f"{text} has {length}, and a prediction takes two; give more text")
 
 
 def _checksum(meta: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Tokenizers, all of them ``tokenizers.Tokenizer`` underneath and saved as tokenizer.json."""
 
+import difflib
 import hashlib
-import logging
+import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -11,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers.decoders import DecodeStream
 
 from resnet_bk.errors import UserError
-from resnet_bk.files import write_text
+from resnet_bk.files import from_home, write_text
+from resnet_bk.hub import HubError, cached_file, hub_file
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
@@ -42,10 +44,13 @@ class TextTokenizer:
         found: int | None = self._tokenizer.token_to_id(END_OF_TEXT)
         return found
 
-    @property
+    @cached_property
     def unknown_id(self) -> int | None:
         """The token for what the training text did not have; None where every text can be written."""
-        found: int | None = self._tokenizer.token_to_id(UNKNOWN)
+        # A tokenizer from elsewhere has its own name for it, or (Unigram) only a number.
+        model = json.loads(self._tokenizer.to_str())["model"]
+        name = model.get("unk_token")
+        found: int | None = self._tokenizer.token_to_id(name) if name else model.get("unk_id")
         return found
 
     @cached_property
@@ -137,7 +142,7 @@ def check_tokenizer(spec: str) -> None:
 
 def tokenizer_file(spec: str) -> Path:
     """The file that ``spec`` names if it is a path: the tokenizer.json itself, or the folder that holds it."""
-    path = Path(spec).expanduser()
+    path = from_home(spec)
     return path / "tokenizer.json" if path.is_dir() else path
 
 
@@ -200,28 +205,25 @@ def _existing_tokenizer(spec: str) -> TextTokenizer:
     if path.suffix == ".json" or path.is_file():
         return TextTokenizer.load(path, spec)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
-        raise UserError(f"there is no tokenizer {spec}; choose {CHOICES}")
+        raise UserError(f"there is no tokenizer {spec}{_did_you_mean(spec)}; choose {CHOICES}")
     return TextTokenizer.load(_hub_file(spec), spec)
 
 
-def _hub_file(spec: str) -> Path:
-    """The tokenizer.json of a Hub repository: the copy that an earlier call brought, else a new one."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _did_you_mean(spec: str) -> str:
+    """The tokenizer of ours that ``spec`` is probably a slip of, as a question; empty if it is like none."""
+    parts = re.fullmatch(r"([a-z]+)[\W_]?(\d*)", spec.lower())
+    close = parts and difflib.get_close_matches(parts[1], ["byte", "char", *MINIMUM_SIZES], n=1, cutoff=0.75)
+    if not parts or not close:
+        return ""
+    meant = f"{close[0]}:{parts[2] or 'N'}" if close[0] in MINIMUM_SIZES else close[0]
+    return f" (did you mean {meant}?)"
 
+
+def _hub_file(spec: str) -> Path:
     name = "tokenizer.json"
+    if cached_file(spec, name) is None and (question := _did_you_mean(spec)):
+        raise UserError(f"there is no tokenizer {spec}{question}; choose {CHOICES}")
     try:
-        return Path(hf_hub_download(spec, name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
-    try:
-        get_hf_file_metadata(hf_hub_url(spec, name))  # one try: a download would retry for half a minute
-        return Path(hf_hub_download(spec, name))
-    except HfHubHTTPError:
-        raise UserError(f"there is no tokenizer {spec} on the Hub (or it is private); choose {CHOICES}") from None
-    except Exception as error:  # of the network, and of the HTTP library in use
-        raise UserError(
-            f"there is no tokenizer {spec} here and the Hub cannot be reached ({' '.join(str(error).split())}); "
-            f"choose {CHOICES}, and check the network"
-        ) from None
+        return hub_file(spec, name)
+    except HubError as error:
+        raise UserError(f"{error}, or choose {CHOICES}") from None
