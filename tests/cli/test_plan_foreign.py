@@ -35,7 +35,7 @@ def folder(tmp_path):
         ({"model_type": "t5", "d_model": 64}, "is of type t5, no causal language model"),
         ({"model_type": "vit"}, "is of type vit, no causal language model"),
         ({"model_type": "unheard-of"}, "has no configuration that can be read"),
-        ({**LLAMA, "model_type": "mixtral", "num_local_experts": 4}, "is a mixture of experts"),
+        ({**LLAMA, "model_type": "mixtral", "num_local_experts": 4}, "is a mixture of 4 experts"),
         ([1, 2], "has no configuration that can be read"),
     ],
     ids=str,

@@ -44,7 +44,7 @@ class PlanCommand:
     preset: str = "seed"
     """Named size: seed, tiny, 100m, 1b, 7b or 70b."""
     foreign: Annotated[str | None, tyro.conf.arg(name="model", metavar="hf:NAME_OR_PATH")] = None
-    """Instead of a preset: any causal language model of transformers, from its configuration alone."""
+    """Instead of a preset: any dense causal language model of transformers, from its configuration alone."""
     batch_size: int = 20
     """Sequences of a step."""
     sequence_length: int = 128
@@ -200,15 +200,18 @@ class PlanCommand:
 
     def _by_formula(self, config: "ResNetBKConfig", training: "TrainingConfig", budget: "Budget") -> "Plan":
         """Every strategy on a GPU. On a CPU, of which formulas know nothing, they have no verdict on the budget."""
-        from resnet_bk.memory.plan import Budget, make_plan
+        from resnet_bk.memory.plan import Budget, Libraries, make_plan
         from resnet_bk.planner.footprint import workspace_bytes
         from resnet_bk.training.strategy import training_shape
 
         device, shape = self.planned_device(), training_shape(training)
         if device.machine.kind == "cpu":
             return make_plan(config, shape, Budget())
-        cublas_bytes = workspace_bytes(device.machine, small=device.small_workspaces)
-        return make_plan(config, shape, budget, context_bytes=device.context_bytes, cublas_bytes=cublas_bytes)
+        libraries = Libraries(
+            context_bytes=device.context_bytes,
+            cublas_bytes=workspace_bytes(device.machine, small=device.small_workspaces),
+        )
+        return make_plan(config, shape, budget, libraries)
 
     def _config(self) -> "ResNetBKConfig":
         from resnet_bk.models import ResNetBKConfig

@@ -1,4 +1,4 @@
-"""``resnet-bk plan --model hf:NAME_OR_PATH``: any causal language model of transformers."""
+"""``resnet-bk plan --model hf:NAME_OR_PATH``: any dense causal language model of transformers."""
 
 import logging
 from dataclasses import asdict
@@ -25,11 +25,7 @@ def plan_foreign(name: str, rows: int, sequence_length: int, budget: Budget, dev
     if not name.startswith(PREFIX) or name == PREFIX:
         raise UserError(f"--model {name!r} is not known; write it like hf:gpt2, or hf: and a folder")
     config = foreign_config(name)
-    if any((getattr(config, key, None) or 0) > 1 for key in EXPERTS) and not isinstance(config, ResNetBKConfig):
-        raise UserError(
-            f"{name} is a mixture of experts, and what its experts multiply depends on numbers that a plan has not; "
-            "plan one without experts"
-        )
+    _check_dense(config, name)
     if min(rows, sequence_length) < 1:
         raise UserError("batch_size, micro_batch_size and sequence_length must be at least 1")
     longest = getattr(config, "max_position_embeddings", None)
@@ -48,6 +44,17 @@ def plan_foreign(name: str, rows: int, sequence_length: int, budget: Budget, dev
         print_json(_document(name, budget, found))
     else:
         _print(f"{name}: {found.parameters:,} parameters; a micro-batch of {rows} x {sequence_length} tokens", found)
+
+
+def _check_dense(config: Any, name: str) -> None:
+    if isinstance(config, ResNetBKConfig):
+        return
+    for key in EXPERTS:
+        if isinstance(number := getattr(config, key, None), int) and number > 1:
+            raise UserError(
+                f"{name} is a mixture of {number} experts, and what they multiply depends on numbers that a plan has "
+                "not; plan one without experts"
+            )
 
 
 def _batch(rows: int, sequence_length: int) -> dict[str, Any]:

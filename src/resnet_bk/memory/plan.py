@@ -81,6 +81,15 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Libraries:
+    """What CUDA takes of a GPU beside tensors: the driver's context, which headroom alone counts, and the workspaces of
+    cuBLAS."""
+
+    context_bytes: int = 0
+    cublas_bytes: int = CUBLAS_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
 class StrategyPlan:
     """What a strategy needs, by part, in bytes.
 
@@ -126,28 +135,15 @@ class Plan:
         return next((plan for plan in self.strategies if plan.fits), None)
 
 
-def make_plan(
-    config: ResNetBKConfig,
-    shape: TrainingShape,
-    budget: Budget,
-    *,
-    context_bytes: int = 0,
-    cublas_bytes: int = CUBLAS_BYTES,
-) -> Plan:
-    """Plans AdamW training of ``config`` in micro-batches of ``shape``, on a GPU of whose memory the driver takes
-    ``context_bytes``: headroom is what is left beside them."""
+def make_plan(config: ResNetBKConfig, shape: TrainingShape, budget: Budget, libraries: Libraries | None = None) -> Plan:
+    """Plans AdamW training of ``config`` in micro-batches of ``shape``."""
     counts = count_parameters(config)
     return Plan(
         counts=counts,
         weight_bytes={name: counts.total * size for name, size in BYTES_PER_PARAMETER.items()},
         activations=activation_parts(config, shape, STRATEGIES[0]),
         half_activations=activation_parts(config, shape, STRATEGIES[1]),
-        strategies=[
-            plan_strategy(
-                strategy, config, shape, counts, budget, context_bytes=context_bytes, cublas_bytes=cublas_bytes
-            )
-            for strategy in STRATEGIES
-        ],
+        strategies=[plan_strategy(strategy, config, shape, counts, budget, libraries) for strategy in STRATEGIES],
     )
 
 
@@ -167,16 +163,15 @@ def plan_strategy(
     shape: TrainingShape,
     counts: ParameterCounts,
     budget: Budget,
-    *,
-    context_bytes: int = 0,
-    cublas_bytes: int = CUBLAS_BYTES,
+    libraries: Libraries | None = None,
 ) -> StrategyPlan:
-    """What one strategy needs for micro-batches of ``shape``: see ``make_plan``."""
+    """What one strategy needs for micro-batches of ``shape``."""
+    libraries = libraries or Libraries()
     step = _step(strategy, config, shape, counts)
     moments = _moments(step)
     sizes = {name: _sum(parts) for name, parts in moments.items()}
     moment = max(sizes, key=lambda name: sizes[name])
-    gpu_parts = _joined([*moments[moment], *step.of_libraries(cublas_bytes)])
+    gpu_parts = _joined([*moments[moment], *step.of_libraries(libraries.cublas_bytes)])
     on_host = host_parts(strategy, config, shape, counts)
     gpu_bytes, host_bytes = _sum(gpu_parts), sum(on_host.values())
     return StrategyPlan(
@@ -186,7 +181,7 @@ def plan_strategy(
         host_parts=on_host,
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
-        gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - context_bytes - gpu_bytes,
+        gpu_headroom=None if budget.gpu_bytes is None else budget.gpu_bytes - libraries.context_bytes - gpu_bytes,
         host_headroom=None if budget.host_bytes is None else budget.host_bytes - host_bytes,
     )
 
