@@ -36,6 +36,19 @@ def test_the_command_writes_pdf_and_page_beside_the_json(path, capsys):
     assert len(PdfReader(pdf).pages) > 2 and html.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_the_folder_of_a_benchmark_stands_for_its_report(path, capsys):
+    words = ["report", "--html", "none", "--json"]
+    assert main([*words, str(path.parent)]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "report": str(path),
+        "pdf": str(path.with_suffix(".pdf")),
+        "html": None,
+    }
+    assert main([*words, str(path.parent), str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["first"] == found["second"] == str(path)
+
+
 def test_paths_can_be_chosen_and_the_page_left_out(path, tmp_path, capsys):
     out = tmp_path / "deep" / "paper.pdf"
     assert main(["report", str(path), "--out", str(out), "--html", "none", "--json"]) == 0
@@ -143,7 +156,12 @@ def test_damaged_json_is_one_clear_line_and_writes_nothing(text, tmp_path, capsy
 
 def test_an_older_version_is_named(text, path):
     path.write_text(json.dumps({**json.loads(text), "version": 1}))
-    with pytest.raises(UserError, match=r"'resnet-bk benchmark' version 1, this program reads .* version 2"):
+    with pytest.raises(
+        UserError, match=r"'resnet-bk benchmark' version 1, this program reads .* version 2; make it again"
+    ):
+        read_report(path)
+    path.write_text(json.dumps({**json.loads(text), "version": 3}))
+    with pytest.raises(UserError, match=r"version 3, this program reads .* version 2; update resnet-bk"):
         read_report(path)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,9 +49,10 @@ def _about_unknown(word: str, command: str, commands: Mapping[str, type]) -> str
     elif word.startswith("-"):
         what, known = f"{command} has no option {word}", [f"--{name}" for name in _options(commands[command])]
     else:
-        return (
-            f"{command} does not know what {word} is for; an option begins with --, and words with spaces need quotes"
-        )
+        hint = "an option begins with --, and words with spaces need quotes"
+        if "data" in _options(commands[command]) and os.path.exists(word):  # noqa: PTH110  # Path asks too long a name in vain
+            hint = "--data takes one name: for several files give their folder, or a pattern in quotes"
+        return f"{command} does not know what {word} is for; {hint}"
     similar = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return what + (f" (did you mean {similar[0]}?)" if similar else "")
 

@@ -1,5 +1,6 @@
 """``resnet-bk report``."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ class ReportCommand:
     """
 
     reports: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """The report.json that `resnet-bk bench` wrote, or two of them: the earlier run first."""
+    """The report.json that `resnet-bk bench` wrote, or its folder; or two of them: the earlier run first."""
     out: Path | None = None
     """The PDF; by default beside the JSON, as report.pdf, of two beside the second, as comparison.pdf."""
     html: Path | None = None
@@ -47,9 +48,9 @@ class ReportCommand:
 
             print_json(json_schema())
         elif len(self.reports) == 1:
-            self._one(self.reports[0])
+            self._one(_inside(self.reports[0]))
         elif len(self.reports) == 2:
-            self._two(*self.reports)
+            self._two(*map(_inside, self.reports))
         else:
             raise UserError(f"{len(self.reports)} reports were named; name one, or two to compare them")
 
@@ -86,6 +87,12 @@ class ReportCommand:
             if path is not None and path.resolve() in {report.resolve() for report in reports}:
                 raise UserError(f"{path} is the report that is read, and would be written over; give {option} a path")
         return pdf, html
+
+
+def _inside(path: Path) -> Path:
+    """A folder that `bench` made stands for the report in it."""
+    report = path / "report.json"
+    return report if os.path.isfile(report) else path  # noqa: PTH113  # Path asks too long a name in vain
 
 
 def _files(pdf: Path, html: Path | None) -> dict[str, str | None]:

@@ -139,7 +139,7 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make one with `resnet-bk bench`") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the report in it: {path / 'report.json'}") from None
+        raise UserError(f"{path} is a folder; give the report.json that `resnet-bk bench` wrote") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
     _check_kind(path, raw)
@@ -167,8 +167,10 @@ def _check_kind(path: Path, raw: bytes) -> None:
     if head.kind is None:
         raise UserError(f"{path} is no report of resnet-bk's; give the report.json that `resnet-bk bench` wrote")
     if head.kind != KIND or head.version != VERSION:
+        is_newer = head.kind == KIND and isinstance(head.version, int) and head.version > VERSION
+        mend = "update resnet-bk" if is_newer else AGAIN
         raise UserError(
-            f"{path} is {head.kind!r} version {head.version!r}, this program reads {KIND!r} version {VERSION}; {AGAIN}"
+            f"{path} is {head.kind!r} version {head.version!r}, this program reads {KIND!r} version {VERSION}; {mend}"
         )
 
 
