@@ -77,7 +77,7 @@ def test_what_is_installed_already_is_not_installed_again(said):
 def test_the_plan_says_what_fits(said):
     _, asked, answer = said("plan").partition("$ resnet-bk plan --preset 100m ")
     assert asked
-    assert "99.0 million parameters  fp32: " in answer, "a host of some GB has room for it"
+    assert "99.0 million parameters  bf16, everything on the device: " in answer, "a host of some GB has room for it"
     assert "a step of 16 x 64 = 1,024 tokens" in said("plan-whole")
     assert "Fastest that fits, on h100: bf16, everything on the device" in said("plan-whole")
 

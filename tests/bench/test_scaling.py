@@ -209,7 +209,7 @@ def test_a_withheld_contestant_is_not_measured():
 def test_a_model_of_somebody_elses_is_asked_for_lengths_and_batches():
     asked = {
         cell.arguments["axis"]: cell.arguments["contestants"]
-        for cell in scaling.cells(setup_of(baseline="torch.nn:Embedding", **ALL_AXES), {})
+        for cell in scaling.cells(setup_of(baseline="torch.nn:Identity", **ALL_AXES), {})
     }
     assert asked["sequence_length"] == asked["batch_size"] == KEYS
     assert asked["hidden_size"] == asked["num_layers"] == asked["num_experts"] == ["resnet-bk", "seed-mixer"]
