@@ -50,7 +50,8 @@ def _about_unknown(word: str, command: str, commands: Mapping[str, type]) -> str
         what, known = f"{command} has no option {word}", [f"--{name}" for name in _options(commands[command])]
     else:
         hint = "an option begins with --, and words with spaces need quotes"
-        if "data" in _options(commands[command]) and os.path.exists(word):  # noqa: PTH110  # Path asks too long a name in vain
+        is_file = os.path.exists(word)  # noqa: PTH110  # Path raises where a name is too long
+        if is_file and "data" in _options(commands[command]):
             hint = "--data takes one name: for several files give their folder, or a pattern in quotes"
         return f"{command} does not know what {word} is for; {hint}"
     similar = difflib.get_close_matches(word, known, n=1, cutoff=0.7)

@@ -35,7 +35,7 @@ def plan_foreign(name: str, rows: int, sequence_length: int, budget: Budget, dev
     remark(f"tracing steps of {rows} x {sequence_length} tokens as {device.name} would run them ...")
     try:
         found = plan(partial(build_foreign, config, name), _batch(rows, sequence_length), budget=budget, device=device)
-    except UserError:
+    except (UserError, MemoryError):  # which are told of in words of their own
         raise
     except Exception as error:  # the model's own code may raise anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -92,7 +92,7 @@ class ReportCommand:
 def _inside(path: Path) -> Path:
     """A folder that `bench` made stands for the report in it."""
     report = path / "report.json"
-    return report if os.path.isfile(report) else path  # noqa: PTH113  # Path asks too long a name in vain
+    return report if os.path.isfile(report) else path  # noqa: PTH113  # Path raises where a name is too long
 
 
 def _files(pdf: Path, html: Path | None) -> dict[str, str | None]:
